@@ -1,0 +1,108 @@
+"""Bad input to the optimizer, refused before anything is changed, with a word on what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+
+PER_GROUP = ("lr", "weight_decay")
+CURVATURES = ("auto", "forward", "double_backward")
+
+
+def hyper_parameters(given: dict[str, Any]) -> None:
+    """Raises ValueError or TypeError for a setting that is out of range, NaN or of the wrong type."""
+    group_values(given)
+    for name, low, high in (("beta", 0.0, math.inf), ("rho", 0.0, 1.0)):
+        if given[name] is not None:
+            _number(name, given[name], low, high, ", or None to solve for it")
+    _number("lambd", given["lambd"], 0.0, math.inf)
+    _number("lambda_factor", given["lambda_factor"], 0.0, 1.0, low_open=True)
+    _number("lambda_low", given["lambda_low"], -math.inf, math.inf)
+    _number("lambda_high", given["lambda_high"], given["lambda_low"], math.inf)
+    _number("lambda_min", given["lambda_min"], 0.0, math.inf, low_open=True)
+    _number("lambda_max", given["lambda_max"], given["lambda_min"], math.inf)
+    if given["auto_lambda"]:
+        hint = ", between lambda_min and lambda_max, since auto_lambda is on"
+        _number("lambd", given["lambd"], given["lambda_min"], given["lambda_max"], hint)
+    interval = given["lambda_interval"]
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise ValueError(f"lambda_interval must be a whole number of steps, at least 1; got {interval!r}.")
+    for name, allowed in (("curvature", CURVATURES), ("backend", BACKENDS)):
+        if given[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {given[name]!r}.")
+
+
+def group_settings(group: Any, defaults: dict[str, Any]) -> None:
+    """A group may set what is its own; one solve serves all groups, so the rest is the optimizer's."""
+    if not isinstance(group, dict):
+        raise TypeError(f"a parameter group must be a dict; got {type(group).__name__}.")
+    group_values({name: group.get(name, defaults[name]) for name in PER_GROUP})
+    for name, value in defaults.items():
+        if name not in PER_GROUP and name in group and group[name] != value:
+            raise ValueError(
+                f"{name} belongs to the whole optimizer, as one joint solve serves all groups: give it to the "
+                f"constructor. A group may have its own {' and '.join(PER_GROUP)}."
+            )
+
+
+def group_values(values: dict[str, Any]) -> None:
+    """Raises for an `lr` or `weight_decay` that cannot be used."""
+    lr = values["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(f"a tensor lr must be floating-point, with one element; got {lr.dtype}{list(lr.shape)}.")
+        lr = lr.item()
+    _number("lr", lr, 0.0, math.inf)
+    _number("weight_decay", values["weight_decay"], 0.0, math.inf)
+
+
+def parameters(params: Sequence[Any]) -> None:
+    """Raises for parameters that the kernels cannot serve."""
+    for i, p in enumerate(params):
+        if p.layout != torch.strided:
+            raise ValueError(f"parameter {i} is sparse ({p.layout}): CurveBall needs dense parameters.")
+        if p.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            hint = "use torch.view_as_real" if p.is_complex() else "convert it to a floating-point dtype"
+            raise TypeError(
+                f"parameter {i} has dtype {p.dtype}: CurveBall needs float16, bfloat16, float32 or float64; {hint}."
+            )
+    devices = sorted({str(p.device) for p in params})
+    if len(devices) > 1:
+        raise ValueError(f"the parameters lie on several devices ({', '.join(devices)}): move the model to one.")
+
+
+def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError for a state dictionary that does not fit the parameters."""
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("not an optimizer's state_dict: it lacks 'state' and 'param_groups'.")
+    saved = state_dict["param_groups"]
+    sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in param_groups]
+    if sizes != own:
+        raise ValueError(f"the checkpoint has groups of {sizes} parameters, this optimizer of {own}.")
+    order = [i for group in saved for i in group["params"]]
+    params = [p for group in param_groups for p in group["params"]]
+    for position, (i, p) in enumerate(zip(order, params, strict=True)):
+        z = state_dict["state"].get(i, {}).get("z") if i in state_dict["state"] else None
+        if i in state_dict["state"] and not isinstance(z, Tensor):
+            raise ValueError(f"the checkpoint has no CurveBall state for parameter {position}: another optimizer's?")
+        if z is not None and z.shape != p.shape:
+            raise ValueError(
+                f"the checkpoint's state for parameter {position} has shape {tuple(z.shape)}, the parameter "
+                f"{tuple(p.shape)}: it belongs to another model."
+            )
+
+
+def _number(
+    name: str, value: Any, low: float, high: float, hint: str = "", low_open: bool = False
+) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number{hint}; got {value!r}.")
+    if math.isnan(value) or math.isinf(value) or not low <= value <= high or (low_open and value == low):
+        bounds = f"{'above' if low_open else 'at least'} {low}" if high == math.inf else f"between {low} and {high}"
+        raise ValueError(f"{name} must be finite and {bounds}{hint}; got {value!r}.")

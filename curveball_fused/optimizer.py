@@ -1,0 +1,296 @@
+"""CurveBall: Newton's method at the memory of momentum SGD (Henriques et al., arXiv 1805.08095)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checks, ops, reference
+from .curvature import DoubleBackward, Forward, ForwardModeUnsupported, announce, forward_mode_errors, run_plain
+from .losses import LossModel, checked_loss
+from .reference import LAMBD, LOSS, PREDICTED_CHANGE, SCALARS, Z_DOT_Z
+from .replay import Replay
+
+SHARED = "curveball"  # key of the state that belongs to no single parameter
+
+
+class CurveBall(Optimizer):
+    """Second-order optimizer that sets its own learning rate β, momentum ρ and damping λ.
+
+    Each step improves z, an estimate of the Newton step -(JᵀH_oJ + λI)⁻¹ Jᵀg_o, by one gradient step on its linear
+    system, and adds it to the weights: z ← ρ z - β Δ, w ← w + lr z. β and ρ minimise the quadratic model of the loss in
+    span{Δ, z}; λ follows how well that model predicts.
+
+    Args:
+        params: parameters or parameter groups; `lr` and `weight_decay` may differ between groups.
+        lr: factor on the step, 1 unless a scheduler says otherwise; number or 0-dim tensor.
+        beta: step size on the linear system; None to solve for it.
+        rho: momentum; None to solve for it.
+        lambd: damping λ, or its first value.
+        auto_lambda: whether λ adapts.
+        lambda_factor: factor per step by which λ falls, or, inverted, grows.
+        lambda_low: λ grows where the ratio γ of actual to predicted change is below this.
+        lambda_high: λ falls where γ is above this.
+        lambda_interval: steps between two looks at γ, each of which costs one more forward pass.
+        lambda_min, lambda_max: bounds of an adapting λ.
+        weight_decay: decoupled: w shrinks by lr·weight_decay per step.
+        maximize: whether to climb.
+        curvature: "forward" (dual numbers; the memory of SGD), "double_backward" (any model that autograd can
+            differentiate twice), or "auto": the first, and the second where the model needs it.
+        backend: "cpu" (native kernels), "torch" (no compiler needed), or "auto".
+
+    Raises:
+        TypeError, ValueError: a parameter or hyper-parameter cannot be used; the message says what to do.
+        RuntimeError: a backend was named that cannot run here.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+        lr: float | Tensor = 1.0,
+        *,
+        beta: float | None = None,
+        rho: float | None = None,
+        lambd: float = 1.0,
+        auto_lambda: bool = True,
+        lambda_factor: float = 0.999,
+        lambda_low: float = 0.5,
+        lambda_high: float = 1.5,
+        lambda_interval: int = 5,
+        lambda_min: float = 1e-6,
+        lambda_max: float = 1e6,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        curvature: str = "auto",
+        backend: str = "auto",
+    ) -> None:
+        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        checks.hyper_parameters(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, with their own `lr` and `weight_decay` if given; all other settings are the optimizer's."""
+        checks.group_settings(param_group, self.defaults)
+        super().add_param_group(param_group)
+        try:
+            checks.parameters([p for group in self.param_groups for p in group["params"]])
+            ops.backends.choose(self.defaults["backend"], self.param_groups[0]["params"][0].device)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, model_fn: Callable[[], Tensor], loss_fn: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            model_fn: called without arguments, returns the predictions, one floating-point tensor of any shape. It is
+                called two to four times, with random numbers and buffers (batch-norm statistics) replayed, so that
+                they advance once.
+            loss_fn: called with the predictions, returns the scalar loss.
+
+        Returns:
+            The loss and the predictions at the weights before the step, both detached.
+
+        Raises:
+            TypeError, RuntimeError: the model or the loss cannot be used; nothing has been changed then.
+        """
+        if loss_fn is None:
+            _explain_call()
+        groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
+        params = [p for group in groups for p in group]
+        if not params:
+            raise RuntimeError("no parameter of this optimizer requires a gradient: nothing to train.")
+        shared = self._prepare(params)
+        replay = Replay(params, params[0].device)
+        try:
+            loss, outputs, scalars = self._advance(model_fn, loss_fn, groups, shared, replay)
+        except BaseException:
+            replay.rewind()
+            raise
+        replay.finish()
+        shared["scalars"], shared["step"] = scalars, shared["step"] + 1
+        return loss, outputs
+
+    def stats(self) -> dict[str, Tensor]:
+        """The last step's figures as 0-dim float64 tensors on the device; reading one of them is what synchronises.
+
+        "loss" (before the step), "beta", "rho" (0 in a skipped step), "lambd", "predicted_change", "ratio" (γ at the
+        last look, NaN before the first), "skipped_steps" (not finite), "safe_steps" (loss not convex in the outputs).
+        """
+        shared = self.state.get(SHARED)
+        values = shared["scalars"] if shared else self._initial_scalars()
+        figures = {name: values[i].clone() for i, name in enumerate(SCALARS)}
+        figures["loss"] *= self._sign
+        for name in ("beta", "rho"):
+            figures[name] = figures[name].nan_to_num(nan=0.0)
+        for name in ("z_dot_z", "slope", "bend"):
+            del figures[name]
+        return figures
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a `state_dict()` of an optimizer over parameters of the same shapes.
+
+        Raises:
+            ValueError: the checkpoint belongs to other parameters; nothing has been changed then.
+        """
+        checks.checkpoint(state_dict, self.param_groups)
+        super().load_state_dict(state_dict)
+        # torch has cast z to the parameters' dtypes, and shares the rest with the caller's dictionary.
+        saved = state_dict["state"]
+        order = (i for group in state_dict["param_groups"] for i in group["params"])
+        for i, p in zip(order, (p for group in self.param_groups for p in group["params"]), strict=True):
+            if i in saved:
+                self.state[p]["z"] = _zeros_like(p).copy_(saved[i]["z"])
+        if SHARED in saved:
+            scalars = saved[SHARED]["scalars"].to(self.param_groups[0]["params"][0].device, copy=True)
+            self.state[SHARED] = saved[SHARED] | {"scalars": scalars}
+
+    def _advance(
+        self,
+        model_fn: Callable[[], Tensor],
+        loss_fn: Callable[[Tensor], Tensor],
+        groups: Sequence[list[Tensor]],
+        shared: dict[str, Any],
+        replay: Replay,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Products, solve, update, damping; returns loss, outputs and the new scalars."""
+        settings, backend = self.param_groups[0], self.defaults["backend"]
+        params = [p for group in groups for p in group]
+        z = [self.state[p]["z"] for p in params]
+
+        linear, (outputs, jz) = self._linearise(model_fn, params, z, replay)
+        model = LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params)
+        cotangent, products_of = model.cotangent(jz)
+        r = linear.vjp(cotangent)
+        products = products_of(linear.jvp(r)[1])
+        # z·r = Jz·c and r·r = Jr·c hold for tangents and gradients that were not rounded to a lower precision.
+        exact = all(p.dtype in (torch.float32, torch.float64) for p in params)
+        dots = None if exact else ops.dots(z, r, backend=backend)
+
+        scalars = ops.solve(
+            shared["scalars"],
+            self._sign * model.loss,
+            products,
+            dots,
+            beta=settings["beta"],
+            rho=settings["rho"],
+            lr=settings["lr"],
+            backend=backend,
+        )
+        self._update(groups, z, r, scalars)
+        if settings["auto_lambda"] and shared["step"] % settings["lambda_interval"] == 0:
+            new_loss = self._sign * checked_loss(replay.again(lambda: loss_fn(run_plain(model_fn)))).detach()
+            scalars = ops.adapt_damping(
+                scalars,
+                new_loss,
+                low=settings["lambda_low"],
+                high=settings["lambda_high"],
+                factor=settings["lambda_factor"] ** settings["lambda_interval"],
+                minimum=settings["lambda_min"],
+                maximum=settings["lambda_max"],
+                backend=backend,
+            )
+        return model.loss, outputs, scalars
+
+    def _linearise(
+        self, model_fn: Callable[[], Tensor], params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
+    ) -> tuple[Forward | DoubleBackward, tuple[Tensor, Tensor]]:
+        """The linear map and its first product, Jz; settles in the first step which way the model needs."""
+        curvature, shared = self.defaults["curvature"], self.state[SHARED]
+        if curvature == "forward" or (curvature == "auto" and not shared["double_backward"]):
+            linear = Forward(model_fn, params, replay)
+            try:
+                with forward_mode_errors():
+                    return linear, linear.jvp(z)
+            except ForwardModeUnsupported as error:
+                if curvature == "forward":
+                    raise RuntimeError(
+                        f'curvature="forward" cannot differentiate this model: {error}. Replace the operator, or use '
+                        'curvature="auto" or "double_backward".'
+                    ) from error
+                announce(str(error), f"curveball_fused: {error}; double backward is used for the whole model.")
+            shared["double_backward"] = True
+            replay.rewind()
+        try:
+            double = DoubleBackward(model_fn, params, replay)
+            return double, double.jvp(z)
+        except (NotImplementedError, RuntimeError) as error:
+            if "derivative" in str(error) or "double backward" in str(error) or "differentiat" in str(error):
+                raise RuntimeError(
+                    f"neither forward mode nor double backward can differentiate this model: {error}. Replace the "
+                    "operator that is named here by one that torch can differentiate twice."
+                ) from error
+            raise
+
+    def _update(self, groups: Sequence[list[Tensor]], z: Sequence[Tensor], r: Sequence[Tensor], scalars: Tensor) -> None:
+        """Moves z and the weights; puts z·z, and for groups of unequal lr the predicted change, into `scalars`."""
+        squares, rates, start = [], [], 0
+        for group, settings in zip(groups, self.param_groups, strict=True):
+            end = start + len(group)
+            squares.append(
+                ops.update_(
+                    group,
+                    z[start:end],
+                    r[start:end],
+                    scalars,
+                    lr=settings["lr"],
+                    weight_decay=settings["weight_decay"],
+                    backend=self.defaults["backend"],
+                )
+            )
+            rates.append(settings["lr"])
+            start = end
+        z_dot_z = torch.stack(squares)
+        scalars[Z_DOT_Z] = z_dot_z.sum()
+        if any(rate is not rates[0] and (isinstance(rate, Tensor) or rate != rates[0]) for rate in rates):
+            # The step is lr_i z in group i; its projection on z is the step of the lr that the model sees.
+            lr = torch.stack([torch.as_tensor(rate, dtype=torch.float64, device=scalars.device) for rate in rates])
+            mean = (lr * z_dot_z).sum() / scalars[Z_DOT_Z].clamp(min=torch.finfo(torch.float64).tiny)
+            scalars[PREDICTED_CHANGE] = reference.predicted_change(scalars, mean)
+
+    def _prepare(self, params: Sequence[Tensor]) -> dict[str, Any]:
+        """State on first use; z·z anew where other parameters than in the last step require gradients."""
+        for p in params:
+            if "z" not in self.state[p]:
+                self.state[p]["z"] = _zeros_like(p)
+        if SHARED not in self.state:
+            self.state[SHARED] = {"scalars": self._initial_scalars(), "step": 0, "active": [], "double_backward": False}
+        shared: dict[str, Any] = self.state[SHARED]
+        everything = [p for group in self.param_groups for p in group["params"]]
+        active = [i for i, p in enumerate(everything) if p.requires_grad]
+        if active != shared["active"]:
+            z = [self.state[p]["z"] for p in params]
+            scalars = shared["scalars"].clone()
+            scalars[Z_DOT_Z] = ops.dots(z, z, backend=self.defaults["backend"])[0]
+            shared |= {"scalars": scalars, "active": active}
+        return shared
+
+    def _initial_scalars(self) -> Tensor:
+        scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=self.param_groups[0]["params"][0].device)
+        scalars[LAMBD] = self.param_groups[0]["lambd"]
+        scalars[reference.RATIO] = scalars[LOSS] = torch.nan
+        return scalars
+
+    @property
+    def _sign(self) -> float:
+        return -1.0 if self.param_groups[0]["maximize"] else 1.0
+
+
+def _zeros_like(p: Tensor) -> Tensor:
+    """State for `p`: its layout, and at least float32."""
+    return torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, requires_grad=False)
+
+
+def _explain_call() -> NoReturn:
+    raise TypeError(
+        "CurveBall.step needs two functions, step(model_fn, loss_fn), since it differentiates the model itself. Instead "
+        "of a closure that calls backward(), write:\n"
+        "    loss, outputs = optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))"
+    )

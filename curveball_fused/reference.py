@@ -1,0 +1,161 @@
+"""The kernels in plain torch: the specification, the oracle of the tests, and the backend that works everywhere.
+
+Scalars of one step travel in a float64 tensor of `len(SCALARS)` elements, so that no value has to visit the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SCALARS = (
+    "beta",
+    "rho",
+    "lambd",
+    "z_dot_z",
+    "slope",
+    "bend",
+    "predicted_change",
+    "ratio",
+    "loss",
+    "skipped_steps",
+    "safe_steps",
+)
+BETA, RHO, LAMBD, Z_DOT_Z, SLOPE, BEND, PREDICTED_CHANGE, RATIO, LOSS, SKIPPED_STEPS, SAFE_STEPS = range(len(SCALARS))
+
+RANK_TOLERANCE = 1e-12  # 1 - cos² below this: Δ and z are parallel to rounding, and the system has rank one
+CONVEX_TOLERANCE = 1e-4  # relative excess of a squared off-diagonal entry that float32 products may show by rounding
+
+
+def update_(
+    params: Sequence[Tensor],
+    z: Sequence[Tensor],
+    r: Sequence[Tensor],
+    coefficients: Tensor,
+    lr: float | Tensor,
+    weight_decay: float,
+) -> Tensor:
+    """z ← (ρ - βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z;  returns z·z. Untouched where β or ρ is not finite."""
+    device = coefficients.device
+    beta, rho, lambd = coefficients[BETA], coefficients[RHO], coefficients[LAMBD]
+    rate = torch.as_tensor(lr, dtype=torch.float64, device=device)
+    finite = torch.isfinite(beta) & torch.isfinite(rho)
+    momentum, decay = rho - beta * lambd, 1 - rate * weight_decay
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for w_i, z_i, r_i in zip(params, z, r, strict=True):
+        b, m, d, s = (c.to(z_i.dtype) for c in (beta, momentum, decay, rate))
+        z_new = m * z_i - b * r_i.to(z_i.dtype)
+        w_new = d * w_i.to(z_i.dtype) + s * z_new
+        z_i.copy_(torch.where(finite, z_new, z_i))
+        w_i.copy_(torch.where(finite, w_new.to(w_i.dtype), w_i))
+        total += z_i.double().square().sum()
+    return total
+
+
+def dots(z: Sequence[Tensor], r: Sequence[Tensor]) -> Tensor:
+    """float64 `[z·z, z·r, r·r]`."""
+    device = z[0].device if z else None
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    for z_i, r_i in zip(z, r, strict=True):
+        a, b = z_i.double(), r_i.double()
+        total += torch.stack(((a * a).sum(), (a * b).sum(), (b * b).sum()))
+    return total
+
+
+def solve(
+    scalars: Tensor,
+    loss: Tensor,
+    products: Tensor,
+    dots: Tensor | None,
+    beta: float | None,
+    rho: float | None,
+    lr: float | Tensor,
+) -> Tensor:
+    """[β, -ρ] = A⁺ b, the minimiser of ½ xᵀA x - x·b, from `products` = `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
+
+    `dots` = `[z·z, z·r, r·r]`; None where the adjoint identities z·r = Jz·c and r·r = Jr·c hold. A given `beta` or `rho`
+    is kept, and the other minimises what is left. Returns new scalars.
+
+    A = Gauss-Newton + λ·Gram, so A ⪰ λ·Gram for a loss that is convex in the outputs. Where the curvature is so negative
+    that A ⪰ ½λ·Gram fails, A⁺ b could climb or leap; a safe step goes down along Δ alone, no further than 1/λ:
+    ρ = 0, β = b₁ / max(|A₁₁|, λ Δ·Δ).
+    """
+    gz, z_hz, gr, z_hr, r_hr = products.unbind()
+    lambd = scalars[LAMBD]
+    zz, zr, rr = (scalars[Z_DOT_Z], gz + z_hz, gr + z_hr) if dots is None else dots.unbind()
+    dd, dz = rr + 2 * lambd * zr + lambd**2 * zz, zr + lambd * zz
+    a11 = r_hr + 2 * lambd * z_hr + lambd**2 * z_hz + lambd * dd
+    a12 = z_hr + lambd * z_hz + lambd * dz
+    a22 = z_hz + lambd * zz
+    b1, b2 = gr + lambd * gz, gz
+    n11, n12, n22 = a11 - 0.5 * lambd * dd, a12 - 0.5 * lambd * dz, a22 - 0.5 * lambd * zz
+    zero, nan = torch.zeros_like(a11), torch.full_like(a11, torch.nan)
+
+    steepest = _divide(b1, torch.maximum(a11.abs(), lambd * dd))
+    if beta is None and rho is None:
+        x1, x2 = _solve_both(a11, a12, a22, b1, b2)
+        safe = (n11 < 0) | (n22 < 0) | (n12 * n12 > (1 + CONVEX_TOLERANCE) * n11 * n22)
+        x1, x2 = torch.where(safe, steepest, x1), torch.where(safe, zero, x2)
+    elif beta is None:
+        assert rho is not None
+        x2, safe = torch.full_like(a11, -rho), n11 < 0
+        x1 = torch.where(safe, steepest, _divide(b1 - a12 * x2, a11))
+    elif rho is None:
+        x1, safe = torch.full_like(a11, beta), n22 < 0
+        x2 = torch.where(safe, zero, _divide(b2 - a12 * x1, a22))
+    else:
+        x1, x2, safe = torch.full_like(a11, beta), torch.full_like(a11, -rho), torch.zeros_like(a11, dtype=torch.bool)
+
+    slope = x1 * b1 + x2 * b2
+    bend = torch.where(safe, slope, x1 * (a11 * x1 + 2 * a12 * x2) + x2 * a22 * x2)
+    rate = torch.as_tensor(lr, dtype=torch.float64, device=slope.device)
+    finite = torch.isfinite(torch.stack((loss.to(products), *products.unbind(), zz, zr, rr, x1, x2))).all()
+    new = scalars.clone()
+    new[BETA], new[RHO] = torch.where(finite, x1, nan), torch.where(finite, -x2, nan)
+    new[SLOPE], new[BEND] = torch.where(finite, slope, zero), torch.where(finite, bend, zero)
+    new[PREDICTED_CHANGE] = predicted_change(new, rate)
+    new[LOSS] = loss
+    new[SKIPPED_STEPS] += (~finite).to(new.dtype)
+    new[SAFE_STEPS] += (finite & safe).to(new.dtype)
+    return new
+
+
+def predicted_change(scalars: Tensor, lr: Tensor) -> Tensor:
+    """M = -lr x·b + ½ lr² xᵀA x, which is -½ lr (2 - lr) x·b at the minimiser x."""
+    return lr * (0.5 * lr * scalars[BEND] - scalars[SLOPE])
+
+
+def adapt_damping(
+    scalars: Tensor, new_loss: Tensor, low: float, high: float, factor: float, minimum: float, maximum: float
+) -> Tensor:
+    """γ = (new loss - loss) / M;  λ/factor where γ < low or γ is NaN, λ·factor where γ > high, within the bounds.
+
+    Scalars stay as they are where the step was skipped or M is zero. Returns new scalars.
+    """
+    lambd, change = scalars[LAMBD], scalars[PREDICTED_CHANGE]
+    ratio = (new_loss.to(scalars) - scalars[LOSS]) / change
+    poor = ~torch.isfinite(new_loss) | ~(ratio >= low)
+    adapted = torch.where(poor, lambd / factor, torch.where(ratio > high, lambd * factor, lambd))
+    new = scalars.clone()
+    new[LAMBD], new[RATIO] = adapted.clamp(minimum, maximum), ratio
+    return torch.where(torch.isfinite(scalars[BETA]) & (change != 0), new, scalars)
+
+
+def _solve_both(a11: Tensor, a12: Tensor, a22: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """x = A⁺ b, after scaling A to unit diagonal."""
+    s1, s2 = a11.clamp(min=0).sqrt(), a22.clamp(min=0).sqrt()
+    cos, y1, y2 = _divide(a12, s1 * s2), _divide(b1, s1), _divide(b2, s2)
+    gap = 1 - cos * cos
+    full = torch.stack((_divide(y1 - cos * y2, gap), _divide(y2 - cos * y1, gap)))
+    sign = torch.sign(cos)
+    parallel = torch.stack((y1 + sign * y2, sign * y1 + y2)) / 4  # the pseudo-inverse of [[1, ±1], [±1, 1]]
+    # A zero diagonal entry leaves the other equation alone, as cos is zero then.
+    x = torch.where(gap <= RANK_TOLERANCE, parallel, full)
+    return _divide(x[0], s1), _divide(x[1], s2)
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and zero where b is zero."""
+    return torch.where(b == 0, torch.zeros_like(a), a / torch.where(b == 0, torch.ones_like(b), b))

@@ -1,0 +1,198 @@
+"""Running a model several times in one step as the same function.
+
+One step needs `model_fn` two to four times: for its Jacobian products, and for the loss at the new weights. Dropout
+draws numbers and batch norm moves its statistics, so a plain second call would be another function, and would move
+the statistics twice. `Replay` records what the first run changes, puts it back before every later run, and leaves
+the world as the first run left it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+Result = TypeVar("Result")
+
+# These write to their running statistics, although neither their names nor, for some, their schemas say so.
+_NORMALISATIONS = frozenset(
+    ("batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+)
+_AUGMENTED = frozenset(f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split())
+
+
+class Replay:
+    """Makes every later run of a callable the same function as the first run.
+
+    Args:
+        constant: tensors that are left alone whatever happens to them (the optimised parameters, which the optimizer
+            itself moves between the runs).
+        device: device whose generator is restored, beside the CPU's and Python's `random`.
+
+    Use `first` for the first run and for what follows it in the same step (the loss), `again` for later runs, and
+    `finish` or, after an error, `rewind` at the end.
+    """
+
+    def __init__(self, constant: Iterable[Tensor], device: torch.device) -> None:
+        self._constant = {id(t) for t in constant}
+        self._device = device
+        self._fresh: set[int] = set()
+        self._external: set[int] = set()
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._after: list[tuple[Tensor, Tensor]] = []
+        self._modules: dict[int, tuple[nn.Module, dict[str, Tensor | None]]] = {}
+        self._modules_after: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self._generators = _generators(device)
+        self._generators_after = self._generators
+        self._replayed = False
+
+    def first(self, function: Callable[[], Result]) -> Result:
+        """Runs `function` and records what it changes."""
+        thread = threading.get_ident()
+
+        def on_call(module: nn.Module, _: Any) -> None:
+            if threading.get_ident() == thread and id(module) not in self._modules:
+                _refuse_wrapper(module)
+                self._modules[id(module)] = (module, dict(module._buffers))
+
+        hook = register_module_forward_pre_hook(on_call)
+        try:
+            with _Recorder(self._save, self._fresh, self._external):
+                return function()
+        finally:
+            hook.remove()
+
+    def again(self, function: Callable[[], Result]) -> Result:
+        """Runs `function` from the state in which the first run began."""
+        if not self._replayed:
+            self._replayed = True
+            self._generators_after = _generators(self._device)
+            self._after = [(t, t.detach().clone()) for t, _ in self._before.values()]
+            self._modules_after = [(m, dict(m._buffers)) for m, _ in self._modules.values() if m._buffers]
+        self.rewind()
+        return function()
+
+    def rewind(self) -> None:
+        """Puts back what the runs changed: the state before the first run."""
+        _put_back(self._before.values(), self._modules.values())
+        _set_generators(self._generators, self._device)
+
+    def finish(self) -> None:
+        """Leaves the state as the first run left it, however many runs followed."""
+        if self._replayed:
+            _put_back(self._after, self._modules_after)
+            _set_generators(self._generators_after, self._device)
+
+    def _save(self, tensor: Tensor) -> None:
+        """Keeps the value of `tensor`, which is about to be written."""
+        if id(tensor) not in self._before and id(tensor) not in self._constant:
+            self._before[id(tensor)] = (tensor, tensor.detach().clone())
+
+
+def _put_back(
+    tensors: Iterable[tuple[Tensor, Tensor]], modules: Iterable[tuple[nn.Module, dict[str, Tensor | None]]]
+) -> None:
+    for module, buffers in modules:  # a buffer may have been replaced by a new tensor rather than written to
+        if buffers:
+            module._buffers.update(buffers)
+    with torch.no_grad():
+        for tensor, value in tensors:
+            tensor.copy_(value)
+
+
+def _generators(device: torch.device) -> tuple[Any, ...]:
+    states: tuple[Any, ...] = (random.getstate(), torch.get_rng_state())
+    return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
+
+
+def _set_generators(states: Sequence[Any], device: torch.device) -> None:
+    random.setstate(states[0])
+    torch.set_rng_state(states[1])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[2], device)
+
+
+def _refuse_wrapper(module: nn.Module) -> None:
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise RuntimeError(
+            f"model_fn calls a {type(module).__name__}-wrapped module: CurveBall's Jacobian products bypass its "
+            "gradient hooks and replicas, so its tangents and gradient averages would be lost. Call the wrapped "
+            "module itself (`ddp_model.module`) in model_fn."
+        )
+
+
+class _Recorder(TorchFunctionMode):
+    """Calls `save` on every tensor that a torch function is about to write to, unless the run itself created it.
+
+    A memory is fresh if it first shows up as the result of a call, and external if it first shows up as an argument.
+    """
+
+    def __init__(self, save: Callable[[Tensor], None], fresh: set[int], external: set[int]) -> None:
+        super().__init__()
+        self._save = save
+        self._fresh = fresh
+        self._external = external
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._external.update({_memory(t) for t in _tensors((*args, *kwargs.values()))} - self._fresh)
+        for tensor in _tensors(_written(func, args, kwargs)):
+            if _memory(tensor) in self._external:
+                self._save(tensor)
+        result = func(*args, **kwargs)
+        self._fresh.update({_memory(t) for t in _tensors((result,))} - self._external)
+        return result
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided:
+                yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that `func` writes to."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        func = getattr(func, func.overloads()[0])
+    if isinstance(func, torch._ops.OpOverload):
+        return _written_by_schema(func, args, kwargs)
+    name = getattr(func, "__name__", "")
+    written = [kwargs["out"]] if "out" in kwargs else []
+    if name in _NORMALISATIONS:
+        # Statistics, and the affine parameters, which it does no harm to save, are vectors; the input is not.
+        written += [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 1]
+    elif name in ("embedding", "embedding_bag") and kwargs.get("max_norm") is not None:
+        written.append(args[1])  # rows that are too long are rescaled in place
+    elif name == "fused_moving_avg_obs_fake_quant":
+        written += args
+    elif args and (
+        (name.endswith("_") and not name.endswith("__"))
+        or name in _AUGMENTED
+        or name in ("__setitem__", "__set__")
+        or kwargs.get("inplace") is True
+    ):
+        written.append(args[0])
+    return written
+
+
+def _written_by_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    written = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append(args[i] if i < len(args) else kwargs.get(argument.name))
+    return written

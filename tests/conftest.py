@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from curveball_fused import curvature
+
+torch.set_num_threads(1)  # the nets are tiny; tests of threading set their own number
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """The same random numbers for each test, and announcements that are made once per process made again."""
+    torch.manual_seed(0)
+    curvature._announced.clear()
+    yield

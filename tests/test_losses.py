@@ -1,0 +1,172 @@
+"""Closed-form Gauss-Newton products against autograd's Hessian of the loss, in every variant that torch offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curveball_fused import losses
+from curveball_fused.losses import LossModel
+
+torch.manual_seed(0)
+CLASSES = 5
+LOGITS = torch.randn(7, CLASSES, dtype=torch.float64)
+IMAGES = torch.randn(3, CLASSES, 2, 2, dtype=torch.float64)
+INDEX = torch.tensor([0, 4, 2, 2, 1, 3, 0])
+IMAGE_INDEX = torch.randint(0, CLASSES, (3, 2, 2))
+PROBABILITIES = torch.rand(7, CLASSES, dtype=torch.float64).softmax(1)
+WEIGHT = torch.rand(CLASSES, dtype=torch.float64) + 0.5
+TARGET = torch.randn(7, CLASSES, dtype=torch.float64)
+LABELS = torch.rand(7, CLASSES, dtype=torch.float64)
+
+Case = tuple[Tensor, Callable[[Tensor], Tensor]]
+RECOGNISED: dict[str, Case] = {
+    f"cross entropy {reduction} {name}": (x, lambda o, y=y, k=k, r=reduction: F.cross_entropy(o, y, reduction=r, **k))
+    for reduction in ("mean", "sum")
+    for name, x, y, k in [
+        ("plain", LOGITS, INDEX, {}),
+        ("weight", LOGITS, INDEX, dict(weight=WEIGHT)),
+        ("ignore_index", LOGITS, INDEX, dict(ignore_index=2)),
+        ("smoothing", LOGITS, INDEX, dict(label_smoothing=0.2)),
+        ("all", LOGITS, INDEX, dict(weight=WEIGHT, ignore_index=2, label_smoothing=0.2)),
+        ("images", IMAGES, IMAGE_INDEX, dict(weight=WEIGHT, ignore_index=0, label_smoothing=0.1)),
+        ("one sample", LOGITS[0], INDEX[0], dict(weight=WEIGHT)),
+        ("probabilities", LOGITS, PROBABILITIES, {}),
+        ("probabilities, all", LOGITS, PROBABILITIES, dict(weight=WEIGHT, label_smoothing=0.2)),
+        ("probabilities, images", IMAGES, IMAGES.softmax(1).roll(1, 0), dict(label_smoothing=0.1)),
+    ]
+}
+RECOGNISED |= {
+    f"mse {reduction}": (LOGITS, lambda o, r=reduction: F.mse_loss(o, TARGET, reduction=r)) for reduction in ("mean", "sum")
+}
+RECOGNISED |= {
+    f"bce {reduction} {name}": (
+        LOGITS,
+        lambda o, k=k, r=reduction: F.binary_cross_entropy_with_logits(o, LABELS, reduction=r, **k),
+    )
+    for reduction in ("mean", "sum")
+    for name, k in [
+        ("plain", {}),
+        ("weight", dict(weight=torch.rand(7, 1, dtype=torch.float64))),
+        ("pos_weight", dict(weight=WEIGHT, pos_weight=WEIGHT.flip(0))),
+    ]
+}
+RECOGNISED |= {
+    "modules": (LOGITS, lambda o: torch.nn.CrossEntropyLoss()(o, INDEX)),
+    "view": (LOGITS.view(7, 1, CLASSES), lambda o: F.cross_entropy(o.view(-1, CLASSES), INDEX)),
+    "transpose": (LOGITS.T.contiguous(), lambda o: F.cross_entropy(o.transpose(0, 1), INDEX)),
+    "slice": (LOGITS, lambda o: F.cross_entropy(o[:-2, 1:].contiguous(), INDEX[:-2] % 4)),
+    "squeeze": (LOGITS[:, :1], lambda o: F.mse_loss(o.squeeze(1), TARGET[:, 0])),
+    "permute and flatten": (IMAGES, lambda o: F.cross_entropy(o.permute(0, 2, 3, 1).flatten(0, 2), IMAGE_INDEX.flatten())),
+}
+GENERAL: dict[str, Case] = {
+    "scaled": (LOGITS, lambda o: 0.5 * F.cross_entropy(o, INDEX)),
+    "sum of two": (LOGITS, lambda o: F.cross_entropy(o, INDEX) + F.mse_loss(o, TARGET)),
+    "not applied to the outputs": (LOGITS, lambda o: F.cross_entropy(o * 2, INDEX)),
+    "huber": (LOGITS, lambda o: F.huber_loss(o, TARGET)),
+    "exponential": (LOGITS, lambda o: torch.exp(-o * TARGET).mean()),
+    "linear": (LOGITS, lambda o: (o * TARGET).sum()),
+    "absolute": (LOGITS, lambda o: (o - TARGET).abs().mean()),
+    "mse of a vector of one": (LOGITS, lambda o: F.mse_loss(o, TARGET).view(1)),
+    "reduction none": (LOGITS, lambda o: F.cross_entropy(o, INDEX, reduction="none").mean()),
+    "swapped mse": (LOGITS, lambda o: F.mse_loss(TARGET, o)),
+}
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("name", [*RECOGNISED, *GENERAL])
+def test_against_the_hessian(name: str, sign: float) -> None:
+    outputs, loss_fn = (RECOGNISED | GENERAL)[name]
+
+    def flat(x: Tensor) -> Tensor:
+        return sign * loss_fn(x.view(outputs.shape)).reshape(())
+
+    model = LossModel(loss_fn, outputs, sign, [])
+    torch.testing.assert_close(model.loss, loss_fn(outputs).reshape(()))
+    gradient = torch.autograd.functional.jacobian(flat, outputs.flatten())
+    hessian = torch.autograd.functional.hessian(flat, outputs.flatten())
+    jz, jr = torch.randn_like(outputs), torch.randn_like(outputs)
+    c, products = model.cotangent(jz)
+    u, v = jz.flatten(), jr.flatten()
+    torch.testing.assert_close(c.flatten(), hessian @ u + gradient, rtol=1e-11, atol=1e-12)
+    expected = torch.stack((gradient @ u, u @ hessian @ u, gradient @ v, u @ hessian @ v, v @ hessian @ v))
+    torch.testing.assert_close(products(jr), expected, rtol=1e-11, atol=1e-11)
+    assert c.shape == outputs.shape and products(jr).dtype == torch.float64
+
+
+@pytest.fixture
+def no_double_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the loss was not recognised")
+
+    monkeypatch.setattr(losses, "_by_autograd", refuse)
+
+
+@pytest.mark.usefixtures("no_double_backward")
+@pytest.mark.parametrize("name", list(RECOGNISED))
+def test_is_recognised(name: str) -> None:
+    outputs, loss_fn = RECOGNISED[name]
+    LossModel(loss_fn, outputs, 1.0, [])
+
+
+@pytest.mark.usefixtures("no_double_backward")
+@pytest.mark.parametrize("name", list(GENERAL))
+def test_is_not_mistaken_for_another(name: str) -> None:
+    outputs, loss_fn = GENERAL[name]
+    with pytest.raises(AssertionError, match="not recognised"):
+        LossModel(loss_fn, outputs, 1.0, [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(RECOGNISED))
+def test_positive_semi_definite_in_low_precision(name: str, dtype: torch.dtype) -> None:
+    outputs, loss_fn = RECOGNISED[name]
+    weights_are_double = "weight" in name or "all" in name or "images" in name
+    if weights_are_double and "bce" not in name:
+        loss_fn = RECOGNISED["cross entropy mean plain"][1] if outputs.dim() == 2 else lambda o: F.cross_entropy(o, IMAGE_INDEX)
+    scaled = (100 * outputs).to(dtype)
+    if outputs.dim() < 2 or scaled.shape[0] == 1:
+        return
+    model = LossModel(lambda o: loss_fn(o.to(torch.float64) if weights_are_double else o), scaled, 1.0, [])
+    v = torch.randn_like(scaled)
+    c, products = model.cotangent(v)
+    result = products(v)
+    assert c.dtype == dtype
+    assert result[1] >= 0 and result[4] >= 0
+
+
+def test_half_precision_logits_are_worked_on_in_float32() -> None:
+    outputs, v = LOGITS.bfloat16(), TARGET.bfloat16()
+    low = LossModel(lambda o: F.cross_entropy(o, INDEX), outputs, 1.0, []).cotangent(v)[1](v)
+    high = LossModel(lambda o: F.cross_entropy(o, INDEX), outputs.double(), 1.0, []).cotangent(v.double())[1](v.double())
+    torch.testing.assert_close(low, high, rtol=1e-5, atol=1e-6)
+
+
+def test_every_target_ignored_is_not_finite() -> None:
+    model = LossModel(lambda o: F.cross_entropy(o, torch.full((7,), 2), ignore_index=2), LOGITS, 1.0, [])
+    assert not torch.isfinite(model.loss) and not torch.isfinite(model.cotangent(LOGITS)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "error", "message"),
+    [
+        (lambda o: F.cross_entropy(o, INDEX, reduction="none"), RuntimeError, r"scalar.*\(7,\).*mean"),
+        (lambda o: F.cross_entropy(o, INDEX).item(), TypeError, "float"),
+        (lambda o: F.cross_entropy(o.detach(), INDEX), RuntimeError, "does not depend on the outputs"),
+        (lambda o: None, TypeError, "NoneType"),
+    ],
+)
+def test_bad_losses(loss_fn: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LossModel(loss_fn, LOGITS, 1.0, [])
+
+
+def test_a_regulariser_in_the_loss_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match="weight_decay"):
+        LossModel(lambda o: F.cross_entropy(o, INDEX) + weight.square().sum(), LOGITS, 1.0, [weight])
