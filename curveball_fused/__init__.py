@@ -1,8 +1,8 @@
 """CurveBall, a second-order optimizer at the price of momentum SGD, with fused kernels.
 
-    from curveball_fused import CurveBall
-    optimizer = CurveBall(model.parameters())
-    loss, outputs = optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
+from curveball_fused import CurveBall
+optimizer = CurveBall(model.parameters())
+loss, outputs = optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
 """
 
 from importlib.metadata import PackageNotFoundError, version

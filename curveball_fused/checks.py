@@ -98,9 +98,7 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def _number(
-    name: str, value: Any, low: float, high: float, hint: str = "", low_open: bool = False
-) -> None:
+def _number(name: str, value: Any, low: float, high: float, hint: str = "", low_open: bool = False) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number{hint}; got {value!r}.")
     if math.isnan(value) or math.isinf(value) or not low <= value <= high or (low_open and value == low):

@@ -90,9 +90,7 @@ class DoubleBackward:
         if not self._outputs.requires_grad:
             raise _independent()
         self._cotangent = torch.zeros_like(self._outputs, requires_grad=True)
-        gradients = torch.autograd.grad(
-            self._outputs, params, self._cotangent, create_graph=True, allow_unused=True
-        )
+        gradients = torch.autograd.grad(self._outputs, params, self._cotangent, create_graph=True, allow_unused=True)
         # u ↦ Jᵀu is linear, so the derivative of <Jᵀu, v> with respect to u is Jv.
         self._used = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
         self._transpose = [g for g in gradients if g is not None and g.requires_grad]
@@ -107,9 +105,7 @@ class DoubleBackward:
 
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         """As `Forward.vjp`."""
-        gradients = torch.autograd.grad(
-            self._outputs, self._params, cotangent, retain_graph=True, allow_unused=True
-        )
+        gradients = torch.autograd.grad(self._outputs, self._params, cotangent, retain_graph=True, allow_unused=True)
         return _dense(self._params, gradients)
 
 
@@ -226,12 +222,12 @@ def _has_dropout(args: Any, kwargs: dict[str, Any] | None) -> bool:
 @contextmanager
 def _plain_recurrence(device_type: str) -> Iterator[None]:
     switch = torch.backends.cudnn if device_type == "cuda" else torch.backends.mkldnn
-    with switch.flags(enabled=False):  # type: ignore[no-untyped-call]
+    with switch.flags(enabled=False):
         yield
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """Compiled code has lost tangents silently in some versions of torch, so `torch.compile`d modules run as written."""
+    """Runs `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

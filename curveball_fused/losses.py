@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 LossFn = Callable[[Tensor], Tensor]
-Product = Callable[[Tensor], Tensor]  # v ↦ H_o v
+Map = Callable[[Tensor], Tensor]
+# Gradient g_o; a map v ↦ v' that takes off what H_o and g_o do not see; and the product v' ↦ H_o v'. With v' for v,
+# v'·H_o v' is a sum of terms that are not negative, so that rounding can't make a convex loss look concave.
+Quadratic = tuple[Tensor, Map, Map]
 
 # Linear rearrangements that may stand between the outputs and a recognised loss, such as `out.view(-1, classes)`.
 _REARRANGEMENTS = frozenset(
@@ -53,14 +56,16 @@ class LossModel:
                 "argument, without detach() or torch.no_grad()."
             )
         self.loss = loss.detach()
-        self._view, self._steps = self._leaf, ()
+        self._view = self._leaf
+        self._steps: tuple[Map, ...] = ()
         closed = seen.closed_form(returned)
         if closed is None:
-            gradient, product = _by_autograd(loss, self._leaf)
+            gradient, centre, product = _by_autograd(loss, self._leaf)
         else:
-            (self._view, self._steps), (gradient, product) = closed
+            (self._view, self._steps), (gradient, centre, product) = closed
         self._gradient = gradient if sign > 0 else -gradient
-        self._product: Product = product if sign > 0 else lambda v: -product(v)
+        self._centre = centre
+        self._product: Map = product if sign > 0 else lambda v: -product(v)
 
     def cotangent(self, tangent: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The cotangent to pull back, and what remains to be asked.
@@ -72,7 +77,7 @@ class LossModel:
             c = H_o Jz + g_o, of the outputs' shape and dtype, and a function of Jr that returns the products of the
             2x2 system as float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
         """
-        g, jz = self._gradient, self._rearranged(tangent)
+        g, jz = self._gradient, self._seen_by_loss(tangent)
         h_jz = self._product(jz)
         first = (_dot(g, jz), _dot(h_jz, jz))
         c = (g + h_jz).to(self._view.dtype)
@@ -80,15 +85,15 @@ class LossModel:
             (c,) = torch.autograd.grad(self._view, self._leaf, c)
 
         def products(tangent: Tensor) -> Tensor:
-            jr = self._rearranged(tangent)
+            jr = self._seen_by_loss(tangent)
             return torch.stack((*first, _dot(g, jr), _dot(h_jz, jr), _dot(self._product(jr), jr)))
 
         return c, products
 
-    def _rearranged(self, tangent: Tensor) -> Tensor:
+    def _seen_by_loss(self, tangent: Tensor) -> Tensor:
         for step in self._steps:
             tangent = step(tangent)
-        return tangent.to(self._gradient.dtype)
+        return self._centre(tangent.to(self._gradient.dtype))
 
 
 def checked_loss(loss: Any) -> Tensor:
@@ -107,7 +112,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dtype=torch.float64)
 
 
-def _by_autograd(loss: Tensor, outputs: Tensor) -> tuple[Tensor, Product]:
+def _itself(v: Tensor) -> Tensor:
+    return v
+
+
+def _by_autograd(loss: Tensor, outputs: Tensor) -> Quadratic:
     """H_o v = ∂<g_o, v>/∂outputs; zero where the loss is (piecewise) linear."""
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
@@ -118,7 +127,7 @@ def _by_autograd(loss: Tensor, outputs: Tensor) -> tuple[Tensor, Product]:
         (hv,) = torch.autograd.grad(gradient, outputs, v, retain_graph=True, materialize_grads=True)
         return hv
 
-    return gradient.detach(), product
+    return gradient.detach(), _itself, product
 
 
 class _Recogniser(TorchFunctionMode):
@@ -127,7 +136,7 @@ class _Recogniser(TorchFunctionMode):
     def __init__(self, outputs: Tensor, params: set[int]) -> None:
         super().__init__()
         self._params = params
-        self._views: dict[int, tuple[Tensor, tuple[Product, ...]]] = {id(outputs): (outputs, ())}
+        self._views: dict[int, tuple[Tensor, tuple[Map, ...]]] = {id(outputs): (outputs, ())}
         self._calls: list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_function__(
@@ -149,9 +158,7 @@ class _Recogniser(TorchFunctionMode):
                 self._views[id(result)] = (result, (*steps, step))
         return result
 
-    def closed_form(
-        self, loss: Tensor
-    ) -> tuple[tuple[Tensor, tuple[Product, ...]], tuple[Tensor, Product]] | None:
+    def closed_form(self, loss: Tensor) -> tuple[tuple[Tensor, tuple[Map, ...]], Quadratic] | None:
         """The rearranged outputs with the way there, and their gradient and product, if `loss` is a known function."""
         for result, func, args, kwargs in self._calls:
             if result is loss:
@@ -170,10 +177,10 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Product] | None:
+) -> Quadratic | None:
     """L = -1/D Σ_nc t_nc log p_nc, with t = weight · ((1-ε) target + ε/C), s_n = Σ_c t_nc, p = softmax(input).
 
-    g = (s p - t)/D;  H v = s/D · p (v - <p, v>): the Gauss-Newton matrix, positive semi-definite as s ≥ 0.
+    g = (s p - t)/D;  v' = v - <p, v>;  H v = s/D p v', positive semi-definite as s ≥ 0.
     """
     if size_average is not None or reduce is not None or reduction not in ("mean", "sum"):
         return None
@@ -202,7 +209,8 @@ def cross_entropy(
     if reduction == "mean":
         s = s * scale if denominator is None else s / denominator
         g = g.mul_(scale) if denominator is None else g.div_(denominator)
-    return g, lambda v: torch._softmax_backward_data(v, p, dim, p.dtype).mul_(s)
+    h = p * s
+    return g, lambda v: v - (p * v).sum(dim, keepdim=True), lambda v: h * v
 
 
 def mse_loss(
@@ -212,14 +220,14 @@ def mse_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
-) -> tuple[Tensor, Product] | None:
+) -> Quadratic | None:
     """L = s Σ (input - target)², with s = 1/n for the mean;  g = 2 s (input - target), H = 2 s."""
     plain = size_average is None and reduce is None and weight is None and input.shape == target.shape
     if not plain or reduction not in ("mean", "sum"):
         return None
     x = _at_least_float(input)
     scale = 2.0 / (max(x.numel(), 1) if reduction == "mean" else 1)
-    return (x - target.detach()).mul_(scale), lambda v: scale * v
+    return (x - target.detach()).mul_(scale), _itself, lambda v: scale * v
 
 
 def binary_cross_entropy_with_logits(
@@ -230,8 +238,11 @@ def binary_cross_entropy_with_logits(
     reduce: bool | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
-) -> tuple[Tensor, Product] | None:
-    """L = s Σ w [(1-y) x + k softplus(-x)], k = 1 + (pos_weight - 1) y;  g = s w (1 - y - k σ(-x)), H = s w k σ(x) σ(-x)."""
+) -> Quadratic | None:
+    """L = s Σ w [(1-y) x + k softplus(-x)], k = 1 + (pos_weight - 1) y.
+
+    g = s w (1 - y - k σ(-x));  H = s w k σ(x) σ(-x).
+    """
     if size_average is not None or reduce is not None or reduction not in ("mean", "sum"):
         return None
     x = _at_least_float(input)
@@ -241,7 +252,7 @@ def binary_cross_entropy_with_logits(
     k = 1.0 if pos_weight is None else 1 + (pos_weight.detach().to(x.dtype) - 1) * y
     below = torch.sigmoid(-x)
     h = w * k * below * torch.sigmoid(x)
-    return w * (1 - y - k * below), lambda v: h * v
+    return w * (1 - y - k * below), _itself, lambda v: h * v
 
 
 def _at_least_float(input: Tensor) -> Tensor:
@@ -250,7 +261,7 @@ def _at_least_float(input: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-_CLOSED_FORMS: dict[Any, Callable[..., tuple[Tensor, Product] | None]] = {
+_CLOSED_FORMS: dict[Any, Callable[..., Quadratic | None]] = {
     F.cross_entropy: cross_entropy,
     F.mse_loss: mse_loss,
     F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,

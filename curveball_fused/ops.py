@@ -57,6 +57,7 @@ def update_(
     )
     for original, copy in copies:
         original.copy_(copy)
+    torch.autograd.graph.increment_version([*params, *z])  # so that a graph that still needs the old values says so
     return z_dot_z
 
 
@@ -68,8 +69,9 @@ def dots(z: Sequence[Tensor], r: Sequence[Tensor], *, backend: str = "auto") -> 
         RuntimeError: a dtype is not supported, or the named backend cannot run.
     """
     _check_lists(z, r)
-    device = z[0].device if z else torch.device("cpu")
-    if backends.choose(backend, device) == "torch":
+    if not z:
+        return torch.zeros(3, dtype=torch.float64)
+    if backends.choose(backend, z[0].device) == "torch":
         return reference.dots(z, r)
     z_flat = [z_i if _same_dense_layout(z_i, z_i) else z_i.contiguous() for z_i in z]
     r_flat = [
@@ -125,9 +127,7 @@ def adapt_damping(
     """λ by the ratio γ of actual to predicted change (Levenberg-Marquardt's rule); see `reference.adapt_damping`."""
     if backends.choose(backend, scalars.device) == "torch":
         return reference.adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
-    result: Tensor = torch.ops.curveball_fused.adapt_damping(
-        scalars, new_loss, low, high, factor, minimum, maximum
-    )
+    result: Tensor = torch.ops.curveball_fused.adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
     return result
 
 
@@ -156,7 +156,7 @@ if backends.choose("auto", torch.device("cpu")) == "cpu":
 
     @torch.library.register_fake("curveball_fused::dots")
     def _(z, r):  # type: ignore[no-untyped-def]
-        return z[0].new_empty(3, dtype=torch.float64) if z else torch.empty(3, dtype=torch.float64)
+        return z[0].new_empty(3, dtype=torch.float64)
 
     @torch.library.register_fake("curveball_fused::solve")
     def _(scalars, loss, products, dots, beta, rho, lr, lr_tensor=None):  # type: ignore[no-untyped-def]

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checks, ops, reference
-from .curvature import DoubleBackward, Forward, ForwardModeUnsupported, announce, forward_mode_errors, run_plain
+from . import backends, checks, ops, reference
+from .curvature import (
+    DoubleBackward,
+    Forward,
+    ForwardModeUnsupported,
+    announce,
+    forward_mode_errors,
+    run_plain,
+)
 from .losses import LossModel, checked_loss
 from .reference import LAMBD, LOSS, PREDICTED_CHANGE, SCALARS, Z_DOT_Z
 from .replay import Replay
@@ -78,7 +85,7 @@ class CurveBall(Optimizer):
         super().add_param_group(param_group)
         try:
             checks.parameters([p for group in self.param_groups for p in group["params"]])
-            ops.backends.choose(self.defaults["backend"], self.param_groups[0]["params"][0].device)
+            backends.choose(self.defaults["backend"], self.param_groups[0]["params"][0].device)
         except Exception:
             self.param_groups.pop()
             raise
@@ -124,7 +131,7 @@ class CurveBall(Optimizer):
         "loss" (before the step), "beta", "rho" (0 in a skipped step), "lambd", "predicted_change", "ratio" (γ at the
         last look, NaN before the first), "skipped_steps" (not finite), "safe_steps" (loss not convex in the outputs).
         """
-        shared = self.state.get(SHARED)
+        shared = self._states.get(SHARED)
         values = shared["scalars"] if shared else self._initial_scalars()
         figures = {name: values[i].clone() for i, name in enumerate(SCALARS)}
         figures["loss"] *= self._sign
@@ -150,7 +157,7 @@ class CurveBall(Optimizer):
                 self.state[p]["z"] = _zeros_like(p).copy_(saved[i]["z"])
         if SHARED in saved:
             scalars = saved[SHARED]["scalars"].to(self.param_groups[0]["params"][0].device, copy=True)
-            self.state[SHARED] = saved[SHARED] | {"scalars": scalars}
+            self._states[SHARED] = saved[SHARED] | {"scalars": scalars}
 
     def _advance(
         self,
@@ -203,7 +210,7 @@ class CurveBall(Optimizer):
         self, model_fn: Callable[[], Tensor], params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
     ) -> tuple[Forward | DoubleBackward, tuple[Tensor, Tensor]]:
         """The linear map and its first product, Jz; settles in the first step which way the model needs."""
-        curvature, shared = self.defaults["curvature"], self.state[SHARED]
+        curvature, shared = self.defaults["curvature"], self._states[SHARED]
         if curvature == "forward" or (curvature == "auto" and not shared["double_backward"]):
             linear = Forward(model_fn, params, replay)
             try:
@@ -229,7 +236,9 @@ class CurveBall(Optimizer):
                 ) from error
             raise
 
-    def _update(self, groups: Sequence[list[Tensor]], z: Sequence[Tensor], r: Sequence[Tensor], scalars: Tensor) -> None:
+    def _update(
+        self, groups: Sequence[list[Tensor]], z: Sequence[Tensor], r: Sequence[Tensor], scalars: Tensor
+    ) -> None:
         """Moves z and the weights; puts z·z, and for groups of unequal lr the predicted change, into `scalars`."""
         squares, rates, start = [], [], 0
         for group, settings in zip(groups, self.param_groups, strict=True):
@@ -260,9 +269,14 @@ class CurveBall(Optimizer):
         for p in params:
             if "z" not in self.state[p]:
                 self.state[p]["z"] = _zeros_like(p)
-        if SHARED not in self.state:
-            self.state[SHARED] = {"scalars": self._initial_scalars(), "step": 0, "active": [], "double_backward": False}
-        shared: dict[str, Any] = self.state[SHARED]
+        if SHARED not in self._states:
+            self._states[SHARED] = {
+                "scalars": self._initial_scalars(),
+                "step": 0,
+                "active": [],
+                "double_backward": False,
+            }
+        shared: dict[str, Any] = self._states[SHARED]
         everything = [p for group in self.param_groups for p in group["params"]]
         active = [i for i, p in enumerate(everything) if p.requires_grad]
         if active != shared["active"]:
@@ -279,6 +293,11 @@ class CurveBall(Optimizer):
         return scalars
 
     @property
+    def _states(self) -> dict[Any, Any]:
+        """`state` with its string key, which torch saves and loads like any other but does not name in its type."""
+        return self.state
+
+    @property
     def _sign(self) -> float:
         return -1.0 if self.param_groups[0]["maximize"] else 1.0
 
@@ -290,7 +309,7 @@ def _zeros_like(p: Tensor) -> Tensor:
 
 def _explain_call() -> NoReturn:
     raise TypeError(
-        "CurveBall.step needs two functions, step(model_fn, loss_fn), since it differentiates the model itself. Instead "
+        "CurveBall.step needs two functions, step(model_fn, loss_fn), as it differentiates the model itself. Instead "
         "of a closure that calls backward(), write:\n"
         "    loss, outputs = optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))"
     )

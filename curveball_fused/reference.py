@@ -56,8 +56,7 @@ def update_(
 
 def dots(z: Sequence[Tensor], r: Sequence[Tensor]) -> Tensor:
     """float64 `[z·z, z·r, r·r]`."""
-    device = z[0].device if z else None
-    total = torch.zeros(3, dtype=torch.float64, device=device)
+    total = torch.zeros(3, dtype=torch.float64, device=z[0].device)
     for z_i, r_i in zip(z, r, strict=True):
         a, b = z_i.double(), r_i.double()
         total += torch.stack(((a * a).sum(), (a * b).sum(), (b * b).sum()))
@@ -75,11 +74,11 @@ def solve(
 ) -> Tensor:
     """[β, -ρ] = A⁺ b, the minimiser of ½ xᵀA x - x·b, from `products` = `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
 
-    `dots` = `[z·z, z·r, r·r]`; None where the adjoint identities z·r = Jz·c and r·r = Jr·c hold. A given `beta` or `rho`
-    is kept, and the other minimises what is left. Returns new scalars.
+    `dots` = `[z·z, z·r, r·r]`; None where the adjoint identities z·r = Jz·c and r·r = Jr·c hold. A given `beta` or
+    `rho` is kept, and the other minimises what is left. Returns new scalars.
 
-    A = Gauss-Newton + λ·Gram, so A ⪰ λ·Gram for a loss that is convex in the outputs. Where the curvature is so negative
-    that A ⪰ ½λ·Gram fails, A⁺ b could climb or leap; a safe step goes down along Δ alone, no further than 1/λ:
+    A = Gauss-Newton + λ·Gram, so A ⪰ λ·Gram for a loss that is convex in the outputs. Where the curvature is so
+    negative that A ⪰ ½λ·Gram fails, A⁺ b could climb or leap; a safe step goes down along Δ alone, no further than 1/λ:
     ρ = 0, β = b₁ / max(|A₁₁|, λ Δ·Δ).
     """
     gz, z_hz, gr, z_hr, r_hr = products.unbind()
@@ -106,7 +105,11 @@ def solve(
         x1, safe = torch.full_like(a11, beta), n22 < 0
         x2 = torch.where(safe, zero, _divide(b2 - a12 * x1, a22))
     else:
-        x1, x2, safe = torch.full_like(a11, beta), torch.full_like(a11, -rho), torch.zeros_like(a11, dtype=torch.bool)
+        x1, x2, safe = (
+            torch.full_like(a11, beta),
+            torch.full_like(a11, -rho),
+            torch.zeros_like(a11, dtype=torch.bool),
+        )
 
     slope = x1 * b1 + x2 * b2
     bend = torch.where(safe, slope, x1 * (a11 * x1 + 2 * a12 * x2) + x2 * a22 * x2)
@@ -147,7 +150,7 @@ def _solve_both(a11: Tensor, a12: Tensor, a22: Tensor, b1: Tensor, b2: Tensor) -
     """x = A⁺ b, after scaling A to unit diagonal."""
     s1, s2 = a11.clamp(min=0).sqrt(), a22.clamp(min=0).sqrt()
     cos, y1, y2 = _divide(a12, s1 * s2), _divide(b1, s1), _divide(b2, s2)
-    gap = 1 - cos * cos
+    gap = (1 - cos) * (1 + cos)
     full = torch.stack((_divide(y1 - cos * y2, gap), _divide(y2 - cos * y1, gap)))
     sign = torch.sign(cos)
     parallel = torch.stack((y1 + sign * y2, sign * y1 + y2)) / 4  # the pseudo-inverse of [[1, ±1], [±1, 1]]

@@ -50,7 +50,15 @@ def attention() -> tuple[nn.Module, Tensor]:
 
 
 def dropout() -> tuple[nn.Module, Tensor]:
-    net = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.4), nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+    net = nn.Sequential(
+        nn.Linear(6, 8),
+        nn.GELU(),
+        nn.Dropout(0.4),
+        nn.Linear(8, 8),
+        nn.Tanh(),
+        nn.Dropout(0.2),
+        nn.Linear(8, 3),
+    )
     return net, torch.randn(7, 6)
 
 

@@ -1,4 +1,4 @@
-"""CurveBall written with dense matrices: the Jacobian row by row, H_o and A as they stand in the paper. Tiny nets only."""
+"""CurveBall with dense matrices: the Jacobian row by row, H_o and A as they stand in the paper. For tiny nets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class DenseCurveBall:
     steps: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
 
-    def step(self, forward: Callable[[nn.Module], Tensor], loss_fn: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def step(
+        self, forward: Callable[[nn.Module], Tensor], loss_fn: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         sign = -1.0 if self.maximize else 1.0
         before, random = copy.deepcopy(self.model), torch.get_rng_state()
         named = dict(self.model.named_parameters())

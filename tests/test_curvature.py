@@ -30,7 +30,9 @@ def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return torch.stack([(u * v).sum() for u, v in zip(a, b, strict=True)]).sum()
 
 
-def products(mode: Any, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor], Tensor, list[Tensor], Tensor]:
+def products(
+    mode: Any, model: nn.Module, x: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, list[Tensor], Tensor]:
     params = list(model.parameters())
     torch.manual_seed(3)
     z = [torch.randn_like(p) for p in params]
@@ -84,11 +86,23 @@ RULED = {
         nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)),
         torch.randn(5, 3),
     ),
-    "batch norm without affine": lambda: (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)), torch.randn(5, 3)),
-    "batch norm in eval mode": lambda: (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(), torch.randn(5, 3)),
+    "batch norm without affine": lambda: (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)),
+        torch.randn(5, 3),
+    ),
+    "batch norm in eval mode": lambda: (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(),
+        torch.randn(5, 3),
+    ),
     "layer norm": lambda: (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), torch.randn(5, 3)),
-    "layer norm without bias": lambda: (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4, bias=False)), torch.randn(5, 3)),
-    "layer norm over two dimensions": lambda: (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm((5, 4))), torch.randn(2, 5, 3)),
+    "layer norm without bias": lambda: (
+        nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4, bias=False)),
+        torch.randn(5, 3),
+    ),
+    "layer norm over two dimensions": lambda: (
+        nn.Sequential(nn.Linear(3, 4), nn.LayerNorm((5, 4))),
+        torch.randn(2, 5, 3),
+    ),
     "softmax": lambda: (nn.Sequential(nn.Linear(3, 4), nn.Softmax(1)), torch.randn(5, 3)),
     "group norm": lambda: (nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4)), torch.randn(2, 2, 3, 3)),
 }
@@ -143,7 +157,7 @@ def test_attention_rule(options: Any) -> None:
 
 
 class Stateful(nn.Module):
-    """Changes buffers in every way: batch norm, in place, through a view, by assignment; draws from three generators."""
+    """Changes buffers in every way: batch norm, in place, through a view, by assignment; draws from two generators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +243,9 @@ def test_no_grad_inside_the_model_stops_both_products() -> None:
     torch.testing.assert_close(dot(z, r), (jz * u).sum(), rtol=1e-12, atol=1e-12)
 
 
-def one_step_equals_double_backward(make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]) -> list[str]:
+def one_step_equals_double_backward(
+    make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]],
+) -> list[str]:
     """Two steps by "auto" against two steps by double backward; returns what was announced."""
     stats, messages = [], []
     for curvature in ("auto", "double_backward"):
@@ -297,7 +313,9 @@ class Custom(nn.Module):
         self.linear_first = linear_first
 
     def forward(self, x: Tensor) -> Tensor:
-        return Scale.apply(self.linear(x), self.weight) if self.linear_first else self.linear(Scale.apply(x, self.weight))
+        return (
+            Scale.apply(self.linear(x), self.weight) if self.linear_first else self.linear(Scale.apply(x, self.weight))
+        )
 
 
 @pytest.mark.parametrize("linear_first", [True, False])

@@ -26,7 +26,10 @@ LABELS = torch.rand(7, CLASSES, dtype=torch.float64)
 
 Case = tuple[Tensor, Callable[[Tensor], Tensor]]
 RECOGNISED: dict[str, Case] = {
-    f"cross entropy {reduction} {name}": (x, lambda o, y=y, k=k, r=reduction: F.cross_entropy(o, y, reduction=r, **k))
+    f"cross entropy {reduction} {name}": (
+        x,
+        lambda o, y=y, k=k, r=reduction: F.cross_entropy(o, y, reduction=r, **k),
+    )
     for reduction in ("mean", "sum")
     for name, x, y, k in [
         ("plain", LOGITS, INDEX, {}),
@@ -42,7 +45,8 @@ RECOGNISED: dict[str, Case] = {
     ]
 }
 RECOGNISED |= {
-    f"mse {reduction}": (LOGITS, lambda o, r=reduction: F.mse_loss(o, TARGET, reduction=r)) for reduction in ("mean", "sum")
+    f"mse {reduction}": (LOGITS, lambda o, r=reduction: F.mse_loss(o, TARGET, reduction=r))
+    for reduction in ("mean", "sum")
 }
 RECOGNISED |= {
     f"bce {reduction} {name}": (
@@ -62,7 +66,10 @@ RECOGNISED |= {
     "transpose": (LOGITS.T.contiguous(), lambda o: F.cross_entropy(o.transpose(0, 1), INDEX)),
     "slice": (LOGITS, lambda o: F.cross_entropy(o[:-2, 1:].contiguous(), INDEX[:-2] % 4)),
     "squeeze": (LOGITS[:, :1], lambda o: F.mse_loss(o.squeeze(1), TARGET[:, 0])),
-    "permute and flatten": (IMAGES, lambda o: F.cross_entropy(o.permute(0, 2, 3, 1).flatten(0, 2), IMAGE_INDEX.flatten())),
+    "permute and flatten": (
+        IMAGES,
+        lambda o: F.cross_entropy(o.permute(0, 2, 3, 1).flatten(0, 2), IMAGE_INDEX.flatten()),
+    ),
 }
 GENERAL: dict[str, Case] = {
     "scaled": (LOGITS, lambda o: 0.5 * F.cross_entropy(o, INDEX)),
@@ -122,28 +129,34 @@ def test_is_not_mistaken_for_another(name: str) -> None:
         LossModel(loss_fn, outputs, 1.0, [])
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", list(RECOGNISED))
-def test_positive_semi_definite_in_low_precision(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", [n for n in RECOGNISED if "cross" not in n or "plain" in n or "smooth" in n])
+def test_positive_semi_definite_in_low_precision(name: str, dtype: torch.dtype, scale: float) -> None:
+    """Also where the softmax is saturated, and where the tangent is nearly the same in all classes."""
     outputs, loss_fn = RECOGNISED[name]
-    weights_are_double = "weight" in name or "all" in name or "images" in name
-    if weights_are_double and "bce" not in name:
-        loss_fn = RECOGNISED["cross entropy mean plain"][1] if outputs.dim() == 2 else lambda o: F.cross_entropy(o, IMAGE_INDEX)
-    scaled = (100 * outputs).to(dtype)
-    if outputs.dim() < 2 or scaled.shape[0] == 1:
-        return
-    model = LossModel(lambda o: loss_fn(o.to(torch.float64) if weights_are_double else o), scaled, 1.0, [])
-    v = torch.randn_like(scaled)
+
+    model = LossModel(loss_fn, (scale * outputs).to(dtype), 1.0, [])
+    v = (1000 + torch.randn_like(outputs)).to(dtype)
     c, products = model.cotangent(v)
     result = products(v)
     assert c.dtype == dtype
     assert result[1] >= 0 and result[4] >= 0
 
 
+def test_a_tangent_that_is_nearly_the_same_in_all_classes() -> None:
+    v = 1e4 + LOGITS
+    low = LossModel(lambda o: F.cross_entropy(o, INDEX), LOGITS.float(), 1.0, []).cotangent(v.float())[1](v.float())
+    high = LossModel(lambda o: F.cross_entropy(o, INDEX), LOGITS, 1.0, []).cotangent(v)[1](v)
+    torch.testing.assert_close(low, high, rtol=5e-3, atol=0)  # 1e4 rounds by 5e-4
+
+
 def test_half_precision_logits_are_worked_on_in_float32() -> None:
     outputs, v = LOGITS.bfloat16(), TARGET.bfloat16()
     low = LossModel(lambda o: F.cross_entropy(o, INDEX), outputs, 1.0, []).cotangent(v)[1](v)
-    high = LossModel(lambda o: F.cross_entropy(o, INDEX), outputs.double(), 1.0, []).cotangent(v.double())[1](v.double())
+    high = LossModel(lambda o: F.cross_entropy(o, INDEX), outputs.double(), 1.0, []).cotangent(v.double())[1](
+        v.double()
+    )
     torch.testing.assert_close(low, high, rtol=1e-5, atol=1e-6)
 
 

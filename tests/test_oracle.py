@@ -20,7 +20,13 @@ SETTINGS = dict(lambd=0.7, lambda_low=0.9, lambda_high=1.1, lambda_factor=0.97, 
 
 
 def run(
-    name: str, curvature: str, backend: str, loss_of: Any, maximize: bool = False, batches: int = 3, **fixed: float
+    name: str,
+    curvature: str,
+    backend: str,
+    loss_of: Any,
+    maximize: bool = False,
+    batches: int = 3,
+    **fixed: float,
 ) -> None:
     model, x = nets.make(name)
     reference = copy.deepcopy(model)

@@ -1,0 +1,116 @@
+// Checks of the operators' arguments. They appear in Python as RuntimeError, so each says what to do.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace curveball {
+
+inline const char* name_of(cpu::DType dtype) {
+  constexpr const char* names[] = {"float16", "bfloat16", "float32", "float64"};
+  return names[dtype];
+}
+
+inline int64_t bytes(cpu::DType dtype) {
+  constexpr int64_t sizes[] = {2, 2, 4, 8};
+  return sizes[dtype];
+}
+
+inline void check_lengths(size_t n, const char* name, size_t other_n, const char* other) {
+  STD_TORCH_CHECK(n == other_n, name, " has ", n, " tensors but ", other, " has ", other_n,
+                  ": pass lists of the same length.");
+}
+
+// The dtype of list[index], which must be on the CPU.
+inline cpu::DType dtype_of(const torch::stable::Tensor& tensor, const char* list, size_t index) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(tensor.is_cpu(), list, "[", index, "] is not on the CPU: move all tensors to one device.");
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return cpu::kFloat16;
+    case ScalarType::BFloat16:
+      return cpu::kBFloat16;
+    case ScalarType::Float:
+      return cpu::kFloat32;
+    case ScalarType::Double:
+      return cpu::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, list, "[", index, "] has dtype ", torch::headeronly::toString(tensor.scalar_type()),
+                      ": convert it to float16, bfloat16, float32 or float64.");
+  }
+}
+
+// z is kept in at least float32, whatever the precision of the parameters.
+inline void check_state_dtype(cpu::DType param, cpu::DType z, size_t index) {
+  const cpu::DType wanted = param == cpu::kFloat64 ? cpu::kFloat64 : cpu::kFloat32;
+  STD_TORCH_CHECK(z == wanted, "z[", index, "] has dtype ", name_of(z), " beside a ", name_of(param),
+                  " parameter: convert z to ", name_of(wanted), ".");
+}
+
+// Every element at its own place and no holes: then the memory can be walked in a straight line.
+inline void check_dense(const torch::stable::Tensor& tensor, const char* list, size_t index) {
+  if (tensor.is_contiguous()) return;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size), innermost first
+  for (size_t d = 0; d < sizes.size(); d++) {
+    if (sizes[d] == 0) return;
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    STD_TORCH_CHECK(stride == expected, list, "[", index,
+                    "] is not dense in memory (a strided or expanded view): call .contiguous() on it first.");
+    expected *= size;
+  }
+}
+
+// Same sizes and same strides. The strides of dimensions of size one place nothing, so they may differ.
+inline void check_same_layout(const torch::stable::Tensor& a, const char* a_list, const torch::stable::Tensor& b,
+                              const char* b_list, size_t index) {
+  const auto sizes = a.sizes(), other_sizes = b.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), other_sizes.begin(), other_sizes.end()), a_list, "[", index,
+                  "] and ", b_list, "[", index, "] have different sizes: they must match.");
+  if (a.numel() == 0) return;
+  const auto strides = a.strides(), other_strides = b.strides();
+  for (size_t d = 0; d < sizes.size(); d++) {
+    STD_TORCH_CHECK(sizes[d] == 1 || strides[d] == other_strides[d], b_list, "[", index,
+                    "] is laid out differently in memory from ", a_list, "[", index,
+                    "]: copy it into the same strides, e.g. torch.empty_like(", a_list, "[", index, "]).copy_(...).");
+  }
+}
+
+// The address of a small float64 vector with at least `count` elements on the CPU.
+inline const double* read_doubles(const torch::stable::Tensor& tensor, int64_t count, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU: move it to the device of the other arguments.");
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Double, name, " has dtype ",
+                  torch::headeronly::toString(tensor.scalar_type()), ": convert it to float64.");
+  STD_TORCH_CHECK(tensor.numel() >= count && tensor.is_contiguous(), name, " must be contiguous with at least ", count,
+                  " elements; it has ", tensor.numel(), ".");
+  return tensor.const_data_ptr<double>();
+}
+
+// The value of a tensor that holds one number of any of the four dtypes.
+inline double read_number(const torch::stable::Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.numel() == 1, name, " must hold exactly one number; it has ", tensor.numel(), ".");
+  const void* data = tensor.const_data_ptr();
+  switch (dtype_of(tensor, name, 0)) {
+    case cpu::kFloat16:
+      return static_cast<const c10::Half*>(data)[0];
+    case cpu::kBFloat16:
+      return static_cast<const c10::BFloat16*>(data)[0];
+    case cpu::kFloat32:
+      return static_cast<const float*>(data)[0];
+    default:
+      return static_cast<const double*>(data)[0];
+  }
+}
+
+}  // namespace curveball

@@ -1,0 +1,36 @@
+// What the compiled loops offer: one table of functions per instruction set, each working on one block of memory.
+#pragma once
+
+#include <cstdint>
+
+namespace curveball::cpu {
+
+enum DType { kFloat16, kBFloat16, kFloat32, kFloat64, kDTypeCount };
+
+// The coefficients of one update, in double; a block rounds them to the type it computes in.
+struct UpdateArguments {
+  double beta, rho, lambd, lr, weight_decay;
+};
+
+// Updates n elements of w and z in place and returns the sum of the squares of the new z.
+using UpdateBlock = double (*)(void* w, void* z, const void* r, int64_t n, const UpdateArguments& arguments);
+// Writes [z.z, z.r, r.r] of n elements.
+using DotsBlock = void (*)(const void* z, const void* r, int64_t n, double* result);
+// The sum of the squares of n elements, added in the order of UpdateBlock.
+using SquaresBlock = double (*)(const void* z, int64_t n);
+
+struct Kernels {
+  const char* name;
+  UpdateBlock update[kDTypeCount][kDTypeCount];  // [dtype of w][dtype of r]; null: not offered
+  DotsBlock dots[kDTypeCount][kDTypeCount];      // [dtype of z][dtype of r]; null: not offered
+  SquaresBlock squares[kDTypeCount];             // [dtype of z]; null: not offered
+};
+
+// The best table this processor can run. The environment variable CURVEBALL_INSTRUCTION_SET names another one (all
+// give the same bits); null if that one was not compiled or the processor lacks it.
+const Kernels* kernels();
+
+// The names of all compiled tables, best first, separated by commas.
+const char* compiled_instruction_sets();
+
+}  // namespace curveball::cpu

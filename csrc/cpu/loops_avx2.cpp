@@ -1,0 +1,33 @@
+// The loops for x86-64 processors with AVX2. Nothing in here may run before select.cpp has asked the processor.
+#if defined(__x86_64__)
+
+// Standard headers first, for any processor; what follows the pragma is compiled for this one only.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#define CURVEBALL_AVX2
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,f16c")
+#endif
+
+#include "loops.h"
+
+namespace curveball::cpu {
+
+extern const Kernels avx2_kernels;
+const Kernels avx2_kernels = make_kernels("avx2");
+
+}  // namespace curveball::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // x86-64

@@ -1,0 +1,210 @@
+// The formulas of CurveBall, each written once: the update of an element, the 2x2 solve, the rule for lambda.
+//
+// Plain C++ without torch headers, so that the CPU loops, CUDA kernels and NVRTC all read this same text.
+// Notation (docs and DESIGN use the same): w weights, z the state, J the gradient's Jacobian, H the Hessian of the
+// loss in the outputs, g its gradient there, r = J'(HJz + g), Delta = r + lambda z.
+#pragma once
+
+#if !defined(__CUDACC_RTC__)
+#include <cmath>
+#endif
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define CURVEBALL_INLINE static __host__ __device__ __forceinline__
+#else
+#define CURVEBALL_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace curveball {
+
+// True for numbers, false for NaN and infinities (inf - inf is NaN). Needs no header, so it works everywhere.
+CURVEBALL_INLINE bool is_finite(double x) { return x - x == 0.0; }
+
+// ---------------------------------------------------------------------------------------------- update
+
+// The four factors of the update in the type that computes it.
+template <typename T>
+struct UpdateFactors {
+  T keep;    // rho - beta lambda: how much of z stays
+  T beta;    // how much of r is subtracted
+  T shrink;  // 1 - lr weight_decay
+  T lr;
+};
+
+// Formed in double and rounded to T once, so that float32 does not see the cancellation in rho - beta lambda.
+template <typename T>
+CURVEBALL_INLINE UpdateFactors<T> update_factors(double beta, double rho, double lambd, double lr,
+                                                 double weight_decay) {
+  return {static_cast<T>(rho - beta * lambd), static_cast<T>(beta), static_cast<T>(1.0 - lr * weight_decay),
+          static_cast<T>(lr)};
+}
+
+// z <- rho z - beta Delta = (rho - beta lambda) z - beta r. `Value` is a scalar T or a vector of T.
+template <typename Value, typename T>
+CURVEBALL_INLINE Value next_z(Value z, Value r, const UpdateFactors<T>& f) {
+  return f.keep * z - f.beta * r;
+}
+
+// w <- (1 - lr weight_decay) w + lr z, with the new z.
+template <typename Value, typename T>
+CURVEBALL_INLINE Value next_w(Value w, Value z, const UpdateFactors<T>& f) {
+  return f.shrink * w + f.lr * z;
+}
+
+// ---------------------------------------------------------------------------------------------- solve
+
+// What one step hands to the next: a float64 vector with these places.
+enum Scalar {
+  kBeta,
+  kRho,
+  kLambda,
+  kZDotZ,
+  kSlope,            // x.b
+  kBend,             // x'Ax
+  kPredictedChange,  // M
+  kRatio,            // gamma
+  kLoss,
+  kSkippedSteps,
+  kSafeSteps,
+  kScalarCount
+};
+
+// Below this, 1 - c^2 counts as zero: r and z point the same way (c is the cosine of their angle under A).
+constexpr double kRankTolerance = 1e-12;
+// A squared off-diagonal entry may exceed the product of the diagonal ones by this much through float32 rounding.
+constexpr double kConvexTolerance = 1e-4;
+
+// The quadratic model q(x) = x'Ax / 2 - x.b of the damped loss along x = [beta, -rho].
+struct System {
+  double a11, a12, a22, b1, b2;
+  double safe_curvature;  // max(|a11|, lambda |Delta|^2): a positive stand-in for a11 if the loss is not convex
+  // A = Gauss-Newton + lambda Gram, so A - lambda Gram / 2 is positive semi-definite for a loss that is convex in the
+  // outputs, with room for rounding. Where it is not, A^-1 b could climb or leap.
+  bool convex_in_delta, convex_in_z, convex;
+};
+
+struct Step {
+  double beta, rho;
+  bool safe;  // the loss is not convex in the outputs here: gradient direction only
+};
+
+// products = [g.Jz, Jz.HJz, g.Jr, Jz.HJr, Jr.HJr]. Everything about Delta follows by linearity:
+//   Delta.GDelta = rHr + 2 lambda zHr + lambda^2 zHz,  |Delta|^2 = rr + 2 lambda zr + lambda^2 zz,  ...
+CURVEBALL_INLINE System make_system(const double* products, double lambd, double zz, double zr, double rr) {
+  const double gz = products[0], zhz = products[1], gr = products[2], zhr = products[3], rhr = products[4];
+  const double delta_delta = rr + 2.0 * lambd * zr + lambd * lambd * zz, delta_z = zr + lambd * zz;
+  System s;
+  s.a11 = rhr + 2.0 * lambd * zhr + lambd * lambd * zhz + lambd * delta_delta;
+  s.a12 = zhr + lambd * zhz + lambd * delta_z;
+  s.a22 = zhz + lambd * zz;
+  s.b1 = gr + lambd * gz;
+  s.b2 = gz;
+  const double magnitude = s.a11 < 0.0 ? -s.a11 : s.a11, damping = lambd * delta_delta;
+  s.safe_curvature = magnitude > damping ? magnitude : damping;
+  const double n11 = s.a11 - 0.5 * damping, n12 = s.a12 - 0.5 * lambd * delta_z, n22 = s.a22 - 0.5 * lambd * zz;
+  s.convex_in_delta = n11 >= 0.0;
+  s.convex_in_z = n22 >= 0.0;
+  s.convex = s.convex_in_delta && s.convex_in_z && n12 * n12 <= (1.0 + kConvexTolerance) * n11 * n22;
+  return s;
+}
+
+CURVEBALL_INLINE double divide_or_zero(double numerator, double denominator) {
+  return denominator == 0.0 ? 0.0 : numerator / denominator;
+}
+
+// No rho, and a plain gradient step whose length trusts the size of the curvature but not its sign.
+CURVEBALL_INLINE Step safe_step(const System& s) { return {divide_or_zero(s.b1, s.safe_curvature), 0.0, true}; }
+
+// Both coefficients free. Scaled by the diagonal, A becomes [[1, c], [c, 1]] and the answer does not depend on the
+// units of r and z; only then is "nearly singular" a statement about their directions.
+CURVEBALL_INLINE Step solve_both(const System& s) {
+  if (!s.convex) return safe_step(s);
+  if (s.a22 == 0.0) return {divide_or_zero(s.b1, s.a11), 0.0, false};  // z = 0, as in the first step
+  if (s.a11 == 0.0) return {0.0, -s.b2 / s.a22, false};
+  const double s1 = sqrt(s.a11), s2 = sqrt(s.a22);
+  const double c = s.a12 / s1 / s2, y1 = s.b1 / s1, y2 = s.b2 / s2;
+  const double determinant = (1.0 - c) * (1.0 + c);
+  if (determinant <= kRankTolerance) {
+    // Rank one, [[1, t], [t, 1]] with t = +-1: its pseudo-inverse is a quarter of itself (minimum norm).
+    const double t = c < 0.0 ? -1.0 : 1.0;
+    return {0.25 * (y1 + t * y2) / s1, -0.25 * (t * y1 + y2) / s2, false};
+  }
+  return {(y1 - c * y2) / determinant / s1, -(y2 - c * y1) / determinant / s2, false};
+}
+
+// beta fixed: the second row, a12 beta - a22 rho = b2, gives rho.
+CURVEBALL_INLINE Step solve_rho(const System& s, double beta) {
+  if (!s.convex_in_z) return {beta, 0.0, true};
+  return {beta, divide_or_zero(s.a12 * beta - s.b2, s.a22), false};
+}
+
+// rho fixed: the first row, a11 beta - a12 rho = b1, gives beta.
+CURVEBALL_INLINE Step solve_beta(const System& s, double rho) {
+  if (!s.convex_in_delta) return {divide_or_zero(s.b1, s.safe_curvature), rho, true};
+  return {divide_or_zero(s.b1 + s.a12 * rho, s.a11), rho, false};
+}
+
+// One step of the solver: fills `next` from `previous`. `dots` = [z.z, z.r, r.r] measured, or null: then adjointness
+// gives z.r = g.Jz + Jz.HJz and r.r = g.Jr + Jz.HJr. `beta`, `rho`: null, or what the user fixed.
+// A system that is not finite makes beta = rho = NaN, which tells the update to leave w and z alone.
+CURVEBALL_INLINE void solve(const double* previous, double loss, const double* products, const double* dots,
+                            const double* beta, const double* rho, double lr, double* next) {
+  for (int i = 0; i < kScalarCount; i++) next[i] = previous[i];
+  next[kLoss] = loss;
+  const double zz = dots ? dots[0] : previous[kZDotZ];
+  const double zr = dots ? dots[1] : products[0] + products[1];
+  const double rr = dots ? dots[2] : products[2] + products[3];
+  bool usable = is_finite(loss) && is_finite(zz) && is_finite(zr) && is_finite(rr);
+  for (int i = 0; i < 5; i++) usable = usable && is_finite(products[i]);
+
+  const System s = make_system(products, previous[kLambda], zz, zr, rr);
+  const Step step = beta && rho ? Step{*beta, *rho, false}
+                    : beta      ? solve_rho(s, *beta)
+                    : rho       ? solve_beta(s, *rho)
+                                : solve_both(s);
+  if (!usable || !is_finite(step.beta) || !is_finite(step.rho)) {
+    const double nan = (loss - loss) / 0.0;  // 0/0; NaN as well if the loss is not finite
+    next[kBeta] = next[kRho] = nan;
+    next[kSlope] = next[kBend] = next[kPredictedChange] = 0.0;
+    next[kSkippedSteps] += 1.0;
+    return;
+  }
+  const double x1 = step.beta, x2 = -step.rho;
+  const double slope = x1 * s.b1 + x2 * s.b2;
+  // A safe step does not believe the curvature: it predicts as if its length were the minimiser's.
+  const double bend = step.safe ? slope : x1 * x1 * s.a11 + 2.0 * x1 * x2 * s.a12 + x2 * x2 * s.a22;
+  next[kBeta] = step.beta;
+  next[kRho] = step.rho;
+  next[kSlope] = slope;
+  next[kBend] = bend;
+  next[kPredictedChange] = -lr * slope + 0.5 * lr * lr * bend;
+  if (step.safe) next[kSafeSteps] += 1.0;
+}
+
+// ---------------------------------------------------------------------------------------------- damping
+
+struct DampingRule {
+  double low, high;         // gamma below `low`: the model promised too much, so damp more; above `high`: damp less
+  double factor;            // < 1; lambda is divided or multiplied by it
+  double minimum, maximum;  // lambda stays in here
+};
+
+// gamma = (L(w_new) - L(w_old)) / M steers lambda. A skipped step, or one that predicts nothing, teaches nothing.
+CURVEBALL_INLINE void adapt_damping(const double* previous, double new_loss, const DampingRule& rule, double* next) {
+  for (int i = 0; i < kScalarCount; i++) next[i] = previous[i];
+  if (!is_finite(previous[kBeta]) || previous[kPredictedChange] == 0.0) return;
+  const double ratio = (new_loss - previous[kLoss]) / previous[kPredictedChange];
+  double lambd = previous[kLambda];
+  // Written so that a NaN ratio, and any loss that is not a number, counts as "too low".
+  if (!is_finite(new_loss) || !(ratio >= rule.low)) {
+    lambd /= rule.factor;
+  } else if (ratio > rule.high) {
+    lambd *= rule.factor;
+  }
+  if (lambd < rule.minimum) lambd = rule.minimum;
+  if (lambd > rule.maximum) lambd = rule.maximum;
+  next[kRatio] = ratio;
+  next[kLambda] = lambd;
+}
+
+}  // namespace curveball

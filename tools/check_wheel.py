@@ -1,0 +1,92 @@
+"""Checks a wheel: what it contains, and with --install that it works in a fresh environment.
+
+python tools/check_wheel.py --native dist/*.whl --install
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = "curveball_fused/_C.abi3.so"
+
+# Run in the fresh environment, away from the sources: a step must move the weights with the right backend.
+STEP = """\
+import sys, warnings
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # the package does not need it
+import torch
+import torch.nn.functional as F
+from curveball_fused import CurveBall, build_info
+
+torch.manual_seed(0)
+model, x, y = torch.nn.Linear(5, 3), torch.randn(8, 5), torch.randn(8, 3)
+before = model.weight.detach().clone()
+loss, out = CurveBall(model.parameters()).step(lambda: model(x), lambda out: F.mse_loss(out, y))
+assert out.shape == y.shape and F.mse_loss(model(x), y) < loss, "the step did not lower the loss"
+assert not torch.equal(before, model.weight), "the step left the weights alone"
+assert build_info()["backend"] == sys.argv[1], build_info()
+"""
+
+
+def check_contents(wheel: Path, native: bool) -> None:
+    """Stops unless the wheel has the right name, every module and, if native, the library."""
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    tag = "cp310-abi3-.*" if native else "py3-none-any"
+    if not re.fullmatch(rf"curveball_fused-{re.escape(version)}-{tag}\.whl", wheel.name):
+        sys.exit(f"{wheel.name}: the name should be curveball_fused-{version}-{tag}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        library = archive.read(LIBRARY) if LIBRARY in packed else b""
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("curveball_fused/**/*.py")}
+    wanted = sources | {"curveball_fused/py.typed"} | ({LIBRARY} if native else set())
+    if packed != wanted:
+        sys.exit(f"{wheel.name}: missing {sorted(wanted - packed)}, not expected {sorted(packed - wanted)}")
+    # A path of the machine that built it, such as an rpath, would make the library depend on that machine.
+    for path in (str(ROOT), sys.prefix):
+        if path.encode() in library:
+            sys.exit(f"{wheel.name}: {LIBRARY} contains the path {path}")
+
+
+def check_installed(wheel: Path, native: bool) -> None:
+    """Installs the wheel, with the torch that runs this script, in a fresh environment and takes one step."""
+    torch = "torch==" + importlib.metadata.version("torch").split("+")[0]
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CURVEBALL_REQUIRE_NATIVE")}
+    if native:
+        environment["CURVEBALL_REQUIRE_NATIVE"] = "1"
+    with tempfile.TemporaryDirectory() as directory:
+        venv.create(directory, with_pip=True)
+        python = str(Path(directory, "bin", "python"))
+        install = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q"]
+        subprocess.run([*install, torch, str(wheel.resolve())], check=True, env=environment)
+        step = [python, "-c", STEP, "cpu" if native else "torch"]
+        subprocess.run(step, check=True, env=environment, cwd=directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument(
+        "--native", type=Path, metavar="WHEEL", help="a wheel that must have the native library"
+    )
+    kind.add_argument("--pure", type=Path, metavar="WHEEL", help="a wheel that must be Python only")
+    parser.add_argument("--install", action="store_true", help="also take a step in a fresh environment")
+    arguments = parser.parse_args()
+    native = arguments.native is not None
+    wheel = arguments.native or arguments.pure
+    check_contents(wheel, native)
+    if arguments.install:
+        check_installed(wheel, native)
+    print(f"{wheel.name}: {'installed, stepped' if arguments.install else 'contents'}: good")
+
+
+if __name__ == "__main__":
+    main()
