@@ -56,7 +56,7 @@ class Forward:
                 id(p): fwAD.make_dual(p.detach(), t.to(p.dtype)) for p, t in zip(self._params, tangents, strict=True)
             }
             substitute = _Substitute(duals)
-            with _eager(), substitute:
+            with substitute:
                 outputs = _checked(self._run(self._model_fn))
             self._run = self._replay.again
             self._seen |= substitute.seen
@@ -67,7 +67,7 @@ class Forward:
 
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         """`Jᵀ u`, in the parameters' shapes and dtypes; zero for a parameter that the model did not use."""
-        with torch.enable_grad(), _eager(), _Decompose(every_call=False):
+        with torch.enable_grad(), _Decompose(every_call=False):
             outputs = _checked(self._replay.again(self._model_fn))
         if not outputs.requires_grad:
             raise _independent()
@@ -85,7 +85,7 @@ class DoubleBackward:
 
     def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
         self._params = params
-        with torch.enable_grad(), _eager(), _Decompose(every_call=True):
+        with torch.enable_grad(), _Decompose(every_call=True):
             self._outputs = _checked(replay.first(model_fn))
         if not self._outputs.requires_grad:
             raise _independent()
@@ -111,7 +111,7 @@ class DoubleBackward:
 
 def run_plain(model_fn: ModelFn) -> Tensor:
     """The outputs alone, by the same kernels that `Forward.vjp` uses."""
-    with torch.no_grad(), _eager(), _Decompose(every_call=False):
+    with torch.no_grad(), _Decompose(every_call=False):
         return _checked(model_fn())
 
 
@@ -226,7 +226,7 @@ def _plain_recurrence(device_type: str) -> Iterator[None]:
         yield
 
 
-def _eager() -> AbstractContextManager[Any]:
+def uncompiled() -> AbstractContextManager[Any]:
     """Runs `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()

@@ -89,6 +89,28 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     return fwAD.make_dual(p, torch._softmax_backward_data(dx, p, dim, p.dtype))
 
 
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Any:
+    """y = x[argmax];  ẏ = ẋ[argmax]. On a CPU torch pools four times faster with the channels innermost."""
+    x, dx = _pair(input)
+    if dx is None or x.dim() != 4 or x.device.type != "cpu" or x.numel() == 0:
+        return NotImplemented
+    inner = x.contiguous(memory_format=torch.channels_last)
+    output, index = torch.ops.aten.max_pool2d_with_indices(
+        inner, kernel_size, stride or [], padding, dilation, ceil_mode
+    )
+    if x.is_contiguous():
+        output, index = output.contiguous(), index.contiguous()
+    tangent = dx.flatten(2).gather(2, index.flatten(2)).view(output.shape)
+    return fwAD.make_dual(output, tangent)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -99,26 +121,37 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """S = s Q Kᵀ + mask, P = softmax(S), O = P V;  Ṡ = s (Q̇ Kᵀ + Q K̇ᵀ), Ȯ = Ṗ V + P V̇."""
+    """S = s Q Kᵀ + mask, P = softmax(S), O = P V;  Ṡ = s (Q̇ Kᵀ + Q K̇ᵀ), Ṗ = P (Ṡ - <P, Ṡ>), Ȯ = Ṗ V + P V̇."""
     (q, dq), (k, dk), (v, dv) = _pair(query), _pair(key), _pair(value)
     if dq is None or dk is None or dv is None or dropout_p > 0 or enable_gqa or _tangent(attn_mask) is not None:
         return NotImplemented
+    if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        return NotImplemented
     s = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    q, keys = q * s, k.transpose(-2, -1)
-    scores = q @ keys
-    if is_causal:
-        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1), -math.inf)
-    elif attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    p = torch._safe_softmax(scores, -1)  # zero, as torch's kernels give, for a row that is masked throughout
-    del scores
-    d_scores = (dq * s) @ keys
-    d_scores += q @ dk.transpose(-2, -1)
+    batch, rows = q.shape[:-2], q.shape[-2]
+    mask = _additive_mask(q, k, attn_mask, is_causal)
+    q, dq, k, dk, v, dv = (t.reshape(-1, *t.shape[-2:]) for t in (q, dq, k, dk, v, dv))
+
+    scores = torch.baddbmm(mask, q, k.mT, alpha=s)
+    # torch's kernels give zero for a row that is masked throughout, which only a given mask can bring about.
+    p = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+    d_scores = torch.baddbmm(scores, dq, k.mT, beta=0, alpha=s, out=scores).baddbmm_(q, dk.mT, alpha=s)
     dp = torch._softmax_backward_data(d_scores, p, -1, p.dtype)
-    del d_scores
-    tangent = dp @ v
-    tangent += p @ dv
-    return fwAD.make_dual(p @ v, tangent)
+    tangent = torch.bmm(dp, v).baddbmm_(p, dv)
+    shape = (*batch, rows, v.shape[-1])
+    return fwAD.make_dual(torch.bmm(p, v).view(shape), tangent.view(shape))
+
+
+def _additive_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """What is added to the scores, broadcast to (batch, rows, columns)."""
+    shape = (*q.shape[:-1], k.shape[-2])
+    if is_causal:
+        mask = torch.full(shape[-2:], -math.inf, dtype=q.dtype, device=q.device).triu_(1)
+    elif mask is None:
+        mask = q.new_zeros(())
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    return mask.expand(shape).reshape(-1, *shape[-2:])
 
 
 def _pair(tensor: Tensor | None) -> tuple[Any, Tensor | None]:
@@ -146,5 +179,6 @@ RULES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _guarded(batch_norm),
     F.layer_norm: _guarded(layer_norm),
     F.softmax: _guarded(softmax),
+    torch.max_pool2d: _guarded(max_pool2d),
     F.scaled_dot_product_attention: _guarded(scaled_dot_product_attention),
 }

@@ -189,23 +189,24 @@ def cross_entropy(
     p = torch.softmax(x, dim)
     shape = [1] * x.dim()
     shape[dim] = classes
-    w = torch.ones(shape, dtype=x.dtype, device=x.device) if weight is None else weight.detach().to(x.dtype).view(shape)
+    w = x.new_ones(shape) if weight is None else weight.detach().to(x.dtype).view(shape)
     if target.is_floating_point():
         t = w * ((1 - label_smoothing) * target.detach().to(x.dtype) + label_smoothing / classes)
         s, scale = t.sum(dim, keepdim=True), float(classes) / x.numel()
         denominator = None
         g = p * s - t
     else:
-        kept = (target != ignore_index).unsqueeze(dim)
-        index = target.unsqueeze(dim).where(kept, 0)
-        own = w.expand_as(x).gather(dim, index) * kept  # the target's class weight; 0 where the target is ignored
-        s = (1 - label_smoothing) * own
-        g = p * (s + label_smoothing / classes * w.sum() * kept) if label_smoothing else p * s
-        if label_smoothing:
-            g -= label_smoothing / classes * w * kept
-            s = s + label_smoothing / classes * w.sum() * kept
-        g.scatter_add_(dim, index, (label_smoothing - 1) * own)
+        index = target.unsqueeze(dim)
+        kept = index != ignore_index
+        index = index.where(kept, 0)
+        # The class weight of the target; 0 where the target is ignored.
+        own = kept.to(x.dtype) if weight is None else w.view(-1)[index] * kept
         denominator, scale = own.sum(), 1.0
+        s, smooth = own, torch.zeros_like(own)
+        if label_smoothing:
+            own, smooth = (1 - label_smoothing) * own, label_smoothing / classes * (w * kept)
+            s = own + label_smoothing / classes * (w.sum() * kept)
+        g = (p * s).sub_(smooth).scatter_add_(dim, index, -own)
     if reduction == "mean":
         s = s * scale if denominator is None else s / denominator
         g = g.mul_(scale) if denominator is None else g.div_(denominator)

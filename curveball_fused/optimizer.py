@@ -17,6 +17,7 @@ from .curvature import (
     announce,
     forward_mode_errors,
     run_plain,
+    uncompiled,
 )
 from .losses import LossModel, checked_loss
 from .reference import LAMBD, LOSS, PREDICTED_CHANGE, SCALARS, Z_DOT_Z
@@ -117,7 +118,8 @@ class CurveBall(Optimizer):
         shared = self._prepare(params)
         replay = Replay(params, params[0].device)
         try:
-            loss, outputs, scalars = self._advance(model_fn, loss_fn, groups, shared, replay)
+            with uncompiled():
+                loss, outputs, scalars = self._advance(model_fn, loss_fn, groups, shared, replay)
         except BaseException:
             replay.rewind()
             raise

@@ -143,12 +143,14 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._external.update({_memory(t) for t in _tensors((*args, *kwargs.values()))} - self._fresh)
-        for tensor in _tensors(_written(func, args, kwargs)):
-            if _memory(tensor) in self._external:
-                self._save(tensor)
+        with torch._C.DisableTorchFunction():  # reading a tensor's attributes is a torch function too
+            self._external.update({_memory(t) for t in _tensors((*args, *kwargs.values()))} - self._fresh)
+            for tensor in _tensors(_written(func, args, kwargs)):
+                if _memory(tensor) in self._external:
+                    self._save(tensor)
         result = func(*args, **kwargs)
-        self._fresh.update({_memory(t) for t in _tensors((result,))} - self._external)
+        with torch._C.DisableTorchFunction():
+            self._fresh.update({_memory(t) for t in _tensors((result,))} - self._external)
         return result
 
 
