@@ -96,10 +96,11 @@ def max_pool2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     ceil_mode: bool = False,
+    return_indices: bool = False,
 ) -> Any:
     """y = x[argmax];  ẏ = ẋ[argmax]. On a CPU torch pools four times faster with the channels innermost."""
     x, dx = _pair(input)
-    if dx is None or x.dim() != 4 or x.device.type != "cpu" or x.numel() == 0:
+    if dx is None or x.dim() != 4 or x.device.type != "cpu" or return_indices:
         return NotImplemented
     inner = x.contiguous(memory_format=torch.channels_last)
     output, index = torch.ops.aten.max_pool2d_with_indices(
@@ -179,6 +180,6 @@ RULES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _guarded(batch_norm),
     F.layer_norm: _guarded(layer_norm),
     F.softmax: _guarded(softmax),
-    torch.max_pool2d: _guarded(max_pool2d),
+    F.max_pool2d: _guarded(max_pool2d),
     F.scaled_dot_product_attention: _guarded(scaled_dot_product_attention),
 }

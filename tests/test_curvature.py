@@ -104,6 +104,15 @@ RULED = {
         torch.randn(2, 5, 3),
     ),
     "softmax": lambda: (nn.Sequential(nn.Linear(3, 4), nn.Softmax(1)), torch.randn(5, 3)),
+    "max pooling": lambda: (
+        nn.Sequential(nn.Conv2d(2, 3, 1), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d(2)),
+        torch.randn(2, 2, 9, 8),
+    ),
+    "max pooling, channels last, dilated": lambda: (
+        nn.Sequential(nn.Conv2d(2, 3, 1), nn.MaxPool2d(2, 1, dilation=2)),
+        torch.randn(2, 2, 7, 6).to(memory_format=torch.channels_last),
+    ),
+    "max pooling of one image": lambda: (nn.Sequential(nn.Conv2d(2, 3, 1), nn.MaxPool2d(2)), torch.randn(2, 4, 4)),
     "group norm": lambda: (nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4)), torch.randn(2, 2, 3, 3)),
 }
 

@@ -1,0 +1,160 @@
+"""Tables of a benchmark run, kept as JSON and Markdown with the machine and the versions they belong to."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import Spread
+
+import curveball_fused
+
+HERE = Path(__file__).resolve().parent
+
+
+@functools.cache
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """Where and with what a figure was measured."""
+    info = curveball_fused.build_info()
+    return {
+        "cpu": f"{_cpu_model()}, {cores()} cores",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "curveball_fused": info["curveball_fused"],
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    """The commit, marked where sources differ from it; results, which a run itself writes, don't count."""
+
+    def git(*arguments: str) -> str:
+        command = ("git", *arguments)
+        return subprocess.check_output(command, cwd=HERE, stderr=subprocess.DEVNULL, text=True)
+
+    try:
+        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results").strip()
+        commit = git("rev-parse", "--short=12", "HEAD").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no commit"
+    return f"{commit}, with changes" if changed else commit
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        title: by which a later run finds and replaces it.
+        note: what was measured, in a sentence or two.
+        rows: one dict per row, all with the same keys, which head the columns.
+        load: the machine's load average when the table was done; beyond what the benchmark itself runs, others
+            disturbed it.
+        environment: where and with what it was measured.
+    """
+
+    title: str
+    note: str
+    rows: list[dict[str, Any]]
+    load: float
+    environment: dict[str, str]
+
+    def markdown(self) -> str:
+        columns = list(self.rows[0])
+        lines = [f"### {self.title}", "", f"{self.note} Load average at the end: {self.load}.", ""]
+        lines.append("| " + " | ".join(columns) + " |")
+        lines.append("|" + "|".join(" --- " if i == 0 else " ---: " for i in range(len(columns))) + "|")
+        lines += ["| " + " | ".join(_text(row[c]) for c in columns) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+def bar(ratio: Spread, most: float) -> str:
+    """The text of a bar's column: by the median, with a warning where the spread reaches across the bar."""
+    verdict = "met" if ratio.median <= most else "MISSED"
+    doubt = " (unsure: in the spread)" if ratio.p20 <= most < ratio.p80 else ""
+    return f"≤ {most:g}: {verdict}{doubt}"
+
+
+class Report:
+    """The tables in `<folder>/<name>.json`, and the same as Markdown.
+
+    Files are rewritten after each table, so a run that is partial, or is interrupted, replaces only what it
+    measured.
+
+    Attributes:
+        measured: the tables of this run.
+    """
+
+    def __init__(self, folder: Path = HERE / "results", name: str = "cpu") -> None:
+        self._json, self._markdown = folder / f"{name}.json", folder / f"{name}.md"
+        self.measured: list[Table] = []
+
+    def add(self, title: str, note: str, rows: list[dict[str, Any]]) -> None:
+        """Keeps a table that was just measured and writes the files."""
+        table = Table(title, note, rows, round(os.getloadavg()[0], 1), environment())
+        self.measured.append(table)
+        tables = {t.title: t for t in self._read()} | {table.title: table}
+        ordered = sorted(tables.values(), key=lambda t: t.title)
+        self._json.parent.mkdir(exist_ok=True)
+        content = {"tables": [asdict(t) for t in ordered]}
+        _write(self._json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        _write(self._markdown, _document(ordered))
+
+    def _read(self) -> list[Table]:
+        if not self._json.exists():
+            return []
+        try:
+            return [Table(**table) for table in json.loads(self._json.read_text(encoding="utf-8"))["tables"]]
+        except (ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{self._json.name}: unreadable tables dropped ({error}).", stacklevel=3)
+            return []
+
+
+def _document(tables: list[Table]) -> str:
+    """All tables, those of one environment together."""
+    groups: dict[str, list[Table]] = {}
+    for table in tables:
+        heading = "\n".join(f"* {key}: {value}" for key, value in table.environment.items())
+        groups.setdefault(heading, []).append(table)
+    parts = ["# Benchmarks\n\nWritten by `make bench`. Judge by the ratios within a table.\n"]
+    for heading, group in groups.items():
+        parts += [f"## Measured with\n\n{heading}\n", *(table.markdown() for table in group)]
+    return "\n".join(parts)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a file at once, so that an interruption leaves the old or the new one."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

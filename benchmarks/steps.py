@@ -1,0 +1,52 @@
+"""Training steps of the alternatives, as callables on the same network and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from nets import Case
+from plain import PlainCurveBall
+from torch import Tensor
+
+from curveball_fused import CurveBall
+
+Step = Callable[[], Tensor]
+
+
+def sgd(case: Case, batch: int | None = None) -> Step:
+    """Momentum SGD, the fused one; each step returns the loss before it."""
+    model, x, y = case.make(batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def curveball(case: Case, batch: int | None = None) -> Step:
+    """CurveBall with its defaults, on the native kernels."""
+    model, x, y = case.make(batch)
+    optimizer = CurveBall(model.parameters(), backend="cpu")
+    return lambda: optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))[0]
+
+
+def plain(case: Case, batch: int | None = None) -> Step:
+    """CurveBall in plain PyTorch."""
+    model, x, y = case.make(batch)
+    optimizer = PlainCurveBall(model.parameters())
+    return lambda: optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
+
+
+PLAIN = "plain PyTorch CurveBall"
+STEPS: dict[str, Callable[[Case, int | None], Step]] = {
+    "SGD": sgd,
+    "CurveBall": curveball,
+    PLAIN: plain,
+}
