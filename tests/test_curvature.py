@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curveball_fused import CurveBall
+from curveball_fused import CurveBall, dual_rules
 from curveball_fused.curvature import DoubleBackward, Forward
 from curveball_fused.replay import Replay
 
@@ -131,6 +131,26 @@ def test_rules_against_finite_differences(name: str, mode: Any) -> None:
         torch.testing.assert_close(jz, finite_difference(lambda: model(x), params, z), rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(jr, finite_difference(lambda: model(x), params, r), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(dot(r, r), (jr * u).sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_every_rule_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions that torch's own modules call are those that the rules are kept under."""
+    called = set()
+    for function, rule in list(dual_rules.RULES.items()):
+
+        def call(*args: Any, _function: Any = function, _rule: Any = rule, **kwargs: Any) -> Any:
+            result = _rule(*args, **kwargs)
+            if result is not NotImplemented:
+                called.add(_function)
+            return result
+
+        monkeypatch.setitem(dual_rules.RULES, function, call)
+    for name in ("convolution + batch norm", "attention"):
+        model, x = nets.make(name)
+        products(Forward, model, x)
+    for name in ("softmax", "layer norm"):
+        products(Forward, *RULED[name]())
+    assert called == set(dual_rules.RULES)
 
 
 def causal(q: Tensor) -> dict[str, Any]:

@@ -74,9 +74,7 @@ def check_installed(wheel: Path, native: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument(
-        "--native", type=Path, metavar="WHEEL", help="a wheel that must have the native library"
-    )
+    kind.add_argument("--native", type=Path, metavar="WHEEL", help="a wheel that must have the native library")
     kind.add_argument("--pure", type=Path, metavar="WHEEL", help="a wheel that must be Python only")
     parser.add_argument("--install", action="store_true", help="also take a step in a fresh environment")
     arguments = parser.parse_args()

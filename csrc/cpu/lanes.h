@@ -56,7 +56,27 @@ CURVEBALL_LANES void store(float* p, Floats v) { write(p, v); }
 CURVEBALL_LANES void store(double* p, Doubles v) { write(p, v); }
 
 CURVEBALL_LANES Doubles widen(Doubles v) { return v; }
+// GCC 12 makes two conversions and a merge of the builtin, where one instruction does it.
+#if defined(CURVEBALL_AVX512)
+CURVEBALL_LANES Doubles widen(Floats v) { return (Doubles)_mm512_cvtps_pd((__m256)v); }
+#elif defined(CURVEBALL_AVX2)
+CURVEBALL_LANES Doubles widen(Floats v) { return (Doubles)_mm256_cvtps_pd((__m128)v); }
+#else
 CURVEBALL_LANES Doubles widen(Floats v) { return __builtin_convertvector(v, Doubles); }
+#endif
+
+// sum + a b. The product of two numbers that were float32 is exact in double (2 x 24 bits <= 53), so it does not matter
+// to the bits whether the instruction set fuses.
+template <typename A, typename B>
+CURVEBALL_LANES Doubles add_product(Doubles sum, A x, B y) {
+  const Doubles a = widen(x), b = widen(y);
+#if defined(CURVEBALL_AVX512)
+  if constexpr (sizeof(A) < sizeof(Doubles) && sizeof(B) < sizeof(Doubles)) return _mm512_fmadd_pd(a, b, sum);
+#elif defined(CURVEBALL_AVX2)
+  if constexpr (sizeof(A) < sizeof(Doubles) && sizeof(B) < sizeof(Doubles)) return _mm256_fmadd_pd(a, b, sum);
+#endif
+  return sum + a * b;
+}
 
 // bfloat16 is the upper half of a float32.
 CURVEBALL_LANES Floats load(const BFloat16* p) {

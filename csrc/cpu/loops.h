@@ -60,7 +60,7 @@ CURVEBALL_LANES void update_round(W* w, Z* z, const R* r, const UpdateFactors<Z>
     const auto new_w = next_w(load(w + i), new_z, factors);
     store(z + i, new_z);
     store(w + i, new_w);
-    sum.groups[group] += widen(new_z) * widen(new_z);
+    sum.groups[group] = add_product(sum.groups[group], new_z, new_z);
   }
 }
 
@@ -91,10 +91,11 @@ double update_block(void* w_, void* z_, const void* r_, int64_t n, const UpdateA
 template <typename Z, typename R>
 CURVEBALL_LANES void dots_round(const Z* z, const R* r, Sum& zz, Sum& zr, Sum& rr) {
   for (int64_t group = 0; group < kGroups; group++) {
-    const Doubles a = widen(load(z + group * kLanes)), b = widen(load(r + group * kLanes));
-    zz.groups[group] += a * a;
-    zr.groups[group] += a * b;
-    rr.groups[group] += b * b;
+    const auto a = load(z + group * kLanes);
+    const auto b = load(r + group * kLanes);
+    zz.groups[group] = add_product(zz.groups[group], a, a);
+    zr.groups[group] = add_product(zr.groups[group], a, b);
+    rr.groups[group] = add_product(rr.groups[group], b, b);
   }
 }
 
@@ -118,8 +119,8 @@ void dots_block(const void* z_, const void* r_, int64_t n, double* result) {
 template <typename Z>
 CURVEBALL_LANES void squares_round(const Z* z, Sum& sum) {
   for (int64_t group = 0; group < kGroups; group++) {
-    const Doubles a = widen(load(z + group * kLanes));
-    sum.groups[group] += a * a;
+    const auto a = load(z + group * kLanes);
+    sum.groups[group] = add_product(sum.groups[group], a, a);
   }
 }
 
