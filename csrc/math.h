@@ -154,7 +154,7 @@ CURVEBALL_INLINE void solve(const double* previous, double loss, const double* p
   const double zz = dots ? dots[0] : previous[kZDotZ];
   const double zr = dots ? dots[1] : products[0] + products[1];
   const double rr = dots ? dots[2] : products[2] + products[3];
-  bool usable = is_finite(loss) && is_finite(zz) && is_finite(zr) && is_finite(rr);
+  bool usable = is_finite(lr) && is_finite(loss) && is_finite(zz) && is_finite(zr) && is_finite(rr);
   for (int i = 0; i < 5; i++) usable = usable && is_finite(products[i]);
 
   const System s = make_system(products, previous[kLambda], zz, zr, rr);
@@ -195,8 +195,9 @@ CURVEBALL_INLINE void adapt_damping(const double* previous, double new_loss, con
   if (!is_finite(previous[kBeta]) || previous[kPredictedChange] == 0.0) return;
   const double ratio = (new_loss - previous[kLoss]) / previous[kPredictedChange];
   double lambd = previous[kLambda];
-  // Written so that a NaN ratio, and any loss that is not a number, counts as "too low".
-  if (!is_finite(new_loss) || !(ratio >= rule.low)) {
+  // Written so that a NaN ratio, and any loss that is not a number, counts as "too low". So does a step that the model
+  // itself expected to climb, which fixed beta and rho, or lr > 2, can bring about.
+  if (!is_finite(new_loss) || !(ratio >= rule.low) || previous[kPredictedChange] > 0.0) {
     lambd /= rule.factor;
   } else if (ratio > rule.high) {
     lambd *= rule.factor;

@@ -41,6 +41,12 @@ struct Update {
   cpu::UpdateBlock block;
 };
 
+const cpu::Kernels& chosen_kernels() {
+  const cpu::Kernels* kernels = cpu::kernels();
+  STD_TORCH_CHECK(kernels, "CURVEBALL_INSTRUCTION_SET names an instruction set that cannot run here: unset it.");
+  return *kernels;
+}
+
 // z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z;  returns z.z of the new z.
 // If beta or rho is not finite (solve's signal for a step to skip), w and z stay and z.z is that of the old z.
 Tensor update_cpu(std::vector<Tensor> params, std::vector<Tensor> z, std::vector<Tensor> r, Tensor coefficients,
@@ -50,7 +56,7 @@ Tensor update_cpu(std::vector<Tensor> params, std::vector<Tensor> z, std::vector
   const double* c = read_doubles(coefficients, 3, "coefficients");
   const cpu::UpdateArguments arguments{c[0], c[1], c[2], learning_rate(lr, lr_tensor), weight_decay};
   const bool skip = !is_finite(arguments.beta) || !is_finite(arguments.rho);
-  const cpu::Kernels& kernels = *cpu::kernels();
+  const cpu::Kernels& kernels = chosen_kernels();
 
   cpu::Blocks blocks;
   std::vector<Update> updates;
@@ -100,7 +106,7 @@ Tensor dots_cpu(std::vector<Tensor> z, std::vector<Tensor> r) {
   pairs.reserve(z.size());
   for (size_t i = 0; i < z.size(); i++) {
     const cpu::DType z_dtype = dtype_of(z[i], "z", i), r_dtype = dtype_of(r[i], "r", i);
-    const cpu::DotsBlock block = cpu::kernels()->dots[z_dtype][r_dtype];
+    const cpu::DotsBlock block = chosen_kernels().dots[z_dtype][r_dtype];
     STD_TORCH_CHECK(block, "z[", i, "] has dtype ", name_of(z_dtype), ": convert it to float32 or float64.");
     check_dense(z[i], "z", i);
     check_same_layout(z[i], "z", r[i], "r", i);

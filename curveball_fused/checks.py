@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .backends import BACKENDS
+from .reference import SCALARS
 
+SHARED = "curveball"  # key of the state that belongs to no single parameter
 PER_GROUP = ("lr", "weight_decay")
 CURVATURES = ("auto", "forward", "double_backward")
 
@@ -62,6 +65,15 @@ def group_values(values: dict[str, Any]) -> None:
     _number("weight_decay", values["weight_decay"], 0.0, math.inf)
 
 
+def explain_call() -> NoReturn:
+    """Raises TypeError for a call of `step` in torch's old way."""
+    raise TypeError(
+        "CurveBall.step needs two functions, step(model_fn, loss_fn), as it differentiates the model itself. Instead "
+        "of a closure that calls backward(), write:\n"
+        "    loss, outputs = optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))"
+    )
+
+
 def parameters(params: Sequence[Any]) -> None:
     """Raises for parameters that the kernels cannot serve."""
     for i, p in enumerate(params):
@@ -85,6 +97,9 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
     sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in param_groups]
     if sizes != own:
         raise ValueError(f"the checkpoint has groups of {sizes} parameters, this optimizer of {own}.")
+    shared = state_dict["state"].get(SHARED)
+    if shared is not None and getattr(shared.get("scalars"), "shape", None) != (len(SCALARS),):
+        raise ValueError("the checkpoint's CurveBall scalars are missing or of another version of this package.")
     order = [i for group in saved for i in group["params"]]
     params = [p for group in param_groups for p in group["params"]]
     for position, (i, p) in enumerate(zip(order, params, strict=True)):
@@ -99,8 +114,9 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
 
 
 def _number(name: str, value: Any, low: float, high: float, hint: str = "", low_open: bool = False) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number{hint}; got {value!r}.")
+    value = float(value)
     if math.isnan(value) or math.isinf(value) or not low <= value <= high or (low_open and value == low):
         bounds = f"{'above' if low_open else 'at least'} {low}" if high == math.inf else f"between {low} and {high}"
         raise ValueError(f"{name} must be finite and {bounds}{hint}; got {value!r}.")

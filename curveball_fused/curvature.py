@@ -7,30 +7,18 @@ models that hold an operator without a forward-mode formula.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
-from .dual_rules import RULES
+from .modes import Decompose, ForwardModeUnsupported, Substitute, announce
 from .replay import Replay
 
 ModelFn = Callable[[], Tensor]
-
-_ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
-_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
-_announced: set[str] = set()
-
-
-class ForwardModeUnsupported(NotImplementedError):
-    """The model holds an operator without a forward-mode formula."""
 
 
 class Forward:
@@ -55,7 +43,7 @@ class Forward:
             duals = {
                 id(p): fwAD.make_dual(p.detach(), t.to(p.dtype)) for p, t in zip(self._params, tangents, strict=True)
             }
-            substitute = _Substitute(duals)
+            substitute = Substitute(duals)
             with substitute:
                 outputs = _checked(self._run(self._model_fn))
             self._run = self._replay.again
@@ -63,11 +51,11 @@ class Forward:
             primal, tangent = fwAD.unpack_dual(duals.get(id(outputs), outputs))
             if tangent is None:
                 raise _independent() if not self._seen else _lost()
-            return primal.detach(), tangent.detach()
+            return _own(primal.detach(), self._params), tangent.detach()
 
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         """`Jᵀ u`, in the parameters' shapes and dtypes; zero for a parameter that the model did not use."""
-        with torch.enable_grad(), _Decompose(every_call=False):
+        with torch.enable_grad(), Decompose(every_call=False):
             outputs = _checked(self._replay.again(self._model_fn))
         if not outputs.requires_grad:
             raise _independent()
@@ -85,7 +73,7 @@ class DoubleBackward:
 
     def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
         self._params = params
-        with torch.enable_grad(), _Decompose(every_call=True):
+        with torch.enable_grad(), Decompose(every_call=True):
             self._outputs = _checked(replay.first(model_fn))
         if not self._outputs.requires_grad:
             raise _independent()
@@ -101,7 +89,7 @@ class DoubleBackward:
         """As `Forward.jvp`."""
         directions = [tangents[i].to(self._params[i].dtype) for i in self._used]
         (tangent,) = torch.autograd.grad(self._transpose, self._cotangent, directions, retain_graph=True)
-        return self._outputs.detach(), tangent
+        return _own(self._outputs.detach(), self._params), tangent
 
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         """As `Forward.vjp`."""
@@ -109,14 +97,48 @@ class DoubleBackward:
         return _dense(self._params, gradients)
 
 
+def linearise(
+    curvature: str, model_fn: ModelFn, params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
+) -> tuple[Forward | DoubleBackward, tuple[Tensor, Tensor]]:
+    """The linear map by the way that `curvature` names, and its first product: outputs and Jz.
+
+    "auto" tries forward mode, and where an operator lacks it announces double backward.
+    """
+    if curvature != "double_backward":
+        try:
+            with _forward_mode_errors():
+                linear = Forward(model_fn, params, replay)
+                return linear, linear.jvp(z)
+        except ForwardModeUnsupported as error:
+            if curvature == "forward":
+                raise RuntimeError(
+                    f'curvature="forward" cannot differentiate this model: {error}. Replace the operator, or use '
+                    'curvature="auto" or "double_backward".'
+                ) from error
+            announce(str(error), f"curveball_fused: {error}; double backward is used for the whole model.")
+        replay.rewind()
+    try:
+        double = DoubleBackward(model_fn, params, replay)
+        return double, double.jvp(z)
+    except (NotImplementedError, RuntimeError) as error:
+        if "derivative" in str(error) or "double backward" in str(error) or "differentiat" in str(error):
+            raise RuntimeError(
+                f"neither forward mode nor double backward can differentiate this model: {error}. Replace the "
+                "operator that is named here by one that torch can differentiate twice."
+            ) from error
+        raise
+
+
 def run_plain(model_fn: ModelFn) -> Tensor:
-    """The outputs alone, by the same kernels that `Forward.vjp` uses."""
-    with torch.no_grad(), _Decompose(every_call=False):
-        return _checked(model_fn())
+    """The outputs alone, by the same kernels that `Forward.vjp` uses; for a look at the loss after the update."""
+    torch.clear_autocast_cache()  # it may hold half-precision copies of the old weights
+    # With gradients enabled, since a model may itself differentiate inside.
+    with torch.enable_grad(), Decompose(every_call=False):
+        return _checked(model_fn()).detach()
 
 
 @contextmanager
-def forward_mode_errors() -> Iterator[None]:
+def _forward_mode_errors() -> Iterator[None]:
     """Turns torch's errors about missing forward-mode formulas into `ForwardModeUnsupported`."""
     try:
         yield
@@ -129,111 +151,6 @@ def forward_mode_errors() -> Iterator[None]:
         raise
 
 
-def announce(key: str, message: str) -> None:
-    """Warns once per process."""
-    if key not in _announced:
-        _announced.add(key)
-        warnings.warn(message, stacklevel=2)
-
-
-class _Decompose(TorchFunctionMode):
-    """Runs attention and recurrent layers by kernels that can be differentiated twice, or in forward mode.
-
-    Fused kernels draw dropout masks of their own, so a layer with dropout is decomposed in every run of a step
-    (`every_call=False`); one without only where its fused kernel lacks the derivative (`every_call=True`).
-    """
-
-    def __init__(self, every_call: bool) -> None:
-        super().__init__()
-        self._every_call = every_call
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        with self._kernels(func, args, kwargs):
-            return func(*args, **(kwargs or {}))
-
-    def _kernels(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> AbstractContextManager[Any]:
-        name = getattr(func, "__name__", "")
-        if name in _ATTENTION:
-            if self._every_call or _has_dropout(args, kwargs):
-                return sdpa_kernel(SDPBackend.MATH)
-        elif name in _RECURRENT and (self._every_call or _has_dropout(args, kwargs)):
-            return _plain_recurrence(args[0].device.type)
-        return nullcontext()
-
-
-class _Substitute(_Decompose):
-    """Replaces parameters by their dual numbers in every torch call, and calls our own dual rules where there are any.
-
-    Attributes:
-        seen: ids of the parameters that reached a torch call.
-    """
-
-    def __init__(self, duals: dict[int, Tensor]) -> None:
-        super().__init__(every_call=True)
-        self._duals = duals
-        self.seen: set[int] = set()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if not torch.is_grad_enabled():
-            return self._constant(func, args, kwargs or {})
-        args = tuple([self._swap(a) for a in args])
-        kwargs = {k: self._swap(v) for k, v in kwargs.items()} if kwargs else {}
-        rule = RULES.get(func)
-        if rule is not None:
-            result = rule(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        name = getattr(func, "__name__", "")
-        if name in _RECURRENT or name in _ATTENTION:
-            announce(name, f"curveball_fused: {name} has no fused forward-mode formula; its plain kernel is used.")
-            with self._kernels(func, args, kwargs):
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Inside `no_grad`: no derivative in either mode."""
-        if not torch._C._is_fwd_grad_enabled() and any(id(a) in self._duals for a in args):
-            raise ForwardModeUnsupported("a custom autograd.Function uses a parameter inside its forward")
-        with fwAD._set_fwd_grad_enabled(False):
-            return func(*args, **kwargs)
-
-    def _swap(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            dual = self._duals.get(id(value))
-            if dual is None:
-                return value
-            self.seen.add(id(value))
-            return dual
-        if type(value) in (list, tuple):
-            return type(value)([self._swap(v) for v in value])
-        return value
-
-
-def _has_dropout(args: Any, kwargs: dict[str, Any] | None) -> bool:
-    """Whether a positive float that may be a dropout probability is among the arguments of a fused layer."""
-    named = [v for k, v in (kwargs or {}).items() if k.startswith("dropout")]
-    return any(isinstance(v, float) and v > 0 for v in (*args, *named))
-
-
-@contextmanager
-def _plain_recurrence(device_type: str) -> Iterator[None]:
-    switch = torch.backends.cudnn if device_type == "cuda" else torch.backends.mkldnn
-    with switch.flags(enabled=False):
-        yield
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """Runs `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
 def _checked(outputs: Any) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise TypeError(
@@ -243,6 +160,12 @@ def _checked(outputs: Any) -> Tensor:
     if not outputs.is_floating_point():
         raise TypeError(f"model_fn must return a real floating-point tensor; it returned {outputs.dtype}.")
     return outputs
+
+
+def _own(outputs: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """`outputs` in memory of their own, where the model returned a parameter: the update must not change them."""
+    memory = outputs.untyped_storage().data_ptr()
+    return outputs.clone() if any(p.untyped_storage().data_ptr() == memory for p in params) else outputs
 
 
 def _dense(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:

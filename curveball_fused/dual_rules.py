@@ -25,7 +25,7 @@ Pair = tuple[Tensor, "Tensor | None"]
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """y = x Wᵀ + b;  ẏ = ẋ Wᵀ + ḃ + x Ẇᵀ, the last product added in place."""
     (x, dx), (w, dw), (b, db) = _pair(input), _pair(weight), _pair(bias)
-    if dx is None and dw is None:
+    if (dx is None and dw is None) or w.dim() != 2 or x.numel() == 0:
         return NotImplemented
     output, rows = F.linear(x, w, b), x.reshape(-1, x.shape[-1])
     if dx is None:
@@ -34,6 +34,24 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if dw is not None:
         tangent.addmm_(rows, dw.t())
     return fwAD.make_dual(output, tangent.view(output.shape))
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """y = W[i];  ẏ = Ẇ[i], but zero at the padding index, whose gradient torch's backward pass takes for zero."""
+    w, dw = _pair(weight)
+    if padding_idx is None or dw is None or max_norm is not None:
+        return NotImplemented
+    padding = padding_idx % w.shape[0]
+    tangent = F.embedding(input, dw).masked_fill_((input == padding).unsqueeze(-1), 0)
+    return fwAD.make_dual(F.embedding(input, w), tangent)
 
 
 def batch_norm(
@@ -164,10 +182,18 @@ def _tangent(tensor: Tensor | None) -> Tensor | None:
 
 
 def _guarded(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Rules are plain kernels: they record no graph, and autocast, which chooses dtypes call by call, is torch's."""
+    """Rules are plain kernels.
+
+    Autocast, which chooses dtypes call by call, is left to torch, and so are the transforms of torch.func and graphs
+    that the model itself needs.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            return NotImplemented
+        if torch._C._are_functorch_transforms_active():
+            return NotImplemented
+        if any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
             return NotImplemented
         with torch.no_grad():
             return rule(*args, **kwargs)
@@ -177,6 +203,7 @@ def _guarded(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 RULES: dict[Any, Callable[..., Any]] = {
     F.linear: _guarded(linear),
+    F.embedding: _guarded(embedding),
     F.batch_norm: _guarded(batch_norm),
     F.layer_norm: _guarded(layer_norm),
     F.softmax: _guarded(softmax),

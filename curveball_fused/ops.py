@@ -13,6 +13,7 @@ from torch import Tensor
 from . import backends, reference
 
 
+@torch.no_grad()
 def update_(
     params: Sequence[Tensor],
     z: Sequence[Tensor],
@@ -61,6 +62,7 @@ def update_(
     return z_dot_z
 
 
+@torch.no_grad()
 def dots(z: Sequence[Tensor], r: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     """`[z·z, z·r, r·r]` over two lists of tensors in one pass, float64, summed in a fixed order.
 

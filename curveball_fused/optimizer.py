@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, checks, ops, reference
-from .curvature import (
-    DoubleBackward,
-    Forward,
-    ForwardModeUnsupported,
-    announce,
-    forward_mode_errors,
-    run_plain,
-    uncompiled,
-)
+from .checks import SHARED
+from .curvature import DoubleBackward, linearise, run_plain
 from .losses import LossModel, checked_loss
+from .modes import uncompiled
 from .reference import LAMBD, LOSS, PREDICTED_CHANGE, SCALARS, Z_DOT_Z
 from .replay import Replay
-
-SHARED = "curveball"  # key of the state that belongs to no single parameter
 
 
 class CurveBall(Optimizer):
@@ -93,7 +85,11 @@ class CurveBall(Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, model_fn: Callable[[], Tensor], loss_fn: Callable[[Tensor], Tensor] | None = None
+        self,
+        model_fn: Callable[[], Tensor] | None = None,
+        loss_fn: Callable[[Tensor], Tensor] | None = None,
+        *,
+        closure: None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step.
 
@@ -102,29 +98,35 @@ class CurveBall(Optimizer):
                 called two to four times, with random numbers and buffers (batch-norm statistics) replayed, so that
                 they advance once.
             loss_fn: called with the predictions, returns the scalar loss.
+            closure: torch's old way, which gets an error that tells the new one.
 
         Returns:
             The loss and the predictions at the weights before the step, both detached.
 
         Raises:
-            TypeError, RuntimeError: the model or the loss cannot be used; nothing has been changed then.
+            TypeError, RuntimeError: the model or the loss cannot be used; nothing has been changed then. (An error of
+                the model at the new weights, in a look at λ, leaves a complete step without that look.)
         """
-        if loss_fn is None:
-            _explain_call()
+        if model_fn is None or loss_fn is None or closure is not None:
+            checks.explain_call()
         groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
         params = [p for group in groups for p in group]
         if not params:
             raise RuntimeError("no parameter of this optimizer requires a gradient: nothing to train.")
         shared = self._prepare(params)
         replay = Replay(params, params[0].device)
-        try:
-            with uncompiled():
-                loss, outputs, scalars = self._advance(model_fn, loss_fn, groups, shared, replay)
-        except BaseException:
-            replay.rewind()
-            raise
-        replay.finish()
-        shared["scalars"], shared["step"] = scalars, shared["step"] + 1
+        with uncompiled():
+            try:
+                loss, outputs = self._advance(model_fn, loss_fn, groups, shared, replay)
+            except BaseException:
+                replay.rewind()
+                raise
+            try:
+                settings = self.param_groups[0]
+                if settings["auto_lambda"] and (shared["step"] - 1) % settings["lambda_interval"] == 0:
+                    shared["scalars"] = self._adapt(model_fn, loss_fn, shared["scalars"], replay)
+            finally:
+                replay.finish()
         return loss, outputs
 
     def stats(self) -> dict[str, Tensor]:
@@ -168,19 +170,20 @@ class CurveBall(Optimizer):
         groups: Sequence[list[Tensor]],
         shared: dict[str, Any],
         replay: Replay,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Products, solve, update, damping; returns loss, outputs and the new scalars."""
+    ) -> tuple[Tensor, Tensor]:
+        """Products, solve, update; returns loss and outputs."""
         settings, backend = self.param_groups[0], self.defaults["backend"]
         params = [p for group in groups for p in group]
         z = [self.state[p]["z"] for p in params]
 
-        linear, (outputs, jz) = self._linearise(model_fn, params, z, replay)
+        curvature = "double_backward" if shared["double_backward"] else self.defaults["curvature"]
+        linear, (outputs, jz) = linearise(curvature, model_fn, params, z, replay)
         model = LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params)
         cotangent, products_of = model.cotangent(jz)
         r = linear.vjp(cotangent)
         products = products_of(linear.jvp(r)[1])
-        # z·r = Jz·c and r·r = Jr·c hold for tangents and gradients that were not rounded to a lower precision.
-        exact = all(p.dtype in (torch.float32, torch.float64) for p in params)
+        # z·r = Jz·c and r·r = Jr·c, unless tangents or gradients are rounded to a lower precision or altered by a hook.
+        exact = all(p.dtype in (torch.float32, torch.float64) and not p._backward_hooks for p in params)
         dots = None if exact else ops.dots(z, r, backend=backend)
 
         scalars = ops.solve(
@@ -194,49 +197,31 @@ class CurveBall(Optimizer):
             backend=backend,
         )
         self._update(groups, z, r, scalars)
-        if settings["auto_lambda"] and shared["step"] % settings["lambda_interval"] == 0:
-            new_loss = self._sign * checked_loss(replay.again(lambda: loss_fn(run_plain(model_fn)))).detach()
-            scalars = ops.adapt_damping(
-                scalars,
-                new_loss,
-                low=settings["lambda_low"],
-                high=settings["lambda_high"],
-                factor=settings["lambda_factor"] ** settings["lambda_interval"],
-                minimum=settings["lambda_min"],
-                maximum=settings["lambda_max"],
-                backend=backend,
-            )
-        return model.loss, outputs, scalars
+        shared["scalars"], shared["step"] = scalars, shared["step"] + 1
+        # A model that needed double backward once will need it again.
+        shared["double_backward"] = isinstance(linear, DoubleBackward)
+        return model.loss, outputs
 
-    def _linearise(
-        self, model_fn: Callable[[], Tensor], params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
-    ) -> tuple[Forward | DoubleBackward, tuple[Tensor, Tensor]]:
-        """The linear map and its first product, Jz; settles in the first step which way the model needs."""
-        curvature, shared = self.defaults["curvature"], self._states[SHARED]
-        if curvature == "forward" or (curvature == "auto" and not shared["double_backward"]):
-            linear = Forward(model_fn, params, replay)
-            try:
-                with forward_mode_errors():
-                    return linear, linear.jvp(z)
-            except ForwardModeUnsupported as error:
-                if curvature == "forward":
-                    raise RuntimeError(
-                        f'curvature="forward" cannot differentiate this model: {error}. Replace the operator, or use '
-                        'curvature="auto" or "double_backward".'
-                    ) from error
-                announce(str(error), f"curveball_fused: {error}; double backward is used for the whole model.")
-            shared["double_backward"] = True
-            replay.rewind()
-        try:
-            double = DoubleBackward(model_fn, params, replay)
-            return double, double.jvp(z)
-        except (NotImplementedError, RuntimeError) as error:
-            if "derivative" in str(error) or "double backward" in str(error) or "differentiat" in str(error):
-                raise RuntimeError(
-                    f"neither forward mode nor double backward can differentiate this model: {error}. Replace the "
-                    "operator that is named here by one that torch can differentiate twice."
-                ) from error
-            raise
+    def _adapt(
+        self,
+        model_fn: Callable[[], Tensor],
+        loss_fn: Callable[[Tensor], Tensor],
+        scalars: Tensor,
+        replay: Replay,
+    ) -> Tensor:
+        """A look at the loss at the new weights, on the same batch; returns scalars with the λ that follows from it."""
+        settings = self.param_groups[0]
+        new_loss = checked_loss(replay.again(lambda: loss_fn(run_plain(model_fn)))).detach()
+        return ops.adapt_damping(
+            scalars,
+            self._sign * new_loss,
+            low=settings["lambda_low"],
+            high=settings["lambda_high"],
+            factor=settings["lambda_factor"] ** settings["lambda_interval"],
+            minimum=settings["lambda_min"],
+            maximum=settings["lambda_max"],
+            backend=self.defaults["backend"],
+        )
 
     def _update(
         self, groups: Sequence[list[Tensor]], z: Sequence[Tensor], r: Sequence[Tensor], scalars: Tensor
@@ -260,7 +245,8 @@ class CurveBall(Optimizer):
             start = end
         z_dot_z = torch.stack(squares)
         scalars[Z_DOT_Z] = z_dot_z.sum()
-        if any(rate is not rates[0] and (isinstance(rate, Tensor) or rate != rates[0]) for rate in rates):
+        numbers = not any(isinstance(rate, Tensor) for rate in rates)
+        if len(rates) > 1 and not (numbers and len(set(rates)) == 1):
             # The step is lr_i z in group i; its projection on z is the step of the lr that the model sees.
             lr = torch.stack([torch.as_tensor(rate, dtype=torch.float64, device=scalars.device) for rate in rates])
             mean = (lr * z_dot_z).sum() / scalars[Z_DOT_Z].clamp(min=torch.finfo(torch.float64).tiny)
@@ -269,8 +255,9 @@ class CurveBall(Optimizer):
     def _prepare(self, params: Sequence[Tensor]) -> dict[str, Any]:
         """State on first use; z·z anew where other parameters than in the last step require gradients."""
         for p in params:
-            if "z" not in self.state[p]:
-                self.state[p]["z"] = _zeros_like(p)
+            z = self.state[p].get("z")
+            if z is None or z.dtype != _state_dtype(p) or z.device != p.device:  # the model may have been converted
+                self.state[p]["z"] = _zeros_like(p) if z is None else _zeros_like(p).copy_(z)
         if SHARED not in self._states:
             self._states[SHARED] = {
                 "scalars": self._initial_scalars(),
@@ -279,6 +266,7 @@ class CurveBall(Optimizer):
                 "double_backward": False,
             }
         shared: dict[str, Any] = self._states[SHARED]
+        shared["scalars"] = shared["scalars"].to(params[0].device)
         everything = [p for group in self.param_groups for p in group["params"]]
         active = [i for i, p in enumerate(everything) if p.requires_grad]
         if active != shared["active"]:
@@ -306,12 +294,8 @@ class CurveBall(Optimizer):
 
 def _zeros_like(p: Tensor) -> Tensor:
     """State for `p`: its layout, and at least float32."""
-    return torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, requires_grad=False)
+    return torch.zeros_like(p, dtype=_state_dtype(p), requires_grad=False)
 
 
-def _explain_call() -> NoReturn:
-    raise TypeError(
-        "CurveBall.step needs two functions, step(model_fn, loss_fn), as it differentiates the model itself. Instead "
-        "of a closure that calls backward(), write:\n"
-        "    loss, outputs = optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))"
-    )
+def _state_dtype(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32

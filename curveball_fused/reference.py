@@ -114,7 +114,7 @@ def solve(
     slope = x1 * b1 + x2 * b2
     bend = torch.where(safe, slope, x1 * (a11 * x1 + 2 * a12 * x2) + x2 * a22 * x2)
     rate = torch.as_tensor(lr, dtype=torch.float64, device=slope.device)
-    finite = torch.isfinite(torch.stack((loss.to(products), *products.unbind(), zz, zr, rr, x1, x2))).all()
+    finite = torch.isfinite(torch.stack((loss.to(products), *products.unbind(), zz, zr, rr, x1, x2, rate))).all()
     new = scalars.clone()
     new[BETA], new[RHO] = torch.where(finite, x1, nan), torch.where(finite, -x2, nan)
     new[SLOPE], new[BEND] = torch.where(finite, slope, zero), torch.where(finite, bend, zero)
@@ -133,13 +133,14 @@ def predicted_change(scalars: Tensor, lr: Tensor) -> Tensor:
 def adapt_damping(
     scalars: Tensor, new_loss: Tensor, low: float, high: float, factor: float, minimum: float, maximum: float
 ) -> Tensor:
-    """γ = (new loss - loss) / M;  λ/factor where γ < low or γ is NaN, λ·factor where γ > high, within the bounds.
+    """γ = (new loss - loss) / M;  λ/factor where γ < low or γ is NaN or M > 0, λ·factor where γ > high, within
+    the bounds. (M > 0, a step that the model itself expects to climb, can come of fixed β and ρ or of lr > 2.)
 
     Scalars stay as they are where the step was skipped or M is zero. Returns new scalars.
     """
     lambd, change = scalars[LAMBD], scalars[PREDICTED_CHANGE]
     ratio = (new_loss.to(scalars) - scalars[LOSS]) / change
-    poor = ~torch.isfinite(new_loss) | ~(ratio >= low)
+    poor = ~torch.isfinite(new_loss) | ~(ratio >= low) | (change > 0)
     adapted = torch.where(poor, lambd / factor, torch.where(ratio > high, lambd * factor, lambd))
     new = scalars.clone()
     new[LAMBD], new[RATIO] = adapted.clamp(minimum, maximum), ratio

@@ -45,12 +45,13 @@ class Replay:
         self._fresh: set[int] = set()
         self._external: set[int] = set()
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
-        self._after: list[tuple[Tensor, Tensor]] = []
+        self._after: dict[int, tuple[Tensor, Tensor]] = {}
         self._modules: dict[int, tuple[nn.Module, dict[str, Tensor | None]]] = {}
-        self._modules_after: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self._modules_after: dict[int, tuple[nn.Module, dict[str, Tensor | None]]] = {}
+        self._own_generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self._own_generators_after: list[tuple[torch.Generator, Tensor]] = []
         self._generators = _generators(device)
         self._generators_after = self._generators
-        self._replayed = False
 
     def first(self, function: Callable[[], Result]) -> Result:
         """Runs `function` and records what it changes."""
@@ -63,31 +64,43 @@ class Replay:
 
         hook = register_module_forward_pre_hook(on_call)
         try:
-            with _Recorder(self._save, self._fresh, self._external):
-                return function()
+            with _Recorder(self._save, self._save_generator, self._fresh, self._external):
+                result = function()
         finally:
             hook.remove()
+        self._mark()
+        return result
 
     def again(self, function: Callable[[], Result]) -> Result:
         """Runs `function` from the state in which the first run began."""
-        if not self._replayed:
-            self._replayed = True
-            self._generators_after = _generators(self._device)
-            self._after = [(t, t.detach().clone()) for t, _ in self._before.values()]
-            self._modules_after = [(m, dict(m._buffers)) for m, _ in self._modules.values() if m._buffers]
         self.rewind()
         return function()
 
     def rewind(self) -> None:
         """Puts back what the runs changed: the state before the first run."""
-        _put_back(self._before.values(), self._modules.values())
-        _set_generators(self._generators, self._device)
+        # The last saved first: of two views of one memory, the one that was saved first holds the older values.
+        _put_back(reversed(self._before.values()), self._modules.values())
+        _set_generators(self._generators, self._device, self._own_generators.values())
 
     def finish(self) -> None:
         """Leaves the state as the first run left it, however many runs followed."""
-        if self._replayed:
-            _put_back(self._after, self._modules_after)
-            _set_generators(self._generators_after, self._device)
+        _put_back(self._after.values(), self._modules_after.values())
+        _set_generators(self._generators_after, self._device, self._own_generators_after)
+
+    def _mark(self) -> None:
+        """Notes what a first run has left. A buffer counts when it is first seen: later, a backward pass that computes
+        activations again may have moved it."""
+        self._generators_after = _generators(self._device)
+        self._own_generators_after = [(g, g.get_state()) for g, _ in self._own_generators.values()]
+        for key, (tensor, _) in self._before.items():
+            if key not in self._after:
+                self._after[key] = (tensor, tensor.detach().clone())
+        for key, (module, buffers) in self._modules.items():
+            if buffers and key not in self._modules_after:
+                self._modules_after[key] = (module, dict(module._buffers))
+
+    def _save_generator(self, generator: torch.Generator) -> None:
+        self._own_generators.setdefault(id(generator), (generator, generator.get_state()))
 
     def _save(self, tensor: Tensor) -> None:
         """Keeps the value of `tensor`, which is about to be written."""
@@ -111,11 +124,13 @@ def _generators(device: torch.device) -> tuple[Any, ...]:
     return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
 
 
-def _set_generators(states: Sequence[Any], device: torch.device) -> None:
+def _set_generators(states: Sequence[Any], device: torch.device, own: Iterable[tuple[torch.Generator, Tensor]]) -> None:
     random.setstate(states[0])
     torch.set_rng_state(states[1])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[2], device)
+    for generator, state in own:
+        generator.set_state(state)
 
 
 def _refuse_wrapper(module: nn.Module) -> None:
@@ -133,9 +148,16 @@ class _Recorder(TorchFunctionMode):
     A memory is fresh if it first shows up as the result of a call, and external if it first shows up as an argument.
     """
 
-    def __init__(self, save: Callable[[Tensor], None], fresh: set[int], external: set[int]) -> None:
+    def __init__(
+        self,
+        save: Callable[[Tensor], None],
+        save_generator: Callable[[torch.Generator], None],
+        fresh: set[int],
+        external: set[int],
+    ) -> None:
         super().__init__()
         self._save = save
+        self._save_generator = save_generator
         self._fresh = fresh
         self._external = external
 
@@ -143,6 +165,8 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            self._save_generator(kwargs["generator"])
         with torch._C.DisableTorchFunction():  # reading a tensor's attributes is a torch function too
             self._external.update({_memory(t) for t in _tensors((*args, *kwargs.values()))} - self._fresh)
             for tensor in _tensors(_written(func, args, kwargs)):
@@ -161,7 +185,8 @@ def _memory(tensor: Tensor) -> int:
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
-            if value.layout == torch.strided:
+            # Inside torch.func transforms tensors are wrapped and have no memory of their own to write to.
+            if value.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(value):
                 yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from curveball_fused import curvature
+from curveball_fused import modes
 
 torch.set_num_threads(1)  # the nets are tiny; tests of threading set their own number
 
@@ -14,5 +14,5 @@ torch.set_num_threads(1)  # the nets are tiny; tests of threading set their own 
 def fresh_state() -> Iterator[None]:
     """The same random numbers for each test, and announcements that are made once per process made again."""
     torch.manual_seed(0)
-    curvature._announced.clear()
+    modes._announced.clear()
     yield

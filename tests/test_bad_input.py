@@ -122,6 +122,7 @@ def assert_same(a: list[Any], b: list[Any]) -> None:
 
 STEPS: dict[str, tuple[Callable[[Setting], Any], type[Exception], str]] = {
     "closure": (lambda s: s.optimizer.step(lambda: s.loss(s.net(s.x))), TypeError, r"step\(model_fn, loss_fn\)"),
+    "closure by name": (lambda s: s.optimizer.step(closure=lambda: 1.0), TypeError, r"step\(model_fn, loss_fn\)"),
     "nothing": (lambda s: s.optimizer.step(), TypeError, "model_fn"),
     "independent": (
         lambda s: s.optimizer.step(lambda: s.x @ torch.ones(3, 2), s.loss),
@@ -219,6 +220,13 @@ def checkpoint_of(net: nn.Module, optimizer_type: Any = CurveBall, **options: An
         (lambda: checkpoint_of(nn.Linear(3, 4)), "parameters"),
         (lambda: checkpoint_of(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.optim.Adam), "another optimizer"),
         (lambda: {"net": 1}, "state_dict"),
+        (
+            lambda: {
+                "state": {"curveball": {"scalars": torch.zeros(3)}},
+                "param_groups": [{"params": [0, 1, 2, 3]}],
+            },
+            "scalars",
+        ),
     ],
 )
 def test_checkpoints_of_something_else(make: Callable[[], dict[str, Any]], words: str) -> None:

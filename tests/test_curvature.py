@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from curveball_fused import CurveBall, dual_rules
 from curveball_fused.curvature import DoubleBackward, Forward
@@ -150,7 +151,29 @@ def test_every_rule_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         products(Forward, model, x)
     for name in ("softmax", "layer norm"):
         products(Forward, *RULED[name]())
+    products(Forward, TiedWithPadding(), torch.tensor([0, 3]))
     assert called == set(dual_rules.RULES)
+
+
+class TiedWithPadding(nn.Module):
+    """The padding row gets no gradient as input, and one as output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3, padding_idx=-1)
+        nn.init.normal_(self.embedding.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.tanh(self.embedding(tokens)) @ self.embedding.weight.T
+
+
+def test_padding_index_gets_no_tangent_as_it_gets_no_gradient() -> None:
+    tokens = torch.tensor([[0, 4, 3], [4, 4, 1]])
+    torch.manual_seed(0)
+    model = TiedWithPadding().double()
+    ours, expected = (products(mode, model, tokens) for mode in MODES)
+    for i in (0, 1, 3):
+        torch.testing.assert_close(ours[i], expected[i], rtol=1e-12, atol=1e-12)
 
 
 def causal(q: Tensor) -> dict[str, Any]:
@@ -186,7 +209,7 @@ def test_attention_rule(options: Any) -> None:
 
 
 class Stateful(nn.Module):
-    """Changes buffers in every way: batch norm, in place, through a view, by assignment; draws from two generators."""
+    """Changes buffers in every way: batch norm, in place, through views, by assignment; draws from three generators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,6 +218,7 @@ class Stateful(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.register_buffer("table", torch.zeros(2, 4))
         self.register_buffer("average", torch.zeros(4))
+        self.generator = torch.Generator().manual_seed(7)
         self.calls: Tensor
         self.table: Tensor
         self.average: Tensor
@@ -204,9 +228,11 @@ class Stateful(nn.Module):
         y += self.table[0]  # in place on what the run computed itself
         with torch.no_grad():
             self.calls += 1
-            self.table[0].mul_(0.5).add_(y.mean(0))
+            self.table[0] += y.mean(0)  # twice, through two views of the same memory
+            self.table[0] *= 0.5
             self.average = 0.9 * self.average + 0.1 * y.mean(0)
-        return F.dropout(y, 0.3) * (1 + random.random()) + self.average
+        noise = torch.rand(4, generator=self.generator, dtype=y.dtype)
+        return F.dropout(y, 0.3) * (1 + random.random()) * self.table[0] * noise + self.average
 
 
 @pytest.mark.parametrize("curvature", ["forward", "double_backward"])
@@ -216,6 +242,7 @@ def test_a_step_leaves_what_one_run_leaves(curvature: str, interval: int) -> Non
     optimizer = CurveBall(model.parameters(), curvature=curvature, lambda_interval=interval, lr=0.7)
     for step in range(3):
         once = copy.deepcopy(model)
+        once.generator.set_state(model.generator.get_state())
         random.seed(step)
         torch.manual_seed(step)
         with torch.no_grad():
@@ -229,6 +256,7 @@ def test_a_step_leaves_what_one_run_leaves(curvature: str, interval: int) -> Non
         for (name, ours), theirs in zip(model.named_buffers(), once.buffers(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
             assert not ours.requires_grad
+        assert torch.equal(model.generator.get_state(), once.generator.get_state())
 
 
 def test_ratio_compares_the_same_function() -> None:
@@ -273,6 +301,58 @@ def test_no_grad_inside_the_model_stops_both_products() -> None:
     torch.testing.assert_close(dot(z, r), (jz * u).sum(), rtol=1e-12, atol=1e-12)
 
 
+def test_a_model_that_differentiates_inside() -> None:
+    """Physics-informed nets and energy models call torch.autograd.grad in their forward pass."""
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)[:, None].requires_grad_()
+    results = []
+    for curvature in ("forward", "double_backward"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+
+        def model(net: nn.Module = net) -> Tensor:
+            u = net(t) + t**2
+            (du,) = torch.autograd.grad(u.sum(), t, create_graph=True)
+            return du + u
+
+        optimizer = CurveBall(net.parameters(), curvature=curvature, lambda_interval=1)
+        for _ in range(3):
+            optimizer.step(model, lambda out: out.square().mean())
+        results.append(torch.stack(list(optimizer.stats().values())))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
+
+
+def test_a_view_made_before_the_step_is_refused() -> None:
+    weight, layer = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 3)
+    view = weight.t()
+    optimizer = CurveBall([weight, *layer.parameters()])
+    with pytest.raises(RuntimeError, match="view of a parameter"):
+        optimizer.step(lambda: layer(torch.eye(3)) @ weight @ view, lambda out: out.square().mean())
+
+
+def test_checkpointed_batch_norm_moves_its_statistics_once() -> None:
+    for curvature in ("forward", "double_backward"):
+        model, x = (
+            nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).double(),
+            torch.randn(6, 3).double(),
+        )
+        optimizer = CurveBall(model.parameters(), curvature=curvature)
+
+        def run(model: nn.Module = model, x: Tensor = x) -> Tensor:
+            outputs: Tensor = checkpoint(model, x, use_reentrant=False)
+            return outputs
+
+        for _ in range(2):
+            optimizer.step(run, lambda out: out.square().mean())
+        assert model[1].num_batches_tracked == 2
+
+
+def test_functorch_inside_the_model() -> None:
+    layer, x = nn.Linear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
+    one_step_equals_double_backward(
+        lambda: (copy.deepcopy(layer), lambda model: torch.func.vmap(lambda row: torch.tanh(model(row)))(x))
+    )
+
+
 def one_step_equals_double_backward(
     make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]],
 ) -> list[str]:
@@ -300,7 +380,7 @@ def test_recurrent_layers(kind: Any, p: float) -> None:
     messages = one_step_equals_double_backward(
         lambda: (kind(3, 5, num_layers=2, dropout=p).double(), lambda model: model(x)[0])
     )
-    assert len(messages) == 1 and "plain kernel" in messages[0]
+    assert len(messages) == 1 and "a plain one" in messages[0]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -391,6 +471,21 @@ def test_scripted_module_is_refused() -> None:
     with pytest.raises(RuntimeError, match="tangent of a parameter was lost"):
         optimizer.step(lambda: outer(scripted(torch.ones(2, 3))), lambda out: out.square().mean())
     assert all(torch.equal(a, b) for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
+def test_reading_a_dtype_is_not_using_a_parameter() -> None:
+    inner, outer = nn.Linear(3, 3), nn.Linear(3, 2)
+    scripted = torch.jit.script(inner)
+    optimizer = CurveBall([*outer.parameters(), *inner.parameters()])
+
+    def model() -> Tensor:
+        weight = inner.weight
+        assert weight.requires_grad and weight.size(0) == 3 and weight.dim() == 2 and weight.numel() == 9
+        return outer(scripted(torch.ones(2, 3, dtype=weight.dtype) + inner.bias.shape[0]))
+
+    with pytest.raises(RuntimeError, match="tangent of a parameter was lost"):
+        optimizer.step(model, lambda out: out.square().mean())
 
 
 def test_compiled_module_runs_as_written() -> None:

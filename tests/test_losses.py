@@ -71,6 +71,13 @@ RECOGNISED |= {
         lambda o: F.cross_entropy(o.permute(0, 2, 3, 1).flatten(0, 2), IMAGE_INDEX.flatten()),
     ),
 }
+
+
+def _zero_first(x: Tensor) -> Tensor:
+    x[0] = 0
+    return x
+
+
 GENERAL: dict[str, Case] = {
     "scaled": (LOGITS, lambda o: 0.5 * F.cross_entropy(o, INDEX)),
     "sum of two": (LOGITS, lambda o: F.cross_entropy(o, INDEX) + F.mse_loss(o, TARGET)),
@@ -81,6 +88,10 @@ GENERAL: dict[str, Case] = {
     "absolute": (LOGITS, lambda o: (o - TARGET).abs().mean()),
     "mse of a vector of one": (LOGITS, lambda o: F.mse_loss(o, TARGET).view(1)),
     "reduction none": (LOGITS, lambda o: F.cross_entropy(o, INDEX, reduction="none").mean()),
+    "target that depends on the outputs": (LOGITS, lambda o: F.mse_loss(o[:3], o[3:6])),
+    "distillation from itself": (LOGITS, lambda o: F.cross_entropy(o[:3], o[3:6].softmax(1))),
+    "copy edited in place": (LOGITS, lambda o: F.cross_entropy(o[torch.arange(7)].div_(0.5), INDEX)),
+    "copy edited in place later": (LOGITS.T.contiguous(), lambda o: F.mse_loss(_zero_first(o.T.contiguous()), TARGET)),
     "swapped mse": (LOGITS, lambda o: F.mse_loss(TARGET, o)),
 }
 
@@ -179,7 +190,34 @@ def test_bad_losses(loss_fn: Any, error: type[Exception], message: str) -> None:
         LossModel(loss_fn, LOGITS, 1.0, [])
 
 
-def test_a_regulariser_in_the_loss_is_refused() -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda w: w.square().sum(),
+        lambda w: w.T.sum(),
+        lambda w: torch.stack([w, w]).sum(),
+        lambda w: torch.stack(torch._foreach_norm([w])).sum(),
+        lambda w: torch.add(input=w, other=1).sum(),
+    ],
+)
+def test_a_parameter_in_the_loss_is_refused(penalty: Any) -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 3))
     with pytest.raises(RuntimeError, match="weight_decay"):
-        LossModel(lambda o: F.cross_entropy(o, INDEX) + weight.square().sum(), LOGITS, 1.0, [weight])
+        LossModel(lambda o: F.cross_entropy(o, INDEX) + penalty(weight), LOGITS, 1.0, [weight])
+
+
+def test_a_loss_that_cannot_be_differentiated_twice() -> None:
+    logits = torch.randn(5, 2, 4)
+
+    def loss(o: Tensor) -> Tensor:
+        return F.ctc_loss(
+            o.log_softmax(2), torch.ones(2, 2, dtype=torch.long), torch.tensor([5, 5]), torch.tensor([2, 2])
+        )
+
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        LossModel(loss, logits, 1.0, []).cotangent(logits)
+
+
+def test_a_loss_that_writes_to_the_outputs() -> None:
+    with pytest.raises(RuntimeError, match="out-of-place"):
+        LossModel(lambda o: F.cross_entropy(o.mul_(2), INDEX), LOGITS, 1.0, [])

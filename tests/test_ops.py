@@ -206,7 +206,7 @@ def test_native_operators_check_their_arguments() -> None:
         (w, z, [torch.zeros(2, 3)], COEFFICIENTS),
         (w, z, [torch.zeros(2, 3).t()], COEFFICIENTS),
         (w, [], w, COEFFICIENTS),
-        (w, z, w, COEFFICIENTS.float()),
+        (w, z, w, COEFFICIENTS.float()),  # not float64
         (w, z, w, COEFFICIENTS[:2]),
         ([torch.zeros(1).expand(3, 2)], z, w, COEFFICIENTS),
     ):

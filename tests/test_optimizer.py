@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from curveball_fused import CurveBall, build_info
+from curveball_fused import CurveBall, build_info, ops
 
 NATIVE = build_info()["backend"] == "cpu"
 BACKENDS = ["torch"] + (["cpu"] if NATIVE else [])
@@ -310,7 +310,11 @@ class NoHostRead(TorchDispatchMode):
 @pytest.mark.parametrize("loss", [F.cross_entropy, lambda out, y: F.cross_entropy(out, y) + out.logsumexp(1).mean()])
 def test_no_host_read(backend: str, curvature: str, loss: Any) -> None:
     net, x, y = small()
-    groups = [dict(params=net[0].parameters(), lr=0.5), dict(params=[*net[1].parameters(), *net[4].parameters()])]
+    groups = [
+        dict(params=net[0].parameters()),
+        dict(params=net[1].parameters(), lr=0.5),
+        dict(params=net[4].parameters()),
+    ]
     optimizer = CurveBall(groups, lr=torch.tensor(0.3), curvature=curvature, backend=backend, lambda_interval=2)
     optimizer.step(lambda: net(x), lambda out: loss(out, y))
     with NoHostRead():
@@ -366,3 +370,87 @@ def test_same_result_from_any_backend_and_twice() -> None:
     assert_equal(results[-1], results[-2])
     for a, b in zip(results[0], results[-1], strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+
+
+def test_autocast_around_the_step_looks_at_the_new_weights() -> None:
+    """Autocast caches half-precision copies of the weights, which the update makes stale."""
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(4, 3), torch.randn(10, 4), torch.randint(0, 3, (10,))
+    optimizer = CurveBall(net.parameters(), lambda_interval=1)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            advance(optimizer, net, x, y)
+        assert optimizer.stats()["ratio"] > 0.1
+
+
+@pytest.mark.parametrize("curvature", ["forward", "double_backward"])
+def test_outputs_that_are_parameters_are_those_before_the_step(curvature: str) -> None:
+    w = nn.Parameter(torch.tensor([1.0, 2.0]))
+    _, outputs = CurveBall([w], curvature=curvature).step(lambda: w.view(2, 1), lambda out: out.square().sum())
+    assert outputs.flatten().tolist() == [1, 2] and w.tolist() != [1, 2]
+
+
+def test_gradient_hooks_are_accounted_for() -> None:
+    """With r scaled by 0.1, β is ten times larger: unless r·r is taken from Jr·c, which the hook has not seen."""
+    betas = []
+    for scale in (1.0, 0.1):
+        net, x, y = small(dtype=torch.float64)
+        for p in net.parameters():
+            p.register_hook(lambda g: scale * g)
+        optimizer = CurveBall(net.parameters(), lambd=2.0)
+        advance(optimizer, net, x, y)
+        betas.append(optimizer.stats()["beta"])
+    torch.testing.assert_close(betas[1], 10 * betas[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expecting_to_climb_raises_the_damping(backend: str) -> None:
+    net, x, y = small()
+    optimizer = CurveBall(net.parameters(), beta=5.0, rho=0.9, backend=backend, lambda_interval=1, lambda_factor=0.5)
+    advance(optimizer, net, x, y, 2)
+    assert optimizer.stats()["predicted_change"] > 0 and optimizer.stats()["lambd"] > 1
+
+
+def test_an_error_in_the_look_at_the_new_weights_leaves_a_complete_step() -> None:
+    net, x, y = small()
+    twin, calls = copy.deepcopy(net), []
+
+    def fails_the_fourth_time() -> Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyError("no such thing")
+        return net(x)
+
+    optimizer, other = CurveBall(net.parameters()), CurveBall(twin.parameters())
+    torch.manual_seed(3)
+    with pytest.raises(KeyError):
+        optimizer.step(fails_the_fourth_time, lambda out: F.cross_entropy(out, y))
+    torch.manual_seed(3)
+    advance(other, twin, x, y)
+    keys = ("beta", "rho", "loss", "predicted_change")
+    assert_equal([optimizer.stats()[k] for k in keys], [other.stats()[k] for k in keys])
+    for o, model in ((optimizer, net), (other, twin)):
+        o._states["curveball"]["scalars"][2] = 1.0  # λ, the only thing that the look would have changed
+        torch.manual_seed(4)
+        advance(o, model, x, y, 2)
+    assert_equal(list(net.state_dict().values()), list(twin.state_dict().values()))
+
+
+def test_model_converted_in_the_middle() -> None:
+    net, x, y = small()
+    optimizer = CurveBall(net.parameters())
+    advance(optimizer, net, x, y, 2)
+    z = [optimizer.state[p]["z"].clone() for p in net.parameters()]
+    net.double()
+    advance(optimizer, net, x.double(), y)
+    assert all(optimizer.state[p]["z"].dtype == torch.float64 for p in net.parameters())
+    assert all(not torch.equal(optimizer.state[p]["z"].float(), a) for p, a in zip(net.parameters(), z, strict=True))
+
+
+def test_update_outside_no_grad_and_stale_graphs() -> None:
+    w = nn.Parameter(torch.ones(3))
+    old = (w * w).sum()
+    z_dot_z = ops.update_([w], [torch.ones(3)], [torch.ones(3)], torch.tensor([0.1, 0.9, 0.0]).double(), lr=1.0)
+    assert z_dot_z.grad_fn is None and w.is_leaf
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        old.backward()
