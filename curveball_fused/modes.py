@@ -96,7 +96,7 @@ class Substitute(Decompose):
                 return result
         name = getattr(func, "__name__", "")
         if name in _RECURRENT or name in _ATTENTION:
-            announce(name, f"curveball_fused: the fused kernel of {name} has no forward-mode formula; a plain one is used.")
+            announce(name, f"curveball_fused: {name}'s fused kernel has no forward-mode formula; a plain one is used.")
         with self._kernels(func, args, kwargs):
             return func(*args, **kwargs)
 
