@@ -51,7 +51,7 @@ class Replay:
         self._own_generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self._own_generators_after: list[tuple[torch.Generator, Tensor]] = []
         self._generators = _generators(device)
-        self._generators_after = self._generators
+        self._generators_after: tuple[Any, ...] | None = None
 
     def first(self, function: Callable[[], Result]) -> Result:
         """Runs `function` and records what it changes."""
@@ -68,11 +68,14 @@ class Replay:
                 result = function()
         finally:
             hook.remove()
-        self._mark()
+        self._mark_buffers()
         return result
 
     def again(self, function: Callable[[], Result]) -> Result:
         """Runs `function` from the state in which the first run began."""
+        if self._generators_after is None:
+            self._generators_after = _generators(self._device)
+            self._own_generators_after = [(g, g.get_state()) for g, _ in self._own_generators.values()]
         self.rewind()
         return function()
 
@@ -85,13 +88,11 @@ class Replay:
     def finish(self) -> None:
         """Leaves the state as the first run left it, however many runs followed."""
         _put_back(self._after.values(), self._modules_after.values())
-        _set_generators(self._generators_after, self._device, self._own_generators_after)
+        if self._generators_after is not None:
+            _set_generators(self._generators_after, self._device, self._own_generators_after)
 
-    def _mark(self) -> None:
-        """Notes what a first run has left. A buffer counts when it is first seen: later, a backward pass that computes
-        activations again may have moved it."""
-        self._generators_after = _generators(self._device)
-        self._own_generators_after = [(g, g.get_state()) for g, _ in self._own_generators.values()]
+    def _mark_buffers(self) -> None:
+        """Notes what a first run has left, at once: a backward pass that computes activations again may move it."""
         for key, (tensor, _) in self._before.items():
             if key not in self._after:
                 self._after[key] = (tensor, tensor.detach().clone())
