@@ -91,7 +91,7 @@ def test_overview(report: Report) -> None:
     }
     mean = {"": "geometric mean"} | {method: f"{value:.2f}" for method, value in means.items()}
     rows.append(mean | {"bar": bar(Spread.of([means["CurveBall"]]), BAR)})
-    note = "Time of a step over that of momentum SGD, median (p20-p80) over rounds; 1 thread. The bar is for the geometric mean."
+    note = "Time of a step over that of momentum SGD, median (p20-p80) over rounds; 1 thread. The bar is for the mean."
     report.add("step, overview", note, rows)
 
 
