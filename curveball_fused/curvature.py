@@ -185,7 +185,7 @@ def _independent() -> RuntimeError:
 
 def _lost() -> RuntimeError:
     return RuntimeError(
-        "the tangent of a parameter was lost: model_fn uses it inside code that torch functions cannot see into, such "
-        "as a torch.jit-scripted or traced module or a custom autograd.Function. Call the original Python module in "
-        'model_fn, or construct CurveBall with curvature="double_backward".'
+        "the tangent of a parameter was lost: model_fn detaches what comes of it, or uses it inside code that torch "
+        "functions cannot see into, such as a torch.jit-scripted or traced module or a custom autograd.Function. Call "
+        'the original Python module in model_fn, or construct CurveBall with curvature="double_backward".'
     )

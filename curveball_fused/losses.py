@@ -165,7 +165,7 @@ class _Recogniser(TorchFunctionMode):
         super().__init__()
         # The tensors to follow: each with the steps that lead there, and its version, which writing to it changes.
         self._views: dict[int, tuple[Tensor, tuple[Map, ...], int]] = {id(outputs): (outputs, (), outputs._version)}
-        self._calls: list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]] = []
+        self._calls: list[tuple[Tensor, int, Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -176,7 +176,7 @@ class _Recogniser(TorchFunctionMode):
             # Another argument that requires a gradient depends on the outputs too.
             others_constant = not any(isinstance(v, Tensor) and v.requires_grad for v in (*args[1:], *kwargs.values()))
             if func in CLOSED_FORMS and others_constant:
-                self._calls.append((result, func, args, kwargs))
+                self._calls.append((result, result._version, func, args, kwargs))
             elif getattr(func, "__name__", "") in _REARRANGEMENTS and result.is_floating_point():
                 steps = self._views[id(args[0])][1]
                 step = lambda v: func(v, *args[1:], **kwargs)  # noqa: E731
@@ -189,8 +189,8 @@ class _Recogniser(TorchFunctionMode):
 
     def closed_form(self, loss: Tensor) -> tuple[tuple[Tensor, tuple[Map, ...]], Quadratic] | None:
         """The rearranged outputs with the way there, and their gradient and product, if `loss` is a known function."""
-        for result, func, args, kwargs in self._calls:
-            if result is loss and self._is_followed(args[0]):
+        for result, version, func, args, kwargs in self._calls:
+            if result is loss and result._version == version and self._is_followed(args[0]):
                 closed = CLOSED_FORMS[func](*args, **kwargs)
                 if closed is not None:
                     return self._views[id(args[0])][:2], closed

@@ -176,7 +176,9 @@ class CurveBall(Optimizer):
         params = [p for group in groups for p in group]
         z = [self.state[p]["z"] for p in params]
 
-        curvature = "double_backward" if shared["double_backward"] else self.defaults["curvature"]
+        curvature = self.defaults["curvature"]
+        if curvature == "auto" and shared["double_backward"]:  # a model that needed it once will need it again
+            curvature = "double_backward"
         linear, (outputs, jz) = linearise(curvature, model_fn, params, z, replay)
         model = LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params)
         cotangent, products_of = model.cotangent(jz)
@@ -198,7 +200,6 @@ class CurveBall(Optimizer):
         )
         self._update(groups, z, r, scalars)
         shared["scalars"], shared["step"] = scalars, shared["step"] + 1
-        # A model that needed double backward once will need it again.
         shared["double_backward"] = isinstance(linear, DoubleBackward)
         return model.loss, outputs
 

@@ -442,6 +442,18 @@ def test_forward_by_name_does_not_retreat() -> None:
         optimizer.step(lambda: model(x), lambda out: out.square().mean())
 
 
+@pytest.mark.filterwarnings("ignore:curveball_fused")
+def test_a_checkpoint_does_not_choose_the_curvature_that_was_named() -> None:
+    x = torch.randn(4, 3)
+    model = Custom(True)
+    optimizer = CurveBall(model.parameters())
+    optimizer.step(lambda: model(x), lambda out: out.square().mean())
+    named = CurveBall(model.parameters(), curvature="forward")
+    named.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match='curvature="forward" cannot'):
+        named.step(lambda: model(x), lambda out: out.square().mean())
+
+
 class Opaque(torch.autograd.Function):
     """Neither a forward-mode formula nor a differentiable backward."""
 

@@ -92,6 +92,7 @@ GENERAL: dict[str, Case] = {
     "distillation from itself": (LOGITS, lambda o: F.cross_entropy(o[:3], o[3:6].softmax(1))),
     "copy edited in place": (LOGITS, lambda o: F.cross_entropy(o[torch.arange(7)].div_(0.5), INDEX)),
     "copy edited in place later": (LOGITS.T.contiguous(), lambda o: F.mse_loss(_zero_first(o.T.contiguous()), TARGET)),
+    "halved in place": (LOGITS, lambda o: F.cross_entropy(o, INDEX).div_(2)),
     "swapped mse": (LOGITS, lambda o: F.mse_loss(TARGET, o)),
 }
 
