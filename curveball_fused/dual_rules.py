@@ -19,8 +19,6 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
 
-Pair = tuple[Tensor, "Tensor | None"]
-
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """y = x Wᵀ + b;  ẏ = ẋ Wᵀ + ḃ + x Ẇᵀ, the last product added in place."""
@@ -47,7 +45,7 @@ def embedding(
 ) -> Any:
     """y = W[i];  ẏ = Ẇ[i], but zero at the padding index, whose gradient torch's backward pass takes for zero."""
     w, dw = _pair(weight)
-    if padding_idx is None or dw is None or max_norm is not None:
+    if padding_idx is None or dw is None or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
     padding = padding_idx % w.shape[0]
     tangent = F.embedding(input, dw).masked_fill_((input == padding).unsqueeze(-1), 0)
