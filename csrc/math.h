@@ -1,7 +1,7 @@
 // The formulas of CurveBall, each written once: the update of an element, the 2x2 solve, the rule for lambda.
 //
 // Plain C++ without torch headers, so that the CPU loops, CUDA kernels and NVRTC all read this same text.
-// Notation, as in the README: w weights, z the state, J the gradient's Jacobian, H the Hessian of the
+// Notation, as in the README: w weights, z the state, J the Jacobian of the outputs, H the Hessian of the
 // loss in the outputs, g its gradient there, r = J'(HJz + g), Delta = r + lambda z.
 #pragma once
 
