@@ -260,12 +260,8 @@ class CurveBall(Optimizer):
             if z is None or z.dtype != _state_dtype(p) or z.device != p.device:  # the model may have been converted
                 self.state[p]["z"] = _zeros_like(p) if z is None else _zeros_like(p).copy_(z)
         if SHARED not in self._states:
-            self._states[SHARED] = {
-                "scalars": self._initial_scalars(),
-                "step": 0,
-                "active": [],
-                "double_backward": False,
-            }
+            fresh = dict(scalars=self._initial_scalars(), step=0, active=[], double_backward=False)
+            self._states[SHARED] = fresh
         shared: dict[str, Any] = self._states[SHARED]
         shared["scalars"] = shared["scalars"].to(params[0].device)
         everything = [p for group in self.param_groups for p in group["params"]]

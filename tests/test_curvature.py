@@ -1,9 +1,8 @@
-"""Jacobian products: the two identities that the method rests on, replays, and what becomes of awkward models."""
+"""Jacobian products: the two identities that the method rests on, and what becomes of awkward models."""
 
 from __future__ import annotations
 
 import copy
-import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,35 +12,11 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from jacobians import MODES, dot, linearised, products
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from curveball_fused import CurveBall, dual_rules
-from curveball_fused.curvature import DoubleBackward, Forward
-from curveball_fused.replay import Replay
-
-MODES = [Forward, DoubleBackward]
-
-
-def linearised(mode: Any, model_fn: Callable[[], Tensor], params: list[Tensor]) -> Any:
-    return mode(model_fn, params, Replay(params, params[0].device))
-
-
-def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return torch.stack([(u * v).sum() for u, v in zip(a, b, strict=True)]).sum()
-
-
-def products(
-    mode: Any, model: nn.Module, x: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor, list[Tensor], Tensor]:
-    params = list(model.parameters())
-    torch.manual_seed(3)
-    z = [torch.randn_like(p) for p in params]
-    map_ = linearised(mode, lambda: model(x), params)
-    outputs, jz = map_.jvp(z)
-    u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(4), dtype=outputs.dtype)
-    r = map_.vjp(u)
-    return outputs, jz, r, map_.jvp(r)[1], z, u
+from curveball_fused import CurveBall
+from curveball_fused.curvature import Forward
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -60,226 +35,6 @@ def test_modes_agree(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     for a, b in zip(ours[2], expected[2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def finite_difference(model_fn: Callable[[], Tensor], params: list[Tensor], z: list[Tensor], h: float = 1e-6) -> Tensor:
-    values = []
-    for sign in (1, -1):
-        torch._foreach_add_(params, z, alpha=sign * h)
-        values.append(model_fn())
-        torch._foreach_add_(params, z, alpha=-sign * h)
-    return (values[0] - values[1]) / (2 * h)
-
-
-RULED = {
-    "linear without bias": lambda: (nn.Linear(4, 3, bias=False), torch.randn(2, 4)),
-    "linear of a vector": lambda: (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(4)),
-    "linear of a transposed input": lambda: (
-        nn.Sequential(nn.Linear(4, 3), nn.Flatten(0, 1), nn.Linear(3, 2)),
-        torch.randn(4, 3, 2).permute(2, 1, 0),
-    ),
-    "batch norm": lambda: (nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)), torch.randn(4, 2, 3, 3)),
-    "batch norm, channels last": lambda: (
-        nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)),
-        torch.randn(4, 2, 3, 3).to(memory_format=torch.channels_last),
-    ),
-    "batch norm without statistics": lambda: (
-        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)),
-        torch.randn(5, 3),
-    ),
-    "batch norm without affine": lambda: (
-        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)),
-        torch.randn(5, 3),
-    ),
-    "batch norm in eval mode": lambda: (
-        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(),
-        torch.randn(5, 3),
-    ),
-    "layer norm": lambda: (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), torch.randn(5, 3)),
-    "layer norm without bias": lambda: (
-        nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4, bias=False)),
-        torch.randn(5, 3),
-    ),
-    "layer norm over two dimensions": lambda: (
-        nn.Sequential(nn.Linear(3, 4), nn.LayerNorm((5, 4))),
-        torch.randn(2, 5, 3),
-    ),
-    "softmax": lambda: (nn.Sequential(nn.Linear(3, 4), nn.Softmax(1)), torch.randn(5, 3)),
-    "max pooling": lambda: (
-        nn.Sequential(nn.Conv2d(2, 3, 1), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d(2)),
-        torch.randn(2, 2, 9, 8),
-    ),
-    "max pooling, channels last, dilated": lambda: (
-        nn.Sequential(nn.Conv2d(2, 3, 1), nn.MaxPool2d(2, 1, dilation=2)),
-        torch.randn(2, 2, 7, 6).to(memory_format=torch.channels_last),
-    ),
-    "max pooling of one image": lambda: (nn.Sequential(nn.Conv2d(2, 3, 1), nn.MaxPool2d(2)), torch.randn(2, 4, 4)),
-    "group norm": lambda: (nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4)), torch.randn(2, 2, 3, 3)),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", list(RULED))
-def test_rules_against_finite_differences(name: str, mode: Any) -> None:
-    model, x = RULED[name]()
-    model, x = model.double(), x.double()
-    for p in model.parameters():
-        nn.init.normal_(p)
-    outputs, jz, r, jr, z, u = products(mode, model, x)
-    params = list(model.parameters())
-    with torch.no_grad():
-        torch.testing.assert_close(outputs, model(x))
-        torch.testing.assert_close(jz, finite_difference(lambda: model(x), params, z), rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(jr, finite_difference(lambda: model(x), params, r), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(dot(r, r), (jr * u).sum(), rtol=1e-12, atol=1e-12)
-
-
-def test_every_rule_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The functions that torch's own modules call are those that the rules are kept under."""
-    called = set()
-    for function, rule in list(dual_rules.RULES.items()):
-
-        def call(*args: Any, _function: Any = function, _rule: Any = rule, **kwargs: Any) -> Any:
-            result = _rule(*args, **kwargs)
-            if result is not NotImplemented:
-                called.add(_function)
-            return result
-
-        monkeypatch.setitem(dual_rules.RULES, function, call)
-    for name in ("convolution + batch norm", "attention"):
-        model, x = nets.make(name)
-        products(Forward, model, x)
-    for name in ("softmax", "layer norm"):
-        products(Forward, *RULED[name]())
-    products(Forward, TiedWithPadding(), torch.tensor([0, 3]))
-    assert called == set(dual_rules.RULES)
-
-
-class TiedWithPadding(nn.Module):
-    """The padding row gets no gradient as input, and one as output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(5, 3, padding_idx=-1)
-        nn.init.normal_(self.embedding.weight)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return torch.tanh(self.embedding(tokens)) @ self.embedding.weight.T
-
-
-def test_padding_index_gets_no_tangent_as_it_gets_no_gradient() -> None:
-    tokens = torch.tensor([[0, 4, 3], [4, 4, 1]])
-    torch.manual_seed(0)
-    model = TiedWithPadding().double()
-    ours, expected = (products(mode, model, tokens) for mode in MODES)
-    for i in (0, 1, 3):
-        torch.testing.assert_close(ours[i], expected[i], rtol=1e-12, atol=1e-12)
-
-
-def causal(q: Tensor) -> dict[str, Any]:
-    return dict(is_causal=True)
-
-
-def boolean(q: Tensor) -> dict[str, Any]:
-    mask = torch.rand(q.shape[-2], q.shape[-2]) > 0.4
-    mask[1] = False  # a row that sees nothing
-    return dict(attn_mask=mask)
-
-
-def additive(q: Tensor) -> dict[str, Any]:
-    return dict(attn_mask=torch.randn(q.shape[-2], q.shape[-2], dtype=q.dtype), scale=0.3)
-
-
-@pytest.mark.parametrize("options", [causal, boolean, additive])
-def test_attention_rule(options: Any) -> None:
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
-    layer = nn.Linear(6, 18, dtype=torch.float64)
-    keywords = options(x)
-
-    def model() -> Tensor:
-        q, k, v = layer(x).unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, **keywords)
-
-    params = list(layer.parameters())
-    z = [torch.randn_like(p) for p in params]
-    outputs, jz = linearised(Forward, model, params).jvp(z)
-    with torch.no_grad():
-        torch.testing.assert_close(outputs, model())
-        torch.testing.assert_close(jz, finite_difference(model, params, z), rtol=1e-6, atol=1e-8)
-
-
-class Stateful(nn.Module):
-    """Changes buffers in every way: batch norm, in place, through views, by assignment; draws from three generators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-        self.register_buffer("table", torch.zeros(2, 4))
-        self.register_buffer("average", torch.zeros(4))
-        self.generator = torch.Generator().manual_seed(7)
-        self.calls: Tensor
-        self.table: Tensor
-        self.average: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.linear(x))
-        y += self.table[0]  # in place on what the run computed itself
-        with torch.no_grad():
-            self.calls += 1
-            self.table[0] += y.mean(0)  # twice, through two views of the same memory
-            self.table[0] *= 0.5
-            self.average = 0.9 * self.average + 0.1 * y.mean(0)
-        noise = torch.rand(4, generator=self.generator, dtype=y.dtype)
-        return F.dropout(y, 0.3) * (1 + random.random()) * self.table[0] * noise + self.average
-
-
-@pytest.mark.parametrize("curvature", ["forward", "double_backward"])
-@pytest.mark.parametrize("interval", [1, 1000])
-def test_a_step_leaves_what_one_run_leaves(curvature: str, interval: int) -> None:
-    model, x = Stateful().double(), torch.randn(6, 3, dtype=torch.float64)
-    optimizer = CurveBall(model.parameters(), curvature=curvature, lambda_interval=interval, lr=0.7)
-    for step in range(3):
-        once = copy.deepcopy(model)
-        once.generator.set_state(model.generator.get_state())
-        random.seed(step)
-        torch.manual_seed(step)
-        with torch.no_grad():
-            expected = once(x)
-        drawn = torch.rand(2), random.random()
-        random.seed(step)
-        torch.manual_seed(step)
-        _, outputs = optimizer.step(lambda: model(x), lambda out: out.square().mean())
-        torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
-        assert torch.equal(torch.rand(2), drawn[0]) and random.random() == drawn[1]
-        for (name, ours), theirs in zip(model.named_buffers(), once.buffers(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-            assert not ours.requires_grad
-        assert torch.equal(model.generator.get_state(), once.generator.get_state())
-
-
-def test_ratio_compares_the_same_function() -> None:
-    """γ tends to 1 as the step tends to 0, but only if dropout and buffers are the same at both points."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
-    x = torch.randn(6, 3, dtype=torch.float64)
-    optimizer = CurveBall(model.parameters(), lr=1e-7, lambda_interval=1)
-    for _ in range(3):
-        optimizer.step(lambda: model(x), lambda out: out.square().mean())
-        assert optimizer.stats()["ratio"].item() == pytest.approx(1, abs=1e-5)
-
-
-def test_a_value_cached_in_the_first_run_survives() -> None:
-    """A tensor that the run itself makes and fills in place must not be put back to what it was while half made."""
-    layer, cache = nn.Linear(3, 3), {}
-
-    def model() -> Tensor:
-        if "mask" not in cache:
-            cache["mask"] = torch.ones(3, 3).triu_()
-        return layer(torch.eye(3)) * cache["mask"]
-
-    CurveBall(layer.parameters()).step(model, lambda out: out.square().mean())
-    assert torch.equal(cache["mask"], torch.ones(3, 3).triu())
 
 
 def test_no_grad_inside_the_model_stops_both_products() -> None:
@@ -327,23 +82,6 @@ def test_a_view_made_before_the_step_is_refused() -> None:
     optimizer = CurveBall([weight, *layer.parameters()])
     with pytest.raises(RuntimeError, match="view of a parameter"):
         optimizer.step(lambda: layer(torch.eye(3)) @ weight @ view, lambda out: out.square().mean())
-
-
-def test_checkpointed_batch_norm_moves_its_statistics_once() -> None:
-    for curvature in ("forward", "double_backward"):
-        model, x = (
-            nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).double(),
-            torch.randn(6, 3).double(),
-        )
-        optimizer = CurveBall(model.parameters(), curvature=curvature)
-
-        def run(model: nn.Module = model, x: Tensor = x) -> Tensor:
-            outputs: Tensor = checkpoint(model, x, use_reentrant=False)
-            return outputs
-
-        for _ in range(2):
-            optimizer.step(run, lambda out: out.square().mean())
-        assert model[1].num_batches_tracked == 2
 
 
 def test_functorch_inside_the_model() -> None:

@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
+from training import BACKENDS, SETTINGS, advance, assert_equal, everything, small
 
-from curveball_fused import CurveBall, build_info, ops
-
-NATIVE = build_info()["backend"] == "cpu"
-BACKENDS = ["torch"] + (["cpu"] if NATIVE else [])
-SETTINGS: dict[str, Any] = dict(lr=0.8, lambd=0.5, weight_decay=0.02, lambda_interval=2, lambda_factor=0.9)
-
-
-def small(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor, Tensor]:
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
-    return net.to(dtype), torch.randn(10, 4).to(dtype), torch.randint(0, 3, (10,))
-
-
-def advance(optimizer: CurveBall, net: nn.Module, x: Tensor, y: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
-    for _ in range(steps):
-        loss, outputs = optimizer.step(lambda: net(x), lambda out: F.cross_entropy(out, y))
-    return loss, outputs
-
-
-def everything(optimizer: CurveBall, net: nn.Module) -> list[Tensor]:
-    z = [optimizer.state[p]["z"] for p in net.parameters()]
-    return [*net.state_dict().values(), *z, *optimizer.stats().values()]
-
-
-def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+from curveball_fused import CurveBall, ops
 
 
 def test_learns_without_hyper_parameters() -> None:
@@ -163,71 +131,6 @@ def test_group_added_and_parameters_frozen_in_the_middle() -> None:
     assert_equal(frozen, list(net[0].parameters()))
 
 
-RESUME = """
-import sys, torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-from test_optimizer import SETTINGS, CurveBall, advance, everything, small
-net, x, y = small(dtype=getattr(torch, sys.argv[3]))
-optimizer = CurveBall(net.parameters(), **dict(SETTINGS, lambd=77.0, lr=0.1))
-saved = torch.load(sys.argv[2], weights_only=True)
-net.load_state_dict(saved["net"])
-optimizer.load_state_dict(saved["optimizer"])
-torch.set_rng_state(saved["rng"])
-advance(optimizer, net, x, y, 5)
-torch.save(everything(optimizer, net), sys.argv[2])
-"""
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("steps", [0, 3])
-def test_resumes_bit_for_bit_in_a_new_process(tmp_path: Path, steps: int, dtype: torch.dtype) -> None:
-    net, x, y = small(dtype=dtype)
-    optimizer = CurveBall(net.parameters(), **SETTINGS)
-    if steps:
-        advance(optimizer, net, x, y, steps)
-    file = tmp_path / "checkpoint.pt"
-    torch.save(dict(net=net.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state()), file)
-    advance(optimizer, net, x, y, 5)
-    subprocess.run(
-        [sys.executable, "-c", RESUME, str(Path(__file__).parent), str(file), str(dtype).split(".")[1]], check=True
-    )
-    assert_equal(everything(optimizer, net), torch.load(file, weights_only=True))
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
-def test_copies_go_the_same_way_and_share_nothing(how: str) -> None:
-    net, x, y = small()
-    optimizer = CurveBall(net.parameters(), **SETTINGS)
-    advance(optimizer, net, x, y, 3)
-    if how == "state_dict":
-        twin, _, _ = small(1)
-        twin.load_state_dict(net.state_dict())
-        other = CurveBall(twin.parameters())
-        other.load_state_dict(optimizer.state_dict())
-    elif how == "pickle":
-        twin, other = pickle.load(io.BytesIO(pickle.dumps((net, optimizer))))
-    else:
-        twin, other = copy.deepcopy((net, optimizer))
-    for o, model in ((optimizer, net), (other, twin)):
-        torch.manual_seed(5)
-        advance(o, model, x, y, 4)
-    assert_equal(everything(optimizer, net), everything(other, twin))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_state_is_float32_also_after_loading(dtype: torch.dtype) -> None:
-    net, x, y = small(dtype=dtype)
-    optimizer = CurveBall(net.parameters())
-    advance(optimizer, net, x, y, 2)
-    other = CurveBall(net.parameters())
-    other.load_state_dict(optimizer.state_dict())
-    for p in net.parameters():
-        assert other.state[p]["z"].dtype == torch.float32
-        assert torch.equal(other.state[p]["z"], optimizer.state[p]["z"])
-    assert other.state[p]["z"].data_ptr() != optimizer.state[p]["z"].data_ptr()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_follows_float32(dtype: torch.dtype) -> None:
     """A bfloat16 net learns as the float32 net does, to what rounding the weights allows."""
@@ -239,39 +142,6 @@ def test_low_precision_follows_float32(dtype: torch.dtype) -> None:
         optimizer = CurveBall(net.parameters())
         losses.append([advance(optimizer, net, x, y)[0].float() for _ in range(15)])
     torch.testing.assert_close(torch.stack(losses[1]), torch.stack(losses[0]), rtol=0.05, atol=0.02)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bad", ["input", "loss", "infinite loss"])
-@pytest.mark.parametrize("curvature", ["forward", "double_backward"])
-def test_a_step_that_is_not_finite_costs_nothing(backend: str, bad: str, curvature: str) -> None:
-    net, x, y = small()
-    net[1].track_running_stats = False  # torch itself would put NaN into running statistics
-    optimizer = CurveBall(net.parameters(), backend=backend, curvature=curvature, **SETTINGS)
-    advance(optimizer, net, x, y, 3)
-    twin, other = copy.deepcopy((net, optimizer))
-    before = [t.clone() for t in everything(optimizer, net)]
-    factor = {"input": 1.0, "loss": float("nan"), "infinite loss": float("inf")}[bad]
-    broken = x.clone()
-    broken[0, 0] = float("nan") if bad == "input" else 0.0
-    optimizer.step(lambda: net(broken), lambda out: F.cross_entropy(out, y) * factor)
-    stats = optimizer.stats()
-    assert stats["skipped_steps"] == 1 and stats["beta"] == 0 and stats["rho"] == 0
-    assert_equal(before[: -len(stats)], everything(optimizer, net)[: -len(stats)])
-    other._states["curveball"]["step"] += 1
-    for o, model in ((optimizer, net), (other, twin)):
-        torch.manual_seed(9)
-        advance(o, model, x, y, 4)
-    assert_equal(everything(optimizer, net)[: -len(stats)], everything(other, twin)[: -len(stats)])
-
-
-def test_not_convex_loss_goes_down() -> None:
-    """-x² + x⁴ in the outputs, from near its maximum: Gauss-Newton is negative, and plain steps would climb."""
-    w = nn.Parameter(torch.tensor([0.05, -0.02], dtype=torch.float64))
-    optimizer = CurveBall([w], lambd=0.3)
-    losses = [optimizer.step(lambda: w * 1.0, lambda out: (out**4 - out**2).sum())[0].item() for _ in range(60)]
-    assert optimizer.stats()["safe_steps"] > 0
-    assert losses[-1] == pytest.approx(-0.5, abs=1e-3)
 
 
 def test_maximize_is_minimising_the_negative() -> None:
@@ -286,43 +156,6 @@ def test_maximize_is_minimising_the_negative() -> None:
             [*net.state_dict().values(), stats["beta"], stats["lambd"], stats["ratio"], sign * stats["loss"]]
         )
     assert_equal(*results)
-
-
-class NoHostRead(TorchDispatchMode):
-    """Fails where a tensor's value would be read by the host."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in (
-            "_local_scalar_dense",
-            "item",
-            "nonzero",
-            "is_nonzero",
-            "equal",
-            "masked_select",
-            "unique",
-        ), name
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("curvature", ["forward", "double_backward"])
-@pytest.mark.parametrize("loss", [F.cross_entropy, lambda out, y: F.cross_entropy(out, y) + out.logsumexp(1).mean()])
-def test_no_host_read(backend: str, curvature: str, loss: Any) -> None:
-    net, x, y = small()
-    groups = [
-        dict(params=net[0].parameters()),
-        dict(params=net[1].parameters(), lr=0.5),
-        dict(params=net[4].parameters()),
-    ]
-    optimizer = CurveBall(groups, lr=torch.tensor(0.3), curvature=curvature, backend=backend, lambda_interval=2)
-    optimizer.step(lambda: net(x), lambda out: loss(out, y))
-    with NoHostRead():
-        for _ in range(4):
-            optimizer.step(lambda: net(x), lambda out: loss(out, y))
-            optimizer.stats()
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostRead():
-        optimizer.stats()["beta"].item()
 
 
 def test_stats_before_the_first_step() -> None:
@@ -372,79 +205,11 @@ def test_same_result_from_any_backend_and_twice() -> None:
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
 
 
-def test_autocast_around_the_step_looks_at_the_new_weights() -> None:
-    """Autocast caches half-precision copies of the weights, which the update makes stale."""
-    torch.manual_seed(0)
-    net, x, y = nn.Linear(4, 3), torch.randn(10, 4), torch.randint(0, 3, (10,))
-    optimizer = CurveBall(net.parameters(), lambda_interval=1)
-    for _ in range(3):
-        with torch.autocast("cpu", torch.bfloat16):
-            advance(optimizer, net, x, y)
-        assert optimizer.stats()["ratio"] > 0.1
-
-
 @pytest.mark.parametrize("curvature", ["forward", "double_backward"])
 def test_outputs_that_are_parameters_are_those_before_the_step(curvature: str) -> None:
     w = nn.Parameter(torch.tensor([1.0, 2.0]))
     _, outputs = CurveBall([w], curvature=curvature).step(lambda: w.view(2, 1), lambda out: out.square().sum())
     assert outputs.flatten().tolist() == [1, 2] and w.tolist() != [1, 2]
-
-
-def test_gradient_hooks_are_accounted_for() -> None:
-    """With r scaled by 0.1, β is ten times larger: unless r·r is taken from Jr·c, which the hook has not seen."""
-    betas = []
-    for scale in (1.0, 0.1):
-        net, x, y = small(dtype=torch.float64)
-        for p in net.parameters():
-            p.register_hook(lambda g: scale * g)
-        optimizer = CurveBall(net.parameters(), lambd=2.0)
-        advance(optimizer, net, x, y)
-        betas.append(optimizer.stats()["beta"])
-    torch.testing.assert_close(betas[1], 10 * betas[0])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_expecting_to_climb_raises_the_damping(backend: str) -> None:
-    net, x, y = small()
-    optimizer = CurveBall(net.parameters(), beta=5.0, rho=0.9, backend=backend, lambda_interval=1, lambda_factor=0.5)
-    advance(optimizer, net, x, y, 2)
-    assert optimizer.stats()["predicted_change"] > 0 and optimizer.stats()["lambd"] > 1
-
-
-def test_an_error_in_the_look_at_the_new_weights_leaves_a_complete_step() -> None:
-    net, x, y = small()
-    twin, calls = copy.deepcopy(net), []
-
-    def fails_the_fourth_time() -> Tensor:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyError("no such thing")
-        return net(x)
-
-    optimizer, other = CurveBall(net.parameters()), CurveBall(twin.parameters())
-    torch.manual_seed(3)
-    with pytest.raises(KeyError):
-        optimizer.step(fails_the_fourth_time, lambda out: F.cross_entropy(out, y))
-    torch.manual_seed(3)
-    advance(other, twin, x, y)
-    keys = ("beta", "rho", "loss", "predicted_change")
-    assert_equal([optimizer.stats()[k] for k in keys], [other.stats()[k] for k in keys])
-    for o, model in ((optimizer, net), (other, twin)):
-        o._states["curveball"]["scalars"][2] = 1.0  # λ, the only thing that the look would have changed
-        torch.manual_seed(4)
-        advance(o, model, x, y, 2)
-    assert_equal(list(net.state_dict().values()), list(twin.state_dict().values()))
-
-
-def test_model_converted_in_the_middle() -> None:
-    net, x, y = small()
-    optimizer = CurveBall(net.parameters())
-    advance(optimizer, net, x, y, 2)
-    z = [optimizer.state[p]["z"].clone() for p in net.parameters()]
-    net.double()
-    advance(optimizer, net, x.double(), y)
-    assert all(optimizer.state[p]["z"].dtype == torch.float64 for p in net.parameters())
-    assert all(not torch.equal(optimizer.state[p]["z"].float(), a) for p, a in zip(net.parameters(), z, strict=True))
 
 
 def test_update_outside_no_grad_and_stale_graphs() -> None:

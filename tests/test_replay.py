@@ -1,0 +1,105 @@
+"""A step runs the model several times as the same function, and leaves the world as one run would."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from curveball_fused import CurveBall
+
+
+class Stateful(nn.Module):
+    """Changes buffers in every way: batch norm, in place, through views, by assignment; draws from three generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("table", torch.zeros(2, 4))
+        self.register_buffer("average", torch.zeros(4))
+        self.generator = torch.Generator().manual_seed(7)
+        self.calls: Tensor
+        self.table: Tensor
+        self.average: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.linear(x))
+        y += self.table[0]  # in place on what the run computed itself
+        with torch.no_grad():
+            self.calls += 1
+            self.table[0] += y.mean(0)  # twice, through two views of the same memory
+            self.table[0] *= 0.5
+            self.average = 0.9 * self.average + 0.1 * y.mean(0)
+        noise = torch.rand(4, generator=self.generator, dtype=y.dtype)
+        return F.dropout(y, 0.3) * (1 + random.random()) * self.table[0] * noise + self.average
+
+
+@pytest.mark.parametrize("curvature", ["forward", "double_backward"])
+@pytest.mark.parametrize("interval", [1, 1000])
+def test_a_step_leaves_what_one_run_leaves(curvature: str, interval: int) -> None:
+    model, x = Stateful().double(), torch.randn(6, 3, dtype=torch.float64)
+    optimizer = CurveBall(model.parameters(), curvature=curvature, lambda_interval=interval, lr=0.7)
+    for step in range(3):
+        once = copy.deepcopy(model)
+        once.generator.set_state(model.generator.get_state())
+        random.seed(step)
+        torch.manual_seed(step)
+        with torch.no_grad():
+            expected = once(x)
+        drawn = torch.rand(2), random.random()
+        random.seed(step)
+        torch.manual_seed(step)
+        _, outputs = optimizer.step(lambda: model(x), lambda out: out.square().mean())
+        torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(torch.rand(2), drawn[0]) and random.random() == drawn[1]
+        for (name, ours), theirs in zip(model.named_buffers(), once.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+            assert not ours.requires_grad
+        assert torch.equal(model.generator.get_state(), once.generator.get_state())
+
+
+def test_ratio_compares_the_same_function() -> None:
+    """γ tends to 1 as the step tends to 0, but only if dropout and buffers are the same at both points."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    optimizer = CurveBall(model.parameters(), lr=1e-7, lambda_interval=1)
+    for _ in range(3):
+        optimizer.step(lambda: model(x), lambda out: out.square().mean())
+        assert optimizer.stats()["ratio"].item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_value_cached_in_the_first_run_survives() -> None:
+    """A tensor that the run itself makes and fills in place must not be put back to what it was while half made."""
+    layer, cache = nn.Linear(3, 3), {}
+
+    def model() -> Tensor:
+        if "mask" not in cache:
+            cache["mask"] = torch.ones(3, 3).triu_()
+        return layer(torch.eye(3)) * cache["mask"]
+
+    CurveBall(layer.parameters()).step(model, lambda out: out.square().mean())
+    assert torch.equal(cache["mask"], torch.ones(3, 3).triu())
+
+
+def test_checkpointed_batch_norm_moves_its_statistics_once() -> None:
+    for curvature in ("forward", "double_backward"):
+        model, x = (
+            nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).double(),
+            torch.randn(6, 3).double(),
+        )
+        optimizer = CurveBall(model.parameters(), curvature=curvature)
+
+        def run(model: nn.Module = model, x: Tensor = x) -> Tensor:
+            outputs: Tensor = checkpoint(model, x, use_reentrant=False)
+            return outputs
+
+        for _ in range(2):
+            optimizer.step(run, lambda out: out.square().mean())
+        assert model[1].num_batches_tracked == 2
