@@ -118,7 +118,7 @@ def solve(
     new = scalars.clone()
     new[BETA], new[RHO] = torch.where(finite, x1, nan), torch.where(finite, -x2, nan)
     new[SLOPE], new[BEND] = torch.where(finite, slope, zero), torch.where(finite, bend, zero)
-    new[PREDICTED_CHANGE] = predicted_change(new, rate)
+    new[PREDICTED_CHANGE] = torch.where(finite, predicted_change(new, rate), zero)
     new[LOSS] = loss
     new[SKIPPED_STEPS] += (~finite).to(new.dtype)
     new[SAFE_STEPS] += (finite & safe).to(new.dtype)

@@ -231,6 +231,24 @@ def test_damping_follows_the_ratio(backend: str, before: float, new_loss: float,
 
 
 @every_backend
+@pytest.mark.parametrize("ratio", [1.0, 2.0])
+def test_a_climb_that_was_expected_raises_the_damping(backend: str, ratio: float) -> None:
+    """M > 0, which fixed β and ρ can bring about: the loss climbs as predicted, and γ looks good."""
+    state = scalars(1.0, 1.0, loss=3.0, predicted_change=0.5)
+    result = named(ops.adapt_damping(state, torch.tensor(3.0 + 0.5 * ratio), **RULE, backend=backend))
+    assert result["ratio"] == ratio and result["lambd"] == pytest.approx(1 / 0.9)
+
+
+@every_backend
+@pytest.mark.parametrize("lr", [NAN, torch.tensor(NAN)], ids=["number", "tensor"])
+def test_a_learning_rate_that_is_not_finite_skips_the_step(backend: str, lr: float | Tensor) -> None:
+    problem = Problem(2, 0.3)
+    state = scalars(0.3, float(problem.dots[0]))
+    result = named(ops.solve(state, torch.tensor(1.0), problem.products, lr=lr, backend=backend))
+    assert result["beta"] != result["beta"] and result["skipped_steps"] == 5 and result["predicted_change"] == 0
+
+
+@every_backend
 @pytest.mark.parametrize(
     "state",
     [dict(beta=NAN, predicted_change=0.0), dict(beta=NAN, predicted_change=-1.0), dict(predicted_change=0.0)],
