@@ -53,7 +53,7 @@ def test_update(
         "torch.optim.SGD, fused": sgd.step,
         "ops.update_": lambda: ops.update_(w, z, r, coefficients, lr=LR, backend="cpu"),
         "torch._foreach": foreach,
-        "reference.update_": lambda: reference.update_(w, z, r, coefficients, LR, 0.0),
+        "reference.update_": lambda: ops.update_(w, z, r, coefficients, lr=LR, backend="torch"),
     }
     note = (
         "z ← (ρ-βλ) z - βr, w ← w + lr z, and z·z, which SGD does not compute, on 32M float32 in 64 tensors; "

@@ -28,6 +28,20 @@ inline void check_lengths(size_t n, const char* name, size_t other_n, const char
                   ": pass lists of the same length.");
 }
 
+// Every tensor belongs to one group, and every group has its rate and its decay.
+inline void check_groups(size_t tensors, const std::vector<int64_t>& sizes, const std::vector<double>& lr,
+                         const std::vector<double>& weight_decay) {
+  check_lengths(sizes.size(), "group_sizes", lr.size(), "lr");
+  check_lengths(sizes.size(), "group_sizes", weight_decay.size(), "weight_decay");
+  int64_t total = 0;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(size >= 0, "group_sizes has a negative entry, ", size, ".");
+    total += size;
+  }
+  STD_TORCH_CHECK(total == static_cast<int64_t>(tensors), "group_sizes adds up to ", total, " but there are ", tensors,
+                  " params: give every tensor's group.");
+}
+
 // The dtype of list[index], which must be on the CPU.
 inline cpu::DType dtype_of(const torch::stable::Tensor& tensor, const char* list, size_t index) {
   using torch::headeronly::ScalarType;
@@ -97,20 +111,33 @@ inline const double* read_doubles(const torch::stable::Tensor& tensor, int64_t c
   return tensor.const_data_ptr<double>();
 }
 
-// The value of a tensor that holds one number of any of the four dtypes.
-inline double read_number(const torch::stable::Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.numel() == 1, name, " must hold exactly one number; it has ", tensor.numel(), ".");
+// The values of a small vector of any of the four dtypes.
+inline std::vector<double> read_numbers(const torch::stable::Tensor& tensor, size_t count, const char* name) {
+  STD_TORCH_CHECK(tensor.numel() == static_cast<int64_t>(count) && tensor.is_contiguous(), name,
+                  " must be contiguous with ", count, " element(s); it has ", tensor.numel(), ".");
+  const auto dtype = dtype_of(tensor, name, 0);
   const void* data = tensor.const_data_ptr();
-  switch (dtype_of(tensor, name, 0)) {
-    case cpu::kFloat16:
-      return static_cast<const c10::Half*>(data)[0];
-    case cpu::kBFloat16:
-      return static_cast<const c10::BFloat16*>(data)[0];
-    case cpu::kFloat32:
-      return static_cast<const float*>(data)[0];
-    default:
-      return static_cast<const double*>(data)[0];
+  std::vector<double> values(count);
+  for (size_t i = 0; i < count; i++) {
+    switch (dtype) {
+      case cpu::kFloat16:
+        values[i] = static_cast<const c10::Half*>(data)[i];
+        break;
+      case cpu::kBFloat16:
+        values[i] = static_cast<const c10::BFloat16*>(data)[i];
+        break;
+      case cpu::kFloat32:
+        values[i] = static_cast<const float*>(data)[i];
+        break;
+      default:
+        values[i] = static_cast<const double*>(data)[i];
+    }
   }
+  return values;
+}
+
+inline double read_number(const torch::stable::Tensor& tensor, const char* name) {
+  return read_numbers(tensor, 1, name)[0];
 }
 
 }  // namespace curveball

@@ -144,6 +144,11 @@ CURVEBALL_INLINE Step solve_beta(const System& s, double rho) {
   return {divide_or_zero(s.b1 + s.a12 * rho, s.a11), rho, false};
 }
 
+// M = -lr x.b + lr^2 x'Ax / 2, the change of the loss that the model predicts for a step of lr x.
+CURVEBALL_INLINE double predicted_change(double slope, double bend, double lr) {
+  return -lr * slope + 0.5 * lr * lr * bend;
+}
+
 // One step of the solver: fills `next` from `previous`. `dots` = [z.z, z.r, r.r] measured, or null: then adjointness
 // gives z.r = g.Jz + Jz.HJz and r.r = g.Jr + Jz.HJr. `beta`, `rho`: null, or what the user fixed.
 // A system that is not finite makes beta = rho = NaN, which tells the update to leave w and z alone.
@@ -177,8 +182,25 @@ CURVEBALL_INLINE void solve(const double* previous, double loss, const double* p
   next[kRho] = step.rho;
   next[kSlope] = slope;
   next[kBend] = bend;
-  next[kPredictedChange] = -lr * slope + 0.5 * lr * lr * bend;
+  next[kPredictedChange] = predicted_change(slope, bend, lr);
   if (step.safe) next[kSafeSteps] += 1.0;
+}
+
+// After the update: fills `next` from `previous`, with z.z, the sum of every group's `squares`. Where the groups' rates
+// differ, the step is lr_g z in group g; its projection on z is the step of the one lr that the model sees.
+CURVEBALL_INLINE void finish_update(const double* previous, const double* squares, const double* lr, int groups,
+                                    double* next) {
+  for (int i = 0; i < kScalarCount; i++) next[i] = previous[i];
+  double total = 0.0, moved = 0.0;
+  bool equal = true;
+  for (int g = 0; g < groups; g++) {
+    total += squares[g];
+    moved += lr[g] * squares[g];
+    equal = equal && lr[g] == lr[0];
+  }
+  next[kZDotZ] = total;
+  if (!equal)
+    next[kPredictedChange] = predicted_change(previous[kSlope], previous[kBend], divide_or_zero(moved, total));
 }
 
 // ---------------------------------------------------------------------------------------------- damping

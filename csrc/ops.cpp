@@ -1,4 +1,4 @@
-// The operators torch.ops.curveball_fused.*: schemas, argument checks, and the CPU implementations.
+// The operators torch.ops.curveball_fused.* and their CPU implementations.
 // Built on LibTorch's stable ABI only, so one binary serves torch 2.11 and later.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +11,7 @@
 #include "cpu/blocks.h"
 #include "cpu/kernels.h"
 #include "math.h"
+#include "schemas.h"
 
 namespace curveball {
 namespace {
@@ -39,6 +40,7 @@ struct Update {
   const void* r;
   cpu::DType w_dtype, z_dtype, r_dtype;
   cpu::UpdateBlock block;
+  int64_t group;
 };
 
 const cpu::Kernels& chosen_kernels() {
@@ -47,48 +49,54 @@ const cpu::Kernels& chosen_kernels() {
   return *kernels;
 }
 
-// z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z;  returns z.z of the new z.
-// If beta or rho is not finite (solve's signal for a step to skip), w and z stay and z.z is that of the old z.
-Tensor update_cpu(std::vector<Tensor> params, std::vector<Tensor> z, std::vector<Tensor> r, Tensor coefficients,
-                  double lr, double weight_decay, std::optional<Tensor> lr_tensor) {
+// z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z, with each group's own lr and weight_decay.
+// If beta or rho is not finite (solve's signal for a step to skip), w and z stay. Returns the scalars with the z.z that
+// is there now, and with M where the groups' rates differ.
+Tensor update_cpu(std::vector<Tensor> params, std::vector<Tensor> z, std::vector<Tensor> r, Tensor scalars,
+                  std::vector<int64_t> group_sizes, std::vector<double> lr, std::vector<double> weight_decay,
+                  std::optional<Tensor> lr_tensor) {
   check_lengths(params.size(), "params", z.size(), "z");
   check_lengths(params.size(), "params", r.size(), "r");
-  const double* c = read_doubles(coefficients, 3, "coefficients");
-  const cpu::UpdateArguments arguments{c[0], c[1], c[2], learning_rate(lr, lr_tensor), weight_decay};
-  const bool skip = !is_finite(arguments.beta) || !is_finite(arguments.rho);
+  check_groups(params.size(), group_sizes, lr, weight_decay);
+  const double* s = read_doubles(scalars, kScalarCount, "scalars");
+  if (lr_tensor) lr = read_numbers(*lr_tensor, lr.size(), "lr_tensor");
+  const bool skip = !is_finite(s[kBeta]) || !is_finite(s[kRho]);
   const cpu::Kernels& kernels = chosen_kernels();
 
   cpu::Blocks blocks;
   std::vector<Update> updates;
   updates.reserve(params.size());
-  for (size_t i = 0; i < params.size(); i++) {
-    const cpu::DType w_dtype = dtype_of(params[i], "params", i), z_dtype = dtype_of(z[i], "z", i),
-                     r_dtype = dtype_of(r[i], "r", i);
-    check_state_dtype(w_dtype, z_dtype, i);
-    const cpu::UpdateBlock block = kernels.update[w_dtype][r_dtype];
-    STD_TORCH_CHECK(block, "r[", i, "] has dtype ", name_of(r_dtype), " beside a ", name_of(w_dtype),
-                    " parameter: convert r to the parameter's dtype or to that of z.");
-    check_dense(params[i], "params", i);
-    check_same_layout(params[i], "params", z[i], "z", i);
-    check_same_layout(params[i], "params", r[i], "r", i);
-    updates.push_back({params[i].mutable_data_ptr(), z[i].mutable_data_ptr(), r[i].const_data_ptr(), w_dtype, z_dtype,
-                       r_dtype, block});
-    blocks.add(i, params[i].numel());
+  for (size_t g = 0, i = 0; g < group_sizes.size(); g++) {
+    for (int64_t n = 0; n < group_sizes[g]; n++, i++) {
+      const cpu::DType w_dtype = dtype_of(params[i], "params", i), z_dtype = dtype_of(z[i], "z", i),
+                       r_dtype = dtype_of(r[i], "r", i);
+      check_state_dtype(w_dtype, z_dtype, i);
+      const cpu::UpdateBlock block = kernels.update[w_dtype][r_dtype];
+      STD_TORCH_CHECK(block, "r[", i, "] has dtype ", name_of(r_dtype), " beside a ", name_of(w_dtype),
+                      " parameter: convert r to the parameter's dtype or to that of z.");
+      check_dense(params[i], "params", i);
+      check_same_layout(params[i], "params", z[i], "z", i);
+      check_same_layout(params[i], "params", r[i], "r", i);
+      updates.push_back({params[i].mutable_data_ptr(), z[i].mutable_data_ptr(), r[i].const_data_ptr(), w_dtype, z_dtype,
+                         r_dtype, block, static_cast<int64_t>(g)});
+      blocks.add(i, params[i].numel());
+    }
   }
 
   std::vector<double> partial(blocks.size());
   blocks.run([&](const cpu::Block& b, int64_t index) {
     const Update& u = updates[b.tensor];
     void* const z_block = at(u.z, b.begin, u.z_dtype);
+    const cpu::UpdateArguments arguments{s[kBeta], s[kRho], s[kLambda], lr[u.group], weight_decay[u.group]};
     partial[index] =
         skip ? kernels.squares[u.z_dtype](z_block, b.count)
              : u.block(at(u.w, b.begin, u.w_dtype), z_block, at(u.r, b.begin, u.r_dtype), b.count, arguments);
   });
-  Tensor result = new_doubles(coefficients, {});
-  double sum = 0.0;
-  for (const double p : partial) sum += p;
-  *result.mutable_data_ptr<double>() = sum;
-  return result;
+  std::vector<double> squares(lr.size());
+  for (size_t i = 0; i < partial.size(); i++) squares[updates[blocks[i].tensor].group] += partial[i];
+  Tensor next = new_doubles(scalars, {kScalarCount});
+  finish_update(s, squares.data(), lr.data(), static_cast<int>(lr.size()), next.mutable_data_ptr<double>());
+  return next;
 }
 
 struct Dots {
@@ -149,18 +157,7 @@ Tensor adapt_damping_cpu(Tensor scalars, Tensor new_loss, double low, double hig
 }  // namespace
 }  // namespace curveball
 
-STABLE_TORCH_LIBRARY(curveball_fused, m) {
-  m.def(
-      "update_(Tensor(a!)[] params, Tensor(b!)[] z, Tensor[] r, Tensor coefficients, float lr, float weight_decay, "
-      "Tensor? lr_tensor=None) -> Tensor");
-  m.def("dots(Tensor[] z, Tensor[] r) -> Tensor");
-  m.def(
-      "solve(Tensor scalars, Tensor loss, Tensor products, Tensor? dots, float? beta, float? rho, float lr, "
-      "Tensor? lr_tensor=None) -> Tensor");
-  m.def(
-      "adapt_damping(Tensor scalars, Tensor new_loss, float low, float high, float factor, float minimum, "
-      "float maximum) -> Tensor");
-}
+STABLE_TORCH_LIBRARY(curveball_fused, m) { curveball::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(curveball_fused, CPU, m) {
   m.impl("update_", TORCH_BOX(&curveball::update_cpu));

@@ -1,8 +1,10 @@
-"""Which kernels are there, which one runs, and why."""
+"""Which kernels are there, which of them run, and why."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -11,26 +13,46 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
+ADVICE = {
+    "cpu": "install a C++ compiler and reinstall curveball_fused with pip install --no-build-isolation",
+    "cuda": "install a wheel built for this torch's CUDA, or a CUDA toolkit with nvcc and reinstall with "
+    "pip install --no-build-isolation",
+    "triton": "pip install triton",
+}
 
 
-def _load_native() -> tuple[Any, str]:
+def _load(library: str, required: bool) -> tuple[Any, str]:
     """The native library and an empty string, or None and the reason why it is not there."""
     try:
-        return importlib.import_module("curveball_fused._C"), ""
+        return importlib.import_module(f"curveball_fused.{library}"), ""
     except ImportError as error:
-        if os.environ.get("CURVEBALL_REQUIRE_NATIVE") == "1":
+        if required and os.environ.get("CURVEBALL_REQUIRE_NATIVE") == "1":
+            advice = ADVICE["cuda" if library == "_C_cuda" else "cpu"]
             raise ImportError(
-                f"CURVEBALL_REQUIRE_NATIVE=1, but the native library cannot be loaded: {error}. Reinstall "
-                "curveball_fused with a C++ compiler (pip install --no-build-isolation), or unset the variable."
+                f"CURVEBALL_REQUIRE_NATIVE=1, but the native library {library} cannot be loaded: {error}. To get it, "
+                f"{advice}; or unset the variable."
             ) from error
         return None, str(error)
 
 
-_native, _reason = _load_native()
+_native, _why_not_native = _load("_C", required=True)
+# The CUDA half needs the operators that the first half defines, and a torch that has CUDA.
+if torch.version.cuda is None:
+    _cuda, _why_not_cuda = None, "this torch was built without CUDA"
+elif _native is None:
+    _cuda, _why_not_cuda = None, "the native library it builds on is missing"
+else:
+    _cuda, _why_not_cuda = _load("_C_cuda", required=torch.cuda.is_available())
 
 
+def has_operators() -> bool:
+    """Whether torch.ops.curveball_fused is there."""
+    return _native is not None
+
+
+@functools.cache
 def choose(backend: str, device: torch.device) -> str:
-    """The backend that runs for tensors on `device`: "cpu" or "torch".
+    """The backend that runs for tensors on `device`: "cuda", "triton", "cpu" or "torch".
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
@@ -38,20 +60,57 @@ def choose(backend: str, device: torch.device) -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}.")
-    native = _native is not None and device.type == "cpu"
     if backend == "auto":
-        return "cpu" if native else "torch"
-    if backend == "torch" or (backend == "cpu" and native):
-        return backend
-    raise RuntimeError(f'backend="{backend}" cannot run on {device}: {_why_not(backend)} Use backend="auto".')
+        return next(name for name in ("cuda", "triton", "cpu", "torch") if not why_not(name, device))
+    reason = why_not(backend, device)
+    if reason:
+        raise RuntimeError(f'backend="{backend}" cannot run on {device}: {reason}. Use backend="auto".')
+    return backend
 
 
-def _why_not(backend: str) -> str:
-    if backend in ("cuda", "triton"):
-        return f"this version has no {backend} kernels."
-    if _native is None:
-        return f"the native library was not built ({_reason})."
-    return "its kernels work on CPU tensors only."
+def why_not(backend: str, device: torch.device) -> str:
+    """Why `backend` cannot run for tensors on `device`; empty if it can."""
+    if backend == "torch":
+        return ""
+    if device.type != ("cpu" if backend == "cpu" else "cuda"):
+        return f"its kernels work on {'CPU' if backend == 'cpu' else 'CUDA'} tensors only"
+    if backend == "cpu":
+        return f"the native library was not built ({_why_not_native})" if _native is None else ""
+    capability = torch.cuda.get_device_capability(device)
+    name = f"sm_{capability[0]}{capability[1]}"
+    if backend == "cuda":
+        if _cuda is None:
+            return f"the native CUDA library was not loaded ({_why_not_cuda})"
+        return "" if _covers(_cuda.ARCHITECTURES, capability) else f"built for {_cuda.ARCHITECTURES}, not for {name}"
+    if torch.version.hip is not None:
+        return "its kernels were written for NVIDIA GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return "" if capability >= (8, 0) else f"Triton needs sm_80 or later, this is {name}"
+
+
+def kernels(chosen: str) -> Any:
+    """What holds the operators of a chosen backend: `update_`, `dots`, `solve`, `adapt_damping` and the losses."""
+    if chosen == "triton":
+        return importlib.import_module("curveball_fused.triton_kernels")
+    return torch.ops.curveball_fused
+
+
+def _covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for "8.0;9.0+PTX", say, runs on a device: same major version and no later minor one, or,
+    through PTX, anything later. "9.0a" is for 9.0 alone."""
+    for architecture in architectures.split(";"):
+        number, _, ptx = architecture.partition("+")
+        major, minor = (int(digits) for digits in number.rstrip("af").split("."))
+        if number.endswith("a"):
+            covered = (major, minor) == capability
+        else:
+            covered = (major == capability[0] and minor <= capability[1]) or (
+                bool(ptx) and (major, minor) <= capability
+            )
+        if covered:
+            return True
+    return False
 
 
 def build_info() -> dict[str, str]:
@@ -60,17 +119,22 @@ def build_info() -> dict[str, str]:
         package = version("curveball_fused")
     except PackageNotFoundError:
         package = "not installed (imported from source)"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     info = {
         "curveball_fused": package,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "backend": choose("auto", torch.device("cpu")),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "backend": choose("auto", device),
     }
-    if _native is None:
-        info["native library"] = f"not loaded: {_reason}"
-        info["advice"] = "install a C++ compiler and reinstall with --no-build-isolation for the fast CPU kernels"
-    else:
-        info["native library"] = "loaded"
-        info |= {f"native {k.lower()}": str(v) for k, v in sorted(vars(_native).items()) if k.isupper()}
-    info["cuda"] = "tensors on a GPU are served by the torch backend; this version has no CUDA kernels"
+    for title, library, reason in (("cpu", _native, _why_not_native), ("cuda", _cuda, _why_not_cuda)):
+        info[f"{title} library"] = "loaded" if library is not None else f"not loaded: {reason}"
+        if library is not None:
+            constants = {k: v for k, v in sorted(vars(library).items()) if k.isupper()}
+            info |= {f"{title} {name.lower().replace('_', ' ')}": str(value) for name, value in constants.items()}
+    for better in ("cuda", "triton") if device.type == "cuda" else ("cpu",):
+        if info["backend"] == better:
+            break
+        info[f"why not {better}"] = why_not(better, device)
+        info[f"to get {better}"] = ADVICE[better]
     return info

@@ -13,7 +13,6 @@ from torch import Tensor
 from . import backends, reference
 
 
-@torch.no_grad()
 def update_(
     params: Sequence[Tensor],
     z: Sequence[Tensor],
@@ -40,9 +39,48 @@ def update_(
         ValueError: lengths or shapes differ, or `backend` is unknown.
         RuntimeError: a dtype is not supported, or the named backend cannot run.
     """
+    if not 3 <= coefficients.numel() <= len(reference.SCALARS):
+        raise ValueError(f"coefficients must hold β, ρ and λ first; it has {coefficients.numel()} elements.")
+    scalars = coefficients.new_zeros(len(reference.SCALARS))
+    scalars[: coefficients.numel()] = coefficients
+    updated = update_groups_(
+        params, z, r, scalars, group_sizes=[len(params)], lr=[lr], weight_decay=[weight_decay], backend=backend
+    )
+    return updated[reference.Z_DOT_Z]
+
+
+@torch.no_grad()
+def update_groups_(
+    params: Sequence[Tensor],
+    z: Sequence[Tensor],
+    r: Sequence[Tensor],
+    scalars: Tensor,
+    *,
+    group_sizes: Sequence[int],
+    lr: Sequence[float | Tensor],
+    weight_decay: Sequence[float],
+    backend: str = "auto",
+) -> Tensor:
+    """`update_` for all parameter groups at once, from scalars to scalars.
+
+    Args:
+        params, z, r: as in `update_`, the groups' tensors one after another.
+        scalars: float64, the values named by `reference.SCALARS`; not changed.
+        group_sizes, lr, weight_decay: for each group how many tensors it has, its rate (number or 0-dim tensor) and its
+            decay.
+
+    Returns:
+        New scalars: z·z is that of the new z, and where the rates differ, the predicted change is that of the mean rate
+        Σ lr_g z_g·z_g / z·z.
+
+    Raises:
+        ValueError, RuntimeError: as `update_`.
+    """
     _check_lists(params, z, r)
-    if backends.choose(backend, coefficients.device) == "torch":
-        return reference.update_(params, z, r, coefficients, lr, weight_decay)
+    chosen = backends.choose(backend, scalars.device)
+    rates, rate_tensor = _rates(lr, scalars.device)
+    if chosen == "torch":
+        return reference.update_(params, z, r, scalars, group_sizes, rates, weight_decay, rate_tensor)
     w_flat, z_flat, r_flat, copies = [], [], [], []
     for w_i, z_i, r_i in zip(params, z, r, strict=True):
         w_k, z_k = w_i, z_i
@@ -52,14 +90,13 @@ def update_(
         w_flat.append(w_k)
         z_flat.append(z_k)
         r_flat.append(r_i if _same_dense_layout(w_k, r_i) else torch.empty_like(w_k, dtype=r_i.dtype).copy_(r_i))
-    rate, tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
-    z_dot_z: Tensor = torch.ops.curveball_fused.update_(
-        w_flat, z_flat, r_flat, coefficients, rate, weight_decay, tensor
+    updated: Tensor = backends.kernels(chosen).update_(
+        w_flat, z_flat, r_flat, scalars, group_sizes, rates, weight_decay, rate_tensor
     )
     for original, copy in copies:
         original.copy_(copy)
     torch.autograd.graph.increment_version([*params, *z])  # so that a graph that still needs the old values says so
-    return z_dot_z
+    return updated
 
 
 @torch.no_grad()
@@ -73,14 +110,15 @@ def dots(z: Sequence[Tensor], r: Sequence[Tensor], *, backend: str = "auto") -> 
     _check_lists(z, r)
     if not z:
         return torch.zeros(3, dtype=torch.float64)
-    if backends.choose(backend, z[0].device) == "torch":
+    chosen = backends.choose(backend, z[0].device)
+    if chosen == "torch":
         return reference.dots(z, r)
     z_flat = [z_i if _same_dense_layout(z_i, z_i) else z_i.contiguous() for z_i in z]
     r_flat = [
         r_i if _same_dense_layout(z_i, r_i) else torch.empty_like(z_i, dtype=r_i.dtype).copy_(r_i)
         for z_i, r_i in zip(z_flat, r, strict=True)
     ]
-    result: Tensor = torch.ops.curveball_fused.dots(z_flat, r_flat)
+    result: Tensor = backends.kernels(chosen).dots(z_flat, r_flat)
     return result
 
 
@@ -108,10 +146,11 @@ def solve(
         New scalars. A loss or product that is not finite gives β = ρ = NaN, by which `update_` leaves all as it is,
         and is counted in `skipped_steps`.
     """
-    if backends.choose(backend, scalars.device) == "torch":
+    chosen = backends.choose(backend, scalars.device)
+    if chosen == "torch":
         return reference.solve(scalars, loss, products, dots, beta, rho, lr)
-    rate, tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
-    result: Tensor = torch.ops.curveball_fused.solve(scalars, loss, products, dots, beta, rho, rate, tensor)
+    (rate,), tensor = _rates([lr], scalars.device)
+    result: Tensor = backends.kernels(chosen).solve(scalars, loss, products, dots, beta, rho, rate, tensor)
     return result
 
 
@@ -127,9 +166,10 @@ def adapt_damping(
     backend: str = "auto",
 ) -> Tensor:
     """λ by the ratio γ of actual to predicted change (Levenberg-Marquardt's rule); see `reference.adapt_damping`."""
-    if backends.choose(backend, scalars.device) == "torch":
+    chosen = backends.choose(backend, scalars.device)
+    if chosen == "torch":
         return reference.adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
-    result: Tensor = torch.ops.curveball_fused.adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
+    result: Tensor = backends.kernels(chosen).adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
     return result
 
 
@@ -142,6 +182,16 @@ def _check_lists(first: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
                 raise ValueError(f"tensor {i} has shape {tuple(a.shape)} in one list and {tuple(b.shape)} in another.")
 
 
+def _rates(lr: Sequence[float | Tensor], device: torch.device) -> tuple[list[float], Tensor | None]:
+    """The groups' rates as numbers, and, where one of them is a tensor, all of them as a vector on the device."""
+    if not any(isinstance(rate, Tensor) for rate in lr):
+        return [float(rate) for rate in lr], None
+    if len(lr) == 1:
+        return [0.0], torch.as_tensor(lr[0]).reshape(1).to(device, non_blocking=True)
+    vector = [torch.as_tensor(rate, dtype=torch.float64).reshape(()).to(device, non_blocking=True) for rate in lr]
+    return [0.0] * len(lr), torch.stack(vector)
+
+
 def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
     """Whether both fill their memory without gaps, in the same order, so that a flat walk pairs their elements."""
     if a.is_contiguous():
@@ -150,11 +200,11 @@ def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
     return a.stride() == b.stride() and a.stride() == torch.empty_like(a, device="meta").stride()
 
 
-if backends.choose("auto", torch.device("cpu")) == "cpu":
+if backends.has_operators():
 
     @torch.library.register_fake("curveball_fused::update_")
-    def _(params, z, r, coefficients, lr, weight_decay, lr_tensor=None):  # type: ignore[no-untyped-def]
-        return coefficients.new_empty(())
+    def _(params, z, r, scalars, group_sizes, lr, weight_decay, lr_tensor=None):  # type: ignore[no-untyped-def]
+        return torch.empty_like(scalars)
 
     @torch.library.register_fake("curveball_fused::dots")
     def _(z, r):  # type: ignore[no-untyped-def]

@@ -198,8 +198,17 @@ class CurveBall(Optimizer):
             lr=settings["lr"],
             backend=backend,
         )
-        self._update(groups, z, r, scalars)
-        shared["scalars"], shared["step"] = scalars, shared["step"] + 1
+        shared["scalars"] = ops.update_groups_(
+            params,
+            z,
+            r,
+            scalars,
+            group_sizes=[len(group) for group in groups],
+            lr=[group["lr"] for group in self.param_groups],
+            weight_decay=[group["weight_decay"] for group in self.param_groups],
+            backend=backend,
+        )
+        shared["step"] += 1
         shared["double_backward"] = isinstance(linear, DoubleBackward)
         return model.loss, outputs
 
@@ -223,35 +232,6 @@ class CurveBall(Optimizer):
             maximum=settings["lambda_max"],
             backend=self.defaults["backend"],
         )
-
-    def _update(
-        self, groups: Sequence[list[Tensor]], z: Sequence[Tensor], r: Sequence[Tensor], scalars: Tensor
-    ) -> None:
-        """Moves z and the weights; puts z·z, and for groups of unequal lr the predicted change, into `scalars`."""
-        squares, rates, start = [], [], 0
-        for group, settings in zip(groups, self.param_groups, strict=True):
-            end = start + len(group)
-            squares.append(
-                ops.update_(
-                    group,
-                    z[start:end],
-                    r[start:end],
-                    scalars,
-                    lr=settings["lr"],
-                    weight_decay=settings["weight_decay"],
-                    backend=self.defaults["backend"],
-                )
-            )
-            rates.append(settings["lr"])
-            start = end
-        z_dot_z = torch.stack(squares)
-        scalars[Z_DOT_Z] = z_dot_z.sum()
-        numbers = not any(isinstance(rate, Tensor) for rate in rates)
-        if len(rates) > 1 and not (numbers and len(set(rates)) == 1):
-            # The step is lr_i z in group i; its projection on z is the step of the lr that the model sees.
-            lr = torch.stack([torch.as_tensor(rate, dtype=torch.float64, device=scalars.device) for rate in rates])
-            mean = (lr * z_dot_z).sum() / scalars[Z_DOT_Z].clamp(min=torch.finfo(torch.float64).tiny)
-            scalars[PREDICTED_CHANGE] = reference.predicted_change(scalars, mean)
 
     def _prepare(self, params: Sequence[Tensor]) -> dict[str, Any]:
         """State on first use; z·z anew where other parameters than in the last step require gradients."""

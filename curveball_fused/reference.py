@@ -33,25 +33,38 @@ def update_(
     params: Sequence[Tensor],
     z: Sequence[Tensor],
     r: Sequence[Tensor],
-    coefficients: Tensor,
-    lr: float | Tensor,
-    weight_decay: float,
+    scalars: Tensor,
+    group_sizes: Sequence[int],
+    lr: Sequence[float],
+    weight_decay: Sequence[float],
+    lr_tensor: Tensor | None,
 ) -> Tensor:
-    """z ← (ρ - βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z;  returns z·z. Untouched where β or ρ is not finite."""
-    device = coefficients.device
-    beta, rho, lambd = coefficients[BETA], coefficients[RHO], coefficients[LAMBD]
-    rate = torch.as_tensor(lr, dtype=torch.float64, device=device)
-    finite = torch.isfinite(beta) & torch.isfinite(rho)
-    momentum, decay = rho - beta * lambd, 1 - rate * weight_decay
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for w_i, z_i, r_i in zip(params, z, r, strict=True):
-        b, m, d, s = (c.to(z_i.dtype) for c in (beta, momentum, decay, rate))
+    """z ← (ρ - βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z, with the group's own lr and weight decay.
+
+    `group_sizes[g]` tensors of each list belong to group g; `lr_tensor`, one element per group, overrides `lr`. w and z
+    stay untouched where β or ρ is not finite. Returns new scalars, with z·z and, for groups of unequal lr, with M.
+    """
+    beta, rho, lambd = scalars[BETA], scalars[RHO], scalars[LAMBD]
+    rates = scalars.new_tensor(lr) if lr_tensor is None else lr_tensor.to(scalars)
+    finite, momentum = torch.isfinite(beta) & torch.isfinite(rho), rho - beta * lambd
+    squares = scalars.new_zeros(len(group_sizes))
+    groups = [g for g, size in enumerate(group_sizes) for _ in range(size)]
+    for g, w_i, z_i, r_i in zip(groups, params, z, r, strict=True):
+        decay = 1 - rates[g] * weight_decay[g]
+        b, m, d, s = (c.to(z_i.dtype) for c in (beta, momentum, decay, rates[g]))
         z_new = m * z_i - b * r_i.to(z_i.dtype)
         w_new = d * w_i.to(z_i.dtype) + s * z_new
         z_i.copy_(torch.where(finite, z_new, z_i))
         w_i.copy_(torch.where(finite, w_new.to(w_i.dtype), w_i))
-        total += z_i.double().square().sum()
-    return total
+        squares[g] += z_i.double().square().sum()
+    new = scalars.clone()
+    new[Z_DOT_Z] = squares.sum()
+    # The step is lr_g z in group g; its projection on z is the step of the one lr that the model sees.
+    mean = _divide((rates * squares).sum(), new[Z_DOT_Z])
+    new[PREDICTED_CHANGE] = torch.where(
+        (rates == rates[:1]).all(), scalars[PREDICTED_CHANGE], predicted_change(scalars, mean)
+    )
+    return new
 
 
 def dots(z: Sequence[Tensor], r: Sequence[Tensor]) -> Tensor:

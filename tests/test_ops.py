@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from curveball_fused import build_info, ops, reference
+from curveball_fused import backends, ops, reference
 
-NATIVE = build_info()["backend"] == "cpu"
+NATIVE = backends.has_operators()
 BACKENDS = ["torch"] + (["cpu"] if NATIVE else [])
 COEFFICIENTS = torch.tensor([0.3, 0.8, 0.25], dtype=torch.float64)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -106,6 +106,37 @@ def test_coefficients_that_are_not_finite_change_nothing(
 
 
 @every_backend
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("equal", [False, True])
+def test_groups(backend: str, tensor_lr: bool, equal: bool) -> None:
+    """Each group by its own lr and weight decay, and M for the rate that the quadratic model sees."""
+    sizes, decays = [2, 0, 1, 3], [0.05, 0.2, 0.0, 0.3]
+    rates = [0.7] * 4 if equal else [0.7, 9.0, 0.4, 1.3]
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float16, torch.float64]
+    w = [draw((11, i), dtype) for i, dtype in enumerate(dtypes)]
+    z, r = [draw(t.shape, state_dtype(t.dtype)) for t in w], [draw(t.shape, t.dtype) for t in w]
+    scalars = torch.randn(len(reference.SCALARS), dtype=torch.float64)
+    scalars[:3] = COEFFICIENTS
+    groups = [g for g, size in enumerate(sizes) for _ in range(size)]
+    expected = [exact(*t, COEFFICIENTS, rates[g], decays[g]) for *t, g in zip(w, z, r, groups)]
+    lr = [torch.tensor(rate) if tensor_lr and g % 2 else rate for g, rate in enumerate(rates)]
+    given_scalars = scalars.clone()
+    new = ops.update_groups_(w, z, r, scalars, group_sizes=sizes, lr=lr, weight_decay=decays, backend=backend)
+    for w_i, z_i, (z_new, w_new, size) in zip(w, z, expected):
+        assert ((z_i.double() - z_new).abs() <= 2e-6 * size).all()
+        assert ((w_i.double() - w_new).abs() <= (2e-6 + torch.finfo(w_i.dtype).eps) * size).all()
+    squares = [sum(float(z_i.double().square().sum()) for z_i, h in zip(z, groups) if h == g) for g in range(4)]
+    model = dict(zip(reference.SCALARS, scalars.tolist()))
+    mean = sum(rate * square for rate, square in zip(rates, squares)) / sum(squares)
+    change = -mean * model["slope"] + 0.5 * mean**2 * model["bend"]
+    wanted = scalars.clone()
+    wanted[reference.Z_DOT_Z] = sum(squares)
+    wanted[reference.PREDICTED_CHANGE] = model["predicted_change"] if equal and not tensor_lr else change
+    torch.testing.assert_close(new, wanted, rtol=1e-6, atol=0)
+    assert torch.equal(scalars, given_scalars)
+
+
+@every_backend
 def test_thousands_of_small_tensors(backend: str) -> None:
     sizes = torch.randint(0, 9, (3000,)).tolist()
     w, z, r = ([draw((n,), torch.float32) for n in sizes] for _ in range(3))
@@ -126,7 +157,7 @@ def test_low_precision_conversions_are_torchs(dtype: torch.dtype, special: float
     z, r = torch.randn(73), torch.randn(73).to(dtype)
     ours, expected = (w.clone(), z.clone()), (w.clone(), z.clone())
     ops.update_([ours[0]], [ours[1]], [r], COEFFICIENTS, lr=0.7, weight_decay=0.0, backend="cpu")
-    reference.update_([expected[0]], [expected[1]], [r], COEFFICIENTS, 0.7, 0.0)
+    ops.update_([expected[0]], [expected[1]], [r], COEFFICIENTS, lr=0.7, weight_decay=0.0, backend="torch")
     for a, b in zip(ours, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -176,10 +207,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     namespace = torch.ops.curveball_fused
     scalars = torch.rand(len(reference.SCALARS), dtype=torch.float64)
     products, loss = torch.rand(5, dtype=torch.float64), torch.tensor(1.5, dtype=dtype)
-    rate = torch.tensor(0.5)
+    rate, rates = torch.tensor(0.5), torch.tensor([0.5, 0.7])
     w, z, r = make(dtype), make(state_dtype(dtype)), make(dtype)
-    torch.library.opcheck(namespace.update_.default, (w, z, r, COEFFICIENTS, 0.5, 0.1, None))
-    torch.library.opcheck(namespace.update_.default, (w, z, r, COEFFICIENTS, 0.5, 0.1, rate))
+    torch.library.opcheck(namespace.update_.default, (w, z, r, scalars, [2], [0.5], [0.1], None))
+    torch.library.opcheck(namespace.update_.default, (w, z, r, scalars, [1, 1], [0.5, 0.6], [0.1, 0.0], rates))
     torch.library.opcheck(namespace.dots.default, (z, r))
     torch.library.opcheck(namespace.solve.default, (scalars, loss, products, None, None, None, 1.0, rate))
     torch.library.opcheck(namespace.solve.default, (scalars, loss, products, torch.rand(3).double(), 0.1, 0.9, 1.0))
@@ -198,20 +229,26 @@ def test_mismatched_lists(backend: str) -> None:
 @native_only
 def test_native_operators_check_their_arguments() -> None:
     w, z = [torch.zeros(3, 2)], [torch.zeros(3, 2)]
+    scalars = torch.zeros(len(reference.SCALARS), dtype=torch.float64)
     namespace = torch.ops.curveball_fused
     for arguments in (
-        (w, z, [torch.zeros(3, 2, dtype=torch.int64)], COEFFICIENTS),
-        (w, [torch.zeros(3, 2, dtype=torch.float64)], w, COEFFICIENTS),
-        ([torch.zeros(3, 2, dtype=torch.complex64)], z, w, COEFFICIENTS),
-        (w, z, [torch.zeros(2, 3)], COEFFICIENTS),
-        (w, z, [torch.zeros(2, 3).t()], COEFFICIENTS),
-        (w, [], w, COEFFICIENTS),
-        (w, z, w, COEFFICIENTS.float()),  # not float64
-        (w, z, w, COEFFICIENTS[:2]),
-        ([torch.zeros(1).expand(3, 2)], z, w, COEFFICIENTS),
+        (w, z, [torch.zeros(3, 2, dtype=torch.int64)], scalars),
+        (w, [torch.zeros(3, 2, dtype=torch.float64)], w, scalars),
+        ([torch.zeros(3, 2, dtype=torch.complex64)], z, w, scalars),
+        (w, z, [torch.zeros(2, 3)], scalars),
+        (w, z, [torch.zeros(2, 3).t()], scalars),
+        (w, [], w, scalars),
+        (w, z, w, scalars.float()),  # not float64
+        (w, z, w, scalars[:2]),
+        ([torch.zeros(1).expand(3, 2)], z, w, scalars),
     ):
         with pytest.raises(RuntimeError):
-            namespace.update_(*arguments, 1.0, 0.0, None)
+            namespace.update_(*arguments, [1], [1.0], [0.0], None)
+    for groups in (([2], [1.0], [0.0], None), ([1], [1.0, 0.5], [0.0], None), ([1], [1.0], [], None)):
+        with pytest.raises(RuntimeError, match="group_sizes"):
+            namespace.update_(w, z, w, scalars, *groups)
+    with pytest.raises(RuntimeError, match="lr_tensor"):
+        namespace.update_(w, z, w, scalars, [1], [1.0], [0.0], torch.ones(2))
     with pytest.raises(RuntimeError):
         namespace.solve(COEFFICIENTS, torch.tensor(1.0), torch.zeros(5).double(), None, None, None, 1.0, None)
     with pytest.raises(RuntimeError):

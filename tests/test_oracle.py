@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from oracle import DenseCurveBall
 from torch import Tensor
 
-from curveball_fused import CurveBall, build_info
+from curveball_fused import CurveBall, backends
 
 STEPS = 20
-BACKENDS = ["torch"] + (["cpu"] if build_info()["backend"] == "cpu" else [])
+BACKENDS = ["torch"] + (["cpu"] if backends.has_operators() else [])
 SETTINGS = dict(lambd=0.7, lambda_low=0.9, lambda_high=1.1, lambda_factor=0.97, lambda_interval=3)
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curveball_fused import CurveBall, build_info
+from curveball_fused import CurveBall, backends
 
-NATIVE = build_info()["backend"] == "cpu"
+NATIVE = backends.has_operators()
 
 
 BACKENDS = ["torch"] + (["cpu"] if NATIVE else [])

@@ -34,6 +34,8 @@ class Blocks {
 
   size_t size() const { return list_.size(); }
 
+  const Block& operator[](size_t index) const { return list_[index]; }
+
   // Calls work(block, index of the block) for every block. Threads share by elements, not by blocks, so that a
   // list of one large and many tiny tensors is shared fairly too: a thread takes the blocks that begin in its part.
   template <typename Work>

@@ -1,0 +1,35 @@
+// The schemas of all operators, once: the CPU library defines them as curveball_fused::*, the emulated CUDA kernels of
+// the tests as curveball_emulated::*. curveball_fused/ops.py says what each operator computes.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace curveball {
+
+inline void define_operators(torch::stable::detail::StableLibrary& library) {
+  for (const char* schema : {
+           "update_(Tensor(a!)[] params, Tensor(b!)[] z, Tensor[] r, Tensor scalars, int[] group_sizes, float[] lr, "
+           "float[] weight_decay, Tensor? lr_tensor=None) -> Tensor",
+           "dots(Tensor[] z, Tensor[] r) -> Tensor",
+           "solve(Tensor scalars, Tensor loss, Tensor products, Tensor? dots, float? beta, float? rho, float lr, "
+           "Tensor? lr_tensor=None) -> Tensor",
+           "adapt_damping(Tensor scalars, Tensor new_loss, float low, float high, float factor, float minimum, "
+           "float maximum) -> Tensor",
+
+           "cross_entropy_products(Tensor x, Tensor v, Tensor target, Tensor? weight, int ignore_index, bool mean, "
+           "float label_smoothing, float sign) -> (Tensor loss, Tensor c, Tensor products, Tensor rows)",
+           "cross_entropy_dots(Tensor x, Tensor v, Tensor u, Tensor target, Tensor? weight, Tensor rows, "
+           "Tensor products, int ignore_index, bool mean, float label_smoothing, float sign) -> Tensor",
+           "mse_products(Tensor x, Tensor v, Tensor target, bool mean, float sign) "
+           "-> (Tensor loss, Tensor c, Tensor products)",
+           "mse_dots(Tensor x, Tensor v, Tensor u, Tensor target, Tensor products, bool mean, float sign) -> Tensor",
+           "bce_products(Tensor x, Tensor v, Tensor target, Tensor? weight, Tensor? pos_weight, bool mean, "
+           "float sign) -> (Tensor loss, Tensor c, Tensor products)",
+           "bce_dots(Tensor x, Tensor v, Tensor u, Tensor target, Tensor? weight, Tensor? pos_weight, "
+           "Tensor products, bool mean, float sign) -> Tensor",
+       }) {
+    library.def(schema);
+  }
+}
+
+}  // namespace curveball
