@@ -7,7 +7,7 @@ loss, outputs = optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import ops
+from . import loss_ops, ops
 from .backends import build_info
 from .optimizer import CurveBall
 
@@ -16,4 +16,4 @@ try:
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["CurveBall", "build_info", "ops"]
+__all__ = ["CurveBall", "build_info", "loss_ops", "ops"]

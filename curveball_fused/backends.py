@@ -90,9 +90,23 @@ def why_not(backend: str, device: torch.device) -> str:
 
 
 def kernels(chosen: str) -> Any:
-    """What holds the operators of a chosen backend: `update_`, `dots`, `solve`, `adapt_damping` and the losses."""
-    if chosen == "triton":
-        return importlib.import_module("curveball_fused.triton_kernels")
+    """What holds a chosen backend's `update_`, `dots`, `solve` and `adapt_damping`, called by position."""
+    return _holder(chosen, {"triton": "triton_kernels", "torch": "reference"})
+
+
+def loss_kernels(chosen: str) -> Any:
+    """What holds a chosen backend's loss operators. Those of the CPU are not fused."""
+    return _holder(chosen, {"triton": "triton_losses", "torch": "reference_losses", "cpu": "reference_losses"})
+
+
+def has_fused_losses(chosen: str) -> bool:
+    """Whether the loss operators of a chosen backend are fused kernels."""
+    return chosen in ("cuda", "triton")
+
+
+def _holder(chosen: str, modules: dict[str, str]) -> Any:
+    if chosen in modules:
+        return importlib.import_module(f"curveball_fused.{modules[chosen]}")
     return torch.ops.curveball_fused
 
 

@@ -16,6 +16,37 @@ Map = Callable[[Tensor], Tensor]
 # Gradient g_o; a map v ↦ v' that takes off what H_o and g_o do not see; and the product v' ↦ H_o v'. With v' for v,
 # v'·H_o v' is a sum of terms that are not negative, so that rounding can't make a convex loss look concave.
 Quadratic = tuple[Tensor, Map, Map]
+# A function of v = Jz that gives the cotangent c = H_o v + g_o and a function of u = Jr, which gives the products of
+# the 2x2 system, float64 [g·v, v·Hv, g·u, v·Hu, u·Hu].
+Products = Callable[[Tensor], tuple[Tensor, Map]]
+
+
+def products(quadratic: Quadratic, sign: float) -> Products:
+    """What the step asks of a loss, or, where `sign` is -1, of a loss that is to be maximised."""
+    gradient, centre, product = quadratic
+    if sign < 0:
+        gradient, product_of_loss = -gradient, product
+        product = lambda v: -product_of_loss(v)  # noqa: E731
+
+    def seen(v: Tensor) -> Tensor:
+        return centre(v.to(gradient.dtype))
+
+    def at(v: Tensor) -> tuple[Tensor, Map]:
+        v = seen(v)
+        hv = product(v)
+        first = (_dot(gradient, v), _dot(hv, v))
+
+        def products_with(u: Tensor) -> Tensor:
+            u = seen(u)
+            return torch.stack((*first, _dot(gradient, u), _dot(hv, u), _dot(product(u), u)))
+
+        return gradient + hv, products_with
+
+    return at
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dtype=torch.float64)
 
 
 def itself(v: Tensor) -> Tensor:
@@ -39,7 +70,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None or reduction not in ("mean", "sum"):
         return None
     dim = 0 if input.dim() == 1 else 1
-    x, classes = _at_least_float(input), input.shape[dim]
+    x, classes = at_least_float(input), input.shape[dim]
     p = torch.softmax(x, dim)
     shape = [1] * x.dim()
     shape[dim] = classes
@@ -80,7 +111,7 @@ def mse_loss(
     plain = size_average is None and reduce is None and weight is None and input.shape == target.shape
     if not plain or reduction not in ("mean", "sum"):
         return None
-    x = _at_least_float(input)
+    x = at_least_float(input)
     scale = 2.0 / (max(x.numel(), 1) if reduction == "mean" else 1)
     return (x - target.detach()).mul_(scale), itself, lambda v: scale * v
 
@@ -100,7 +131,7 @@ def binary_cross_entropy_with_logits(
     """
     if size_average is not None or reduce is not None or reduction not in ("mean", "sum"):
         return None
-    x = _at_least_float(input)
+    x = at_least_float(input)
     y = target.detach().to(x.dtype)
     scale = (x.numel() and 1.0 / x.numel()) if reduction == "mean" else 1.0
     w = scale if weight is None else scale * weight.detach().to(x.dtype)
@@ -110,7 +141,7 @@ def binary_cross_entropy_with_logits(
     return w * (1 - y - k * below), itself, lambda v: h * v
 
 
-def _at_least_float(input: Tensor) -> Tensor:
+def at_least_float(input: Tensor) -> Tensor:
     """Half-precision logits are worked on in float32, as torch's own loss kernels do."""
     x = input.detach()
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -8,13 +8,14 @@ the loss alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .closed_forms import CLOSED_FORMS, Map, Quadratic, itself
+from .closed_forms import CLOSED_FORMS, Map, Products, Quadratic, itself, products
+from .fused_losses import fused
 
 LossFn = Callable[[Tensor], Tensor]
 # Linear rearrangements that may stand between the outputs and a recognised loss, such as `out.view(-1, classes)`.
@@ -32,6 +33,7 @@ class LossModel:
         outputs: the model's predictions, any shape and floating dtype, detached.
         sign: 1, or -1 where the loss is to be maximised.
         params: parameters, which `loss_fn` must not use directly.
+        backend: whose kernels compute the products, where it has them.
 
     Attributes:
         loss: 0-dim, the user's own value, detached.
@@ -40,7 +42,9 @@ class LossModel:
         TypeError, RuntimeError: `loss_fn` returned something other than a scalar that depends on the outputs.
     """
 
-    def __init__(self, loss_fn: LossFn, outputs: Tensor, sign: float, params: Iterable[Tensor]) -> None:
+    def __init__(
+        self, loss_fn: LossFn, outputs: Tensor, sign: float, params: Iterable[Tensor], backend: str = "auto"
+    ) -> None:
         self._leaf = outputs.detach().requires_grad_()
         with torch.enable_grad(), _Recogniser(self._leaf) as seen:
             returned = _in_place_explained(loss_fn, self._leaf)
@@ -55,14 +59,11 @@ class LossModel:
         self.loss = loss.detach()
         self._view = self._leaf
         self._steps: tuple[Map, ...] = ()
-        closed = seen.closed_form(returned)
-        if closed is None:
-            gradient, centre, product = _by_autograd(loss, self._leaf)
-        else:
-            (self._view, self._steps), (gradient, centre, product) = closed
-        self._gradient = gradient if sign > 0 else -gradient
-        self._centre = centre
-        self._product: Map = product if sign > 0 else lambda v: -product(v)
+        call = seen.recognised(returned)
+        form = None if call is None else _closed_form(call, sign, backend)
+        if call is not None and form is not None:
+            self._view, self._steps = call.view, call.steps
+        self._form: Products = form or products(_by_autograd(loss, self._leaf), sign)
 
     def cotangent(self, tangent: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The cotangent to pull back, and what remains to be asked.
@@ -74,23 +75,16 @@ class LossModel:
             c = H_o Jz + g_o, of the outputs' shape and dtype, and a function of Jr that returns the products of the
             2x2 system as float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
         """
-        g, jz = self._gradient, self._seen_by_loss(tangent)
-        h_jz = self._product(jz)
-        first = (_dot(g, jz), _dot(h_jz, jz))
-        c = (g + h_jz).to(self._view.dtype)
+        c, products_with = self._form(self._seen_by_loss(tangent))
+        c = c.to(self._view.dtype)
         if self._view is not self._leaf:
             (c,) = torch.autograd.grad(self._view, self._leaf, c)
-
-        def products(tangent: Tensor) -> Tensor:
-            jr = self._seen_by_loss(tangent)
-            return torch.stack((*first, _dot(g, jr), _dot(h_jz, jr), _dot(self._product(jr), jr)))
-
-        return c, products
+        return c, lambda tangent: products_with(self._seen_by_loss(tangent))
 
     def _seen_by_loss(self, tangent: Tensor) -> Tensor:
         for step in self._steps:
             tangent = step(tangent)
-        return self._centre(tangent.to(self._gradient.dtype))
+        return tangent
 
 
 def checked_loss(loss: Any) -> Tensor:
@@ -103,10 +97,6 @@ def checked_loss(loss: Any) -> Tensor:
             "with .mean()."
         )
     return loss.reshape(())
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dtype=torch.float64)
 
 
 def _in_place_explained(loss_fn: LossFn, outputs: Tensor) -> Tensor:
@@ -137,6 +127,15 @@ def _refuse_parameters(loss: Tensor, params: set[int]) -> None:
         nodes += [following for following, _ in node.next_functions]
 
 
+def _closed_form(call: _Call, sign: float, backend: str) -> Products | None:
+    """By fused kernels, else in plain torch, or None for a variant of the loss that has no closed form."""
+    kernels = fused(call.function, call.args, call.kwargs, sign, backend)
+    if kernels is not None:
+        return kernels
+    quadratic = CLOSED_FORMS[call.function](*call.args, **call.kwargs)
+    return None if quadratic is None else products(quadratic, sign)
+
+
 def _by_autograd(loss: Tensor, outputs: Tensor) -> Quadratic:
     """H_o v = ∂<g_o, v>/∂outputs; zero where the loss is (piecewise) linear."""
     with torch.enable_grad():
@@ -156,6 +155,16 @@ def _by_autograd(loss: Tensor, outputs: Tensor) -> Quadratic:
         return hv
 
     return gradient.detach(), itself, product
+
+
+class _Call(NamedTuple):
+    """A call of a loss that has a closed form."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    view: Tensor  # the outputs as the loss got them
+    steps: tuple[Map, ...]  # how they were rearranged
 
 
 class _Recogniser(TorchFunctionMode):
@@ -187,11 +196,9 @@ class _Recogniser(TorchFunctionMode):
         entry = self._views.get(id(tensor))
         return entry is not None and entry[2] == entry[0]._version
 
-    def closed_form(self, loss: Tensor) -> tuple[tuple[Tensor, tuple[Map, ...]], Quadratic] | None:
-        """The rearranged outputs with the way there, and their gradient and product, if `loss` is a known function."""
-        for result, version, func, args, kwargs in self._calls:
+    def recognised(self, loss: Tensor) -> _Call | None:
+        """The call that returned `loss`, if it is one of a known function on the outputs."""
+        for result, version, function, args, kwargs in self._calls:
             if result is loss and result._version == version and self._is_followed(args[0]):
-                closed = CLOSED_FORMS[func](*args, **kwargs)
-                if closed is not None:
-                    return self._views[id(args[0])][:2], closed
+                return _Call(function, args, kwargs, *self._views[id(args[0])][:2])
         return None

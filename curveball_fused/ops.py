@@ -77,10 +77,8 @@ def update_groups_(
         ValueError, RuntimeError: as `update_`.
     """
     _check_lists(params, z, r)
-    chosen = backends.choose(backend, scalars.device)
+    kernels = backends.kernels(backends.choose(backend, scalars.device))
     rates, rate_tensor = _rates(lr, scalars.device)
-    if chosen == "torch":
-        return reference.update_(params, z, r, scalars, group_sizes, rates, weight_decay, rate_tensor)
     w_flat, z_flat, r_flat, copies = [], [], [], []
     for w_i, z_i, r_i in zip(params, z, r, strict=True):
         w_k, z_k = w_i, z_i
@@ -90,9 +88,7 @@ def update_groups_(
         w_flat.append(w_k)
         z_flat.append(z_k)
         r_flat.append(r_i if _same_dense_layout(w_k, r_i) else torch.empty_like(w_k, dtype=r_i.dtype).copy_(r_i))
-    updated: Tensor = backends.kernels(chosen).update_(
-        w_flat, z_flat, r_flat, scalars, group_sizes, rates, weight_decay, rate_tensor
-    )
+    updated: Tensor = kernels.update_(w_flat, z_flat, r_flat, scalars, group_sizes, rates, weight_decay, rate_tensor)
     for original, copy in copies:
         original.copy_(copy)
     torch.autograd.graph.increment_version([*params, *z])  # so that a graph that still needs the old values says so
@@ -110,15 +106,13 @@ def dots(z: Sequence[Tensor], r: Sequence[Tensor], *, backend: str = "auto") -> 
     _check_lists(z, r)
     if not z:
         return torch.zeros(3, dtype=torch.float64)
-    chosen = backends.choose(backend, z[0].device)
-    if chosen == "torch":
-        return reference.dots(z, r)
+    kernels = backends.kernels(backends.choose(backend, z[0].device))
     z_flat = [z_i if _same_dense_layout(z_i, z_i) else z_i.contiguous() for z_i in z]
     r_flat = [
         r_i if _same_dense_layout(z_i, r_i) else torch.empty_like(z_i, dtype=r_i.dtype).copy_(r_i)
         for z_i, r_i in zip(z_flat, r, strict=True)
     ]
-    result: Tensor = backends.kernels(chosen).dots(z_flat, r_flat)
+    result: Tensor = kernels.dots(z_flat, r_flat)
     return result
 
 
@@ -146,11 +140,9 @@ def solve(
         New scalars. A loss or product that is not finite gives β = ρ = NaN, by which `update_` leaves all as it is,
         and is counted in `skipped_steps`.
     """
-    chosen = backends.choose(backend, scalars.device)
-    if chosen == "torch":
-        return reference.solve(scalars, loss, products, dots, beta, rho, lr)
+    kernels = backends.kernels(backends.choose(backend, scalars.device))
     (rate,), tensor = _rates([lr], scalars.device)
-    result: Tensor = backends.kernels(chosen).solve(scalars, loss, products, dots, beta, rho, rate, tensor)
+    result: Tensor = kernels.solve(scalars, loss, products, dots, beta, rho, rate, tensor)
     return result
 
 
@@ -166,10 +158,8 @@ def adapt_damping(
     backend: str = "auto",
 ) -> Tensor:
     """λ by the ratio γ of actual to predicted change (Levenberg-Marquardt's rule); see `reference.adapt_damping`."""
-    chosen = backends.choose(backend, scalars.device)
-    if chosen == "torch":
-        return reference.adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
-    result: Tensor = backends.kernels(chosen).adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
+    kernels = backends.kernels(backends.choose(backend, scalars.device))
+    result: Tensor = kernels.adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
     return result
 
 

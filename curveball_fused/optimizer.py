@@ -14,7 +14,7 @@ from .checks import SHARED
 from .curvature import DoubleBackward, linearise, run_plain
 from .losses import LossModel, checked_loss
 from .modes import uncompiled
-from .reference import LAMBD, LOSS, PREDICTED_CHANGE, SCALARS, Z_DOT_Z
+from .reference import LAMBD, LOSS, SCALARS, Z_DOT_Z
 from .replay import Replay
 
 
@@ -180,7 +180,7 @@ class CurveBall(Optimizer):
         if curvature == "auto" and shared["double_backward"]:  # a model that needed it once will need it again
             curvature = "double_backward"
         linear, (outputs, jz) = linearise(curvature, model_fn, params, z, replay)
-        model = LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params)
+        model = LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params, backend)
         cotangent, products_of = model.cotangent(jz)
         r = linear.vjp(cotangent)
         products = products_of(linear.jvp(r)[1])

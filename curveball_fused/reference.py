@@ -83,7 +83,8 @@ def solve(
     dots: Tensor | None,
     beta: float | None,
     rho: float | None,
-    lr: float | Tensor,
+    lr: float,
+    lr_tensor: Tensor | None,
 ) -> Tensor:
     """[β, -ρ] = A⁺ b, the minimiser of ½ xᵀA x - x·b, from `products` = `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
 
@@ -126,7 +127,7 @@ def solve(
 
     slope = x1 * b1 + x2 * b2
     bend = torch.where(safe, slope, x1 * (a11 * x1 + 2 * a12 * x2) + x2 * a22 * x2)
-    rate = torch.as_tensor(lr, dtype=torch.float64, device=slope.device)
+    rate = scalars.new_tensor(lr) if lr_tensor is None else lr_tensor.reshape(()).to(scalars)
     finite = torch.isfinite(torch.stack((loss.to(products), *products.unbind(), zz, zr, rr, x1, x2, rate))).all()
     new = scalars.clone()
     new[BETA], new[RHO] = torch.where(finite, x1, nan), torch.where(finite, -x2, nan)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curveball_fused import losses
+from curveball_fused import backends, losses
 from curveball_fused.losses import LossModel
 
 torch.manual_seed(0)
@@ -97,6 +97,14 @@ GENERAL: dict[str, Case] = {
 }
 
 
+@pytest.fixture(params=["closed forms", "operators"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By closed forms, or, as with fused kernels, by the loss operators, which `reference_losses` stands in for."""
+    if request.param == "operators":
+        monkeypatch.setattr(backends, "has_fused_losses", lambda chosen: True)
+
+
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("name", [*RECOGNISED, *GENERAL])
 def test_against_the_hessian(name: str, sign: float) -> None:
@@ -131,6 +139,21 @@ def no_double_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_is_recognised(name: str) -> None:
     outputs, loss_fn = RECOGNISED[name]
     LossModel(loss_fn, outputs, 1.0, [])
+
+
+def test_the_fused_kernels_serve_the_usual_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but probabilities as targets, images, a single sample, and a weight that does not trail the outputs."""
+    served = set()
+    for name, (outputs, loss_fn) in RECOGNISED.items():
+        monkeypatch.setattr(backends, "has_fused_losses", lambda chosen: True)
+        monkeypatch.setattr(losses, "products", lambda *_, name=name: served.add(name))
+        monkeypatch.setattr(losses, "_by_autograd", lambda *_: None)
+        LossModel(loss_fn, outputs, 1.0, [])
+    not_fused = ("probabilities", "cross entropy mean images", "cross entropy sum images", "one sample")
+    assert {name for name in served if not any(words in name for words in not_fused)} == {
+        "bce mean weight",
+        "bce sum weight",
+    }
 
 
 @pytest.mark.usefixtures("no_double_backward")

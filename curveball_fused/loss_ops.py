@@ -1,0 +1,162 @@
+"""The typed face of the fused loss kernels: for each loss two calls, before and after the pull-back.
+
+x are the model's outputs, v = Jz and u = Jr their tangents along z and r. The first call reads x and v and gives the
+loss, the cotangent c = Hv + g and `[g·v, v·Hv]`; the second reads x, v and u and gives `[g·v, v·Hv, g·u, v·Hu, u·Hu]`,
+all that the 2x2 system needs. `reference_losses` says in plain torch what they compute, and is what runs on the CPU.
+
+All tensors lie contiguous on one device. x is float16, bfloat16, float32 or float64; v, u, c share its shape and dtype.
+Arithmetic is in float64 for float64, else in float32, sums are float64. `mean` says whether the loss is a mean or a
+sum; `sign` = -1 stands for a loss that is maximised: it turns g and H, not the loss. A named backend that cannot run
+raises RuntimeError, an unknown one ValueError.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+
+@torch.no_grad()
+def cross_entropy_products(
+    x: Tensor,
+    v: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    mean: bool = True,
+    label_smoothing: float = 0.0,
+    sign: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy of logits x, `[N, C]`, with class indices `target`, int64 `[N]`, and class weights `[C]`.
+
+    Returns:
+        loss, 0-dim float64; c, `[N, C]`; products, float64 `[g·v, v·Hv]`; rows, which the second call wants back.
+    """
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(backend, x).cross_entropy_products(
+        x, v, target, weight, ignore_index, mean, label_smoothing, sign
+    )
+    return result
+
+
+@torch.no_grad()
+def cross_entropy_dots(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    products: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    mean: bool = True,
+    label_smoothing: float = 0.0,
+    sign: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """All five products of `cross_entropy_products`' loss, float64; `rows` and `products` are what it returned."""
+    result: Tensor = _kernels(backend, x).cross_entropy_dots(
+        x, v, u, target, weight, rows, products, ignore_index, mean, label_smoothing, sign
+    )
+    return result
+
+
+@torch.no_grad()
+def mse_products(
+    x: Tensor, v: Tensor, target: Tensor, *, mean: bool = True, sign: float = 1.0, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error of x and `target`, of the same shape and dtype. Returns loss, c, products as for cross-entropy."""
+    result: tuple[Tensor, Tensor, Tensor] = _kernels(backend, x).mse_products(x, v, target, mean, sign)
+    return result
+
+
+@torch.no_grad()
+def mse_dots(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    target: Tensor,
+    products: Tensor,
+    *,
+    mean: bool = True,
+    sign: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """All five products of `mse_products`' loss, float64."""
+    result: Tensor = _kernels(backend, x).mse_dots(x, v, u, target, products, mean, sign)
+    return result
+
+
+@torch.no_grad()
+def bce_products(
+    x: Tensor,
+    v: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    *,
+    mean: bool = True,
+    sign: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Binary cross-entropy with logits x and `target` of the same shape and dtype; loss, c, products as above.
+
+    `weight` and `pos_weight` are of x's trailing dimensions and of the dtype of the arithmetic.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _kernels(backend, x).bce_products(
+        x, v, target, weight, pos_weight, mean, sign
+    )
+    return result
+
+
+@torch.no_grad()
+def bce_dots(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    target: Tensor,
+    products: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    *,
+    mean: bool = True,
+    sign: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """All five products of `bce_products`' loss, float64."""
+    result: Tensor = _kernels(backend, x).bce_dots(x, v, u, target, weight, pos_weight, products, mean, sign)
+    return result
+
+
+def _kernels(backend: str, x: Tensor) -> Any:
+    return backends.loss_kernels(backends.choose(backend, x.device))
+
+
+if backends.has_operators():
+
+    @torch.library.register_fake("curveball_fused::cross_entropy_products")
+    def _(x, v, target, weight, ignore_index, mean, label_smoothing, sign):  # type: ignore[no-untyped-def]
+        arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return *_fake_products(x), x.new_empty((x.shape[0], 3), dtype=arithmetic)
+
+    @torch.library.register_fake("curveball_fused::mse_products")
+    def _(x, v, target, mean, sign):  # type: ignore[no-untyped-def]
+        return _fake_products(x)
+
+    @torch.library.register_fake("curveball_fused::bce_products")
+    def _(x, v, target, weight, pos_weight, mean, sign):  # type: ignore[no-untyped-def]
+        return _fake_products(x)
+
+    for name in ("cross_entropy_dots", "mse_dots", "bce_dots"):
+        torch.library.register_fake(f"curveball_fused::{name}", lambda x, *_: x.new_empty(5, dtype=torch.float64))
+
+
+def _fake_products(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, c and products by their shapes."""
+    return x.new_empty((), dtype=torch.float64), torch.empty_like(x), x.new_empty(2, dtype=torch.float64)
