@@ -111,9 +111,9 @@ def _holder(chosen: str, modules: dict[str, str]) -> Any:
 
 
 def _covers(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether machine code for "8.0;9.0+PTX", say, runs on a device: same major version and no later minor one, or,
+    """Whether machine code for "8.0 9.0+PTX", say, runs on a device: same major version and no later minor one, or,
     through PTX, anything later. "9.0a" is for 9.0 alone."""
-    for architecture in architectures.split(";"):
+    for architecture in architectures.split():
         number, _, ptx = architecture.partition("+")
         major, minor = (int(digits) for digits in number.rstrip("af").split("."))
         if number.endswith("a"):

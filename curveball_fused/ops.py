@@ -164,12 +164,14 @@ def adapt_damping(
 
 
 def _check_lists(first: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
+    shapes = [t.shape for t in first]
     for other in others:
+        if [t.shape for t in other] == shapes:
+            continue
         if len(other) != len(first):
             raise ValueError(f"the lists must have the same length; got {len(first)} and {len(other)} tensors.")
-        for i, (a, b) in enumerate(zip(first, other, strict=True)):
-            if a.shape != b.shape:
-                raise ValueError(f"tensor {i} has shape {tuple(a.shape)} in one list and {tuple(b.shape)} in another.")
+        i = next(i for i, t in enumerate(other) if t.shape != shapes[i])
+        raise ValueError(f"tensor {i} has shape {tuple(shapes[i])} in one list and {tuple(other[i].shape)} in another.")
 
 
 def _rates(lr: Sequence[float | Tensor], device: torch.device) -> tuple[list[float], Tensor | None]:

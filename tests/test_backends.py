@@ -30,7 +30,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes up a GPU, what the native libraries were built for (None: not there), and whether Triton is installed."""
 
     def make(
-        capability: tuple[int, int] = (9, 0), cuda: str | None = "8.0;9.0+PTX", triton: bool = True, cpu: bool = True
+        capability: tuple[int, int] = (9, 0), cuda: str | None = "8.0 9.0+PTX", triton: bool = True, cpu: bool = True
     ) -> None:
         backends.choose.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -48,8 +48,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         (dict(), GPU, "cuda"),
         (dict(capability=(8, 6)), GPU, "cuda"),
         (dict(capability=(12, 0)), GPU, "cuda"),  # by PTX
-        (dict(capability=(12, 0), cuda="8.0;9.0"), GPU, "triton"),
-        (dict(capability=(9, 0), cuda="8.0;12.0+PTX"), GPU, "triton"),
+        (dict(capability=(12, 0), cuda="8.0 9.0"), GPU, "triton"),
+        (dict(capability=(9, 0), cuda="8.0 12.0+PTX"), GPU, "triton"),
         (dict(capability=(9, 0), cuda="9.0a"), GPU, "cuda"),
         (dict(capability=(10, 0), cuda="9.0a"), GPU, "triton"),
         (dict(capability=(8, 0), cuda="8.6"), GPU, "triton"),
@@ -96,7 +96,7 @@ def test_a_named_backend_that_cannot_run_raises(
     [
         (dict(cuda=None), "triton", ["no such file", "wheel built for this torch's CUDA"]),
         (dict(cuda=None, triton=False), "torch", ["no such file", "pip install triton"]),
-        (dict(), "cuda", ["8.0;9.0+PTX"]),
+        (dict(), "cuda", ["8.0 9.0+PTX"]),
     ],
     ids=str,
 )
