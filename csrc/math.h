@@ -168,8 +168,8 @@ CURVEBALL_INLINE void solve(const double* previous, double loss, const double* p
                     : rho       ? solve_beta(s, *rho)
                                 : solve_both(s);
   if (!usable || !is_finite(step.beta) || !is_finite(step.rho)) {
-    const double nan = (loss - loss) / 0.0;  // 0/0; NaN as well if the loss is not finite
-    next[kBeta] = next[kRho] = nan;
+    const double zero = loss - loss;  // or NaN, if the loss is not finite
+    next[kBeta] = next[kRho] = zero / zero;
     next[kSlope] = next[kBend] = next[kPredictedChange] = 0.0;
     next[kSkippedSteps] += 1.0;
     return;
