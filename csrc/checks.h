@@ -9,16 +9,16 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "dtypes.h"
 
 namespace curveball {
 
-inline const char* name_of(cpu::DType dtype) {
+inline const char* name_of(DType dtype) {
   constexpr const char* names[] = {"float16", "bfloat16", "float32", "float64"};
   return names[dtype];
 }
 
-inline int64_t bytes(cpu::DType dtype) {
+inline int64_t bytes(DType dtype) {
   constexpr int64_t sizes[] = {2, 2, 4, 8};
   return sizes[dtype];
 }
@@ -42,19 +42,28 @@ inline void check_groups(size_t tensors, const std::vector<int64_t>& sizes, cons
                   " params: give every tensor's group.");
 }
 
-// The dtype of list[index], which must be on the CPU.
-inline cpu::DType dtype_of(const torch::stable::Tensor& tensor, const char* list, size_t index) {
+// True where this library's kernels can work. (The emulated CUDA kernels work on the CPU.)
+inline bool is_on_device(const torch::stable::Tensor& tensor) {
+#if defined(__CUDACC__)
+  return tensor.is_cuda();
+#else
+  return tensor.is_cpu();
+#endif
+}
+
+// The dtype of list[index], which must be on the device.
+inline DType dtype_of(const torch::stable::Tensor& tensor, const char* list, size_t index) {
   using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(tensor.is_cpu(), list, "[", index, "] is not on the CPU: move all tensors to one device.");
+  STD_TORCH_CHECK(is_on_device(tensor), list, "[", index, "] is on another device: move all tensors to one.");
   switch (tensor.scalar_type()) {
     case ScalarType::Half:
-      return cpu::kFloat16;
+      return kFloat16;
     case ScalarType::BFloat16:
-      return cpu::kBFloat16;
+      return kBFloat16;
     case ScalarType::Float:
-      return cpu::kFloat32;
+      return kFloat32;
     case ScalarType::Double:
-      return cpu::kFloat64;
+      return kFloat64;
     default:
       STD_TORCH_CHECK(false, list, "[", index, "] has dtype ", torch::headeronly::toString(tensor.scalar_type()),
                       ": convert it to float16, bfloat16, float32 or float64.");
@@ -62,8 +71,8 @@ inline cpu::DType dtype_of(const torch::stable::Tensor& tensor, const char* list
 }
 
 // z is kept in at least float32, whatever the precision of the parameters.
-inline void check_state_dtype(cpu::DType param, cpu::DType z, size_t index) {
-  const cpu::DType wanted = param == cpu::kFloat64 ? cpu::kFloat64 : cpu::kFloat32;
+inline void check_state_dtype(DType param, DType z, size_t index) {
+  const DType wanted = param == kFloat64 ? kFloat64 : kFloat32;
   STD_TORCH_CHECK(z == wanted, "z[", index, "] has dtype ", name_of(z), " beside a ", name_of(param),
                   " parameter: convert z to ", name_of(wanted), ".");
 }
@@ -101,9 +110,9 @@ inline void check_same_layout(const torch::stable::Tensor& a, const char* a_list
   }
 }
 
-// The address of a small float64 vector with at least `count` elements on the CPU.
+// The address of a small float64 vector with at least `count` elements.
 inline const double* read_doubles(const torch::stable::Tensor& tensor, int64_t count, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU: move it to the device of the other arguments.");
+  STD_TORCH_CHECK(is_on_device(tensor), name, " is on another device: move it to that of the other arguments.");
   STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Double, name, " has dtype ",
                   torch::headeronly::toString(tensor.scalar_type()), ": convert it to float64.");
   STD_TORCH_CHECK(tensor.numel() >= count && tensor.is_contiguous(), name, " must be contiguous with at least ", count,
@@ -120,13 +129,13 @@ inline std::vector<double> read_numbers(const torch::stable::Tensor& tensor, siz
   std::vector<double> values(count);
   for (size_t i = 0; i < count; i++) {
     switch (dtype) {
-      case cpu::kFloat16:
+      case kFloat16:
         values[i] = static_cast<const c10::Half*>(data)[i];
         break;
-      case cpu::kBFloat16:
+      case kBFloat16:
         values[i] = static_cast<const c10::BFloat16*>(data)[i];
         break;
-      case cpu::kFloat32:
+      case kFloat32:
         values[i] = static_cast<const float*>(data)[i];
         break;
       default:

@@ -21,28 +21,39 @@ ADVICE = {
 }
 
 
-def _load(library: str, required: bool) -> tuple[Any, str]:
+def _load(library: str) -> tuple[Any, str]:
     """The native library and an empty string, or None and the reason why it is not there."""
     try:
         return importlib.import_module(f"curveball_fused.{library}"), ""
     except ImportError as error:
-        if required and os.environ.get("CURVEBALL_REQUIRE_NATIVE") == "1":
-            advice = ADVICE["cuda" if library == "_C_cuda" else "cpu"]
-            raise ImportError(
-                f"CURVEBALL_REQUIRE_NATIVE=1, but the native library {library} cannot be loaded: {error}. To get it, "
-                f"{advice}; or unset the variable."
-            ) from error
         return None, str(error)
 
 
-_native, _why_not_native = _load("_C", required=True)
-# The CUDA half needs the operators that the first half defines, and a torch that has CUDA.
-if torch.version.cuda is None:
-    _cuda, _why_not_cuda = None, "this torch was built without CUDA"
-elif _native is None:
-    _cuda, _why_not_cuda = None, "the native library it builds on is missing"
-else:
-    _cuda, _why_not_cuda = _load("_C_cuda", required=torch.cuda.is_available())
+def _load_cuda() -> tuple[Any, str]:
+    """The same for the CUDA library, which needs the operators that the other one defines, and torch's own CUDA."""
+    if torch.version.cuda is None:
+        return None, "this torch was built without CUDA"
+    if _native is None:
+        return None, "the native library it builds on is missing"
+    library, reason = _load("_C_cuda")
+    if library is not None and library.CUDA_VERSION.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return None, f"it is for CUDA {library.CUDA_VERSION}, this torch for CUDA {torch.version.cuda}"
+    return library, reason
+
+
+def _require(backend: str, library: Any, reason: str) -> None:
+    if library is None and os.environ.get("CURVEBALL_REQUIRE_NATIVE") == "1":
+        raise ImportError(
+            f"CURVEBALL_REQUIRE_NATIVE=1, but the native {backend} library cannot be loaded: {reason}. To get it, "
+            f"{ADVICE[backend]}; or unset the variable."
+        )
+
+
+_native, _why_not_native = _load("_C")
+_cuda, _why_not_cuda = _load_cuda()
+_require("cpu", _native, _why_not_native)
+if torch.cuda.is_available():
+    _require("cuda", _cuda, _why_not_cuda)
 
 
 def has_operators() -> bool:

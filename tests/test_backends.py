@@ -113,24 +113,32 @@ def test_says_what_it_chose_why_and_how_to_get_better(
     assert any(key.startswith("to get") for key in info) == (backend != "cuda")
 
 
-# A torch with CUDA, a GPU, and no CUDA library of ours.
+# A torch with CUDA, a GPU, and a CUDA library of ours that is missing or for another CUDA.
 PRETEND = """
-import sys, torch
-torch.version.cuda = "13.0"
+import sys, torch, types
+torch.version.cuda = "12.8"
 torch.cuda.is_available = lambda: True
-sys.modules["curveball_fused._C_cuda"] = None
-import curveball_fused
+sys.modules["curveball_fused._C_cuda"] = {library}
+from curveball_fused import backends
+print(backends._why_not_cuda)
 """
 
 
+@pytest.mark.skipif(not backends.has_operators(), reason="needs the native kernels")
 @pytest.mark.parametrize("required", ["0", "1"])
-def test_a_missing_cuda_library_is_an_error_only_where_native_is_required(required: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "reason"),
+    [("None", "_C_cuda"), ("types.SimpleNamespace(CUDA_VERSION='13.0')", "for CUDA 13.0, this torch for CUDA 12.8")],
+)
+def test_a_missing_cuda_library_is_an_error_only_where_native_is_required(
+    library: str, reason: str, required: str
+) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", PRETEND],
+        [sys.executable, "-c", PRETEND.format(library=library)],
         capture_output=True,
         text=True,
         env=os.environ | {"CURVEBALL_REQUIRE_NATIVE": required},
     )
-    if backends.has_operators():
-        assert (result.returncode != 0) == (required == "1"), result.stderr
-        assert required == "0" or ("_C_cuda" in result.stderr and "nvcc" in result.stderr)
+    assert (result.returncode != 0) == (required == "1"), result.stderr
+    assert reason in result.stdout + result.stderr
+    assert required == "0" or "nvcc" in result.stderr

@@ -1,4 +1,4 @@
-"""The whole optimizer with the text of the CUDA kernels, run on the CPU: twenty steps equal those with dense matrices."""
+"""The whole optimizer with the text of the CUDA kernels, run on the CPU, against twenty steps with dense matrices."""
 
 from __future__ import annotations
 

@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
+#include "../dtypes.h"
+
 namespace curveball::cpu {
 
-enum DType { kFloat16, kBFloat16, kFloat32, kFloat64, kDTypeCount };
+using curveball::DType;
 
 // The coefficients of one update, in double; a block rounds them to the type it computes in.
 struct UpdateArguments {

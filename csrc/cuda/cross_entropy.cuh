@@ -1,0 +1,226 @@
+// Cross-entropy: loss, gradient and Gauss-Newton products in the logits, each row of logits read once.
+//
+// x logits, v = Jz, u = Jr, all [N, C]; p = softmax(x), v' = v - <p, v>, u' = u - <p, u>. With own_n the weight of the
+// target's class (0 where the target is ignored), t = (1-e) own onehot + e/C weight, s = sum_c t_c, and D = sum_n own_n
+// for the mean, 1 for the sum:
+//     loss = -1/D sum t log p,   g = sign (s p - t)/D,   Hv = sign s p v'/D,   c = g + Hv
+// so that, as <p, v'> = 0,   g.v' = -sign/D sum t v',   v'.Hv' = sign/D sum s p v' v',   and likewise with u'.
+#pragma once
+
+#include "row_sweeps.cuh"
+
+namespace curveball::cuda {
+
+template <typename T>
+struct CrossEntropy {
+  Rows<T> rows;
+  T* c;
+  const int64* target;       // [N]
+  const Compute<T>* weight;  // [C], or null for ones
+  Compute<T>* per_row;       // [N, 3]: log sum exp x, <p, v>, s/D
+  const double* totals;      // [total_blocks, 2]: own_n, weight; none where neither sum is needed
+  int total_blocks;
+  double* partials;  // [blocks, 3]
+  int64 ignore_index;
+  double label_smoothing, sign;
+  bool mean;
+};
+
+// ---------------------------------------------------------------------------------------------- totals
+
+constexpr int kTotalThreads = 512;
+
+// Partial sums of own_n over the rows and of the weights over the classes.
+template <typename C>
+__global__ void __launch_bounds__(kTotalThreads)
+    cross_entropy_totals_kernel(const int64* target, const C* weight, int64 n, int64 classes, int64 ignore_index,
+                                double* totals) {
+  __shared__ double shared[kBlockSumSize<2>];
+  double sums[2] = {0.0, 0.0};
+  const int64 rank = static_cast<int64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64 step = static_cast<int64>(gridDim.x) * blockDim.x;
+  for (int64 i = rank; i < n; i += step) {
+    const int64 y = target[i];
+    if (y != ignore_index && y >= 0 && y < classes) sums[0] += weight ? weight[y] : C(1);
+  }
+  if (weight) {
+    for (int64 i = rank; i < classes; i += step) sums[1] += weight[i];
+  }
+  block_sum(sums, shared);
+  if (threadIdx.x == 0) {
+    totals[2 * blockIdx.x] = sums[0];
+    totals[2 * blockIdx.x + 1] = sums[1];
+  }
+}
+
+// What the rows have in common; in shared memory, to save registers.
+struct Common {
+  double inverse;  // 1/D
+  double keep;     // 1 - e
+  double smooth;   // e/C
+  double weights;  // sum of the weights
+};
+
+template <typename T>
+__device__ __forceinline__ void find_common(const CrossEntropy<T>& a, Common& common) {
+  if (threadIdx.x < 32) {
+    double own = 0.0, weights = 0.0;
+    for (int i = threadIdx.x; i < a.total_blocks; i += 32) {
+      own += a.totals[2 * i];
+      weights += a.totals[2 * i + 1];
+    }
+    own = warp_sum(own);
+    weights = warp_sum(weights);
+    if (threadIdx.x == 0) {
+      common = {a.mean ? 1.0 / own : 1.0, 1.0 - a.label_smoothing, a.label_smoothing / a.rows.classes,
+                a.weight ? weights : a.rows.classes};
+    }
+  }
+  __syncthreads();
+}
+
+// What a block has in shared memory besides the rows.
+template <typename C>
+struct RowShared {
+  double sums[kBlockSumSize<3>];
+  Softmax<C, double> slots[kTeamSlots];
+  Common common;
+};
+
+// ---------------------------------------------------------------------------------------------- first product
+
+template <typename T, template <typename> class Team, bool smoothed>
+__global__ void __launch_bounds__(Team<Compute<T>>::kThreads, Team<Compute<T>>::kBlocks)
+    cross_entropy_products_kernel(const CrossEntropy<T> __grid_constant__ a) {
+  using C = Compute<T>;
+  __shared__ RowShared<C> shared;
+  const Common& common = shared.common;
+  find_common(a, shared.common);
+  double loss = 0.0, gv = 0.0, vhv = 0.0;  // of this thread's elements, without 1/D and sign
+  Team<C> team(shared.slots);
+  for (int64 n = team.first_row(); n < a.rows.n; n += team.row_step()) {
+    const int64 y = a.target[n];
+    const int64 begin = n * a.rows.classes;
+    T* const c = a.c + begin;
+    C* const per_row = a.per_row + 3 * n;
+    if (y == a.ignore_index || y < 0 || y >= a.rows.classes) {
+      const C value = y == a.ignore_index ? 0.0f : float_from_bits(0x7fc00000u);  // NaN
+      fill_row(team, c, a.rows.classes, value);
+      if (team.rank() == 0) per_row[0] = per_row[1] = per_row[2] = value;
+      loss += value;
+      continue;
+    }
+    const double hit = common.keep * (a.weight ? a.weight[y] : C(1)), s = hit + common.smooth * common.weights;
+    const C c_hit = a.sign * hit * common.inverse, c_smooth = a.sign * common.smooth * common.inverse;
+
+    const RowSweeps<T, Team<C>, 2> row(a.rows, team, a.rows.x + begin, a.rows.v + begin, c);
+    const Softmax<C, double> softmax = team.join(row.sweep_1(kLowest<C>));
+    const C maximum = softmax.maximum, sum = softmax.sum, mean_v = C(softmax.dot) / sum;
+    const C scale = C(a.sign * s * common.inverse) / sum;  // c = scale exp(x - max) (1 + v') - sign t/D
+    C row_vhv = 0, own_x = 0, own_v = 0, smooth_x = 0, smooth_v = 0;
+    row.sweep_2([&](int column, const auto& piece) {
+      const auto x = piece.of[0].unpacked(), v = piece.of[1].unpacked();
+      constexpr int length = sizeof(x.v) / sizeof(C);
+      auto out = x;
+      C piece_vhv = 0;
+#pragma unroll
+      for (int k = 0; k < length; k++) {
+        const C e = fast_exp(x.v[k] - maximum), centred = v.v[k] - mean_v, product = e * centred;
+        piece_vhv += product * centred;
+        out.v[k] = scale * (e + product);
+        if constexpr (smoothed) {
+          const C w = a.weight ? a.weight[column + k] : C(1);
+          smooth_x += w * (x.v[k] - maximum);
+          smooth_v += w * centred;
+          out.v[k] -= c_smooth * w;
+        }
+      }
+      row_vhv += piece_vhv;
+      const int place = static_cast<int>(y) - column;
+      if (0 <= place && place < length) {
+#pragma unroll
+        for (int k = 0; k < length; k++) {
+          if (k != place) continue;
+          out.v[k] -= c_hit;
+          own_x = x.v[k] - maximum;
+          own_v = v.v[k] - mean_v;
+        }
+      }
+      store_packed(c + column, out);
+    });
+    vhv += static_cast<double>(row_vhv) * (C(s) / sum);
+    loss -= hit * own_x + common.smooth * smooth_x;
+    gv -= hit * own_v + common.smooth * smooth_v;
+    if (team.rank() == 0) {
+      const C log_sum = log(sum);
+      loss += s * log_sum;
+      per_row[0] = maximum + log_sum;
+      per_row[1] = mean_v;
+      per_row[2] = s * common.inverse;
+    }
+  }
+  // D = 0: 0 * inf = NaN.
+  double sums[3] = {loss * common.inverse, a.sign * gv * common.inverse, a.sign * vhv * common.inverse};
+  block_sum(sums, shared.sums);
+  store_partials(sums, a.partials);
+}
+
+// ---------------------------------------------------------------------------------------------- second product
+
+// The logits are normalised again, so that the rounding of their normaliser, which grows with |x|, does not matter.
+template <typename T, template <typename> class Team, bool smoothed>
+__global__ void __launch_bounds__(Team<Compute<T>>::kThreads, Team<Compute<T>>::kBlocks)
+    cross_entropy_dots_kernel(const CrossEntropy<T> __grid_constant__ a) {
+  using C = Compute<T>;
+  __shared__ RowShared<C> shared;
+  const Common& common = shared.common;
+  find_common(a, shared.common);
+  double gu = 0.0, vhu = 0.0, uhu = 0.0;  // of this thread's elements, without the sign
+  Team<C> team(shared.slots);
+  for (int64 n = team.first_row(); n < a.rows.n; n += team.row_step()) {
+    const int64 y = a.target[n];
+    if (y == a.ignore_index) continue;
+    const C mean_v = a.per_row[3 * n + 1], share = a.per_row[3 * n + 2];
+    if (y < 0 || y >= a.rows.classes) {
+      gu += share;  // NaN
+      continue;
+    }
+    const int64 begin = n * a.rows.classes;
+    const RowSweeps<T, Team<C>, 3> row(a.rows, team, a.rows.x + begin, a.rows.u + begin, a.rows.v + begin);
+    const Softmax<C, double> softmax = team.join(row.sweep_1(a.per_row[3 * n]));
+    const C maximum = softmax.maximum, sum = softmax.sum, mean_u = C(softmax.dot) / sum;
+    const double hit = smoothed ? common.keep * (a.weight ? a.weight[y] : C(1)) * common.inverse : share;
+    C row_vhu = 0, row_uhu = 0, own_u = 0, smooth_u = 0;
+    row.sweep_2([&](int column, const auto& piece) {
+      const auto x = piece.of[0].unpacked(), u = piece.of[1].unpacked(), v = piece.of[2].unpacked();
+      constexpr int length = sizeof(x.v) / sizeof(C);
+      C piece_vhu = 0, piece_uhu = 0;
+#pragma unroll
+      for (int k = 0; k < length; k++) {
+        const C centred = u.v[k] - mean_u, product = fast_exp(x.v[k] - maximum) * centred;
+        piece_vhu += product * (v.v[k] - mean_v);
+        piece_uhu += product * centred;
+        if constexpr (smoothed) smooth_u += (a.weight ? a.weight[column + k] : C(1)) * centred;
+      }
+      row_vhu += piece_vhu;
+      row_uhu += piece_uhu;
+      const int place = static_cast<int>(y) - column;
+      if (0 <= place && place < length) {
+#pragma unroll
+        for (int k = 0; k < length; k++) {
+          if (k == place) own_u = u.v[k] - mean_u;
+        }
+      }
+    });
+    const double factor = share / sum;
+    vhu += factor * row_vhu;
+    uhu += factor * row_uhu;
+    gu -= hit * own_u;
+    if constexpr (smoothed) gu -= common.smooth * common.inverse * smooth_u;
+  }
+  double sums[3] = {a.sign * gu, a.sign * vhu, a.sign * uhu};
+  block_sum(sums, shared.sums);
+  store_partials(sums, a.partials);
+}
+
+}  // namespace curveball::cuda

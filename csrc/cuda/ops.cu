@@ -1,0 +1,290 @@
+// The operators on lists of parameters, for CUDA: argument checks, launches, registration. Built on LibTorch's stable
+// ABI only; compiles for the emulator too.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "../checks.h"
+#include "dots.cuh"
+#include "launch.h"
+#include "solve.cuh"
+#include "update.cuh"
+
+namespace curveball::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kFinishThreads = 512;
+
+Tensor new_doubles(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Double);
+}
+
+Numbers numbers_of(const Tensor& tensor, size_t count, const char* name) {
+  const DType dtype = dtype_of(tensor, name, 0);
+  STD_TORCH_CHECK(tensor.numel() == static_cast<int64_t>(count) && tensor.is_contiguous(), name,
+                  " must be contiguous with ", count, " element(s); it has ", tensor.numel(), ".");
+  return {tensor.const_data_ptr(), dtype};
+}
+
+Numbers optional_numbers(const std::optional<Tensor>& tensor, size_t count, const char* name) {
+  return tensor ? numbers_of(*tensor, count, name) : Numbers{nullptr, kFloat64};
+}
+
+// ---------------------------------------------------------------------------------------------- lists
+
+// One tensor of the lists, as a kernel sees it.
+struct Entry {
+  void *w, *z, *r;
+  int64_t numel;
+  int first_partial, group;
+  double lr, weight_decay;
+};
+
+int64_t chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+
+// The entries of one combination of dtypes: [of w or z][of r].
+using Entries = std::vector<Entry>[kDTypeCount][kDTypeCount];
+
+// Gives every tensor that is not empty the places of its chunks' sums, in the order of the list: so the order of
+// summation depends neither on dtypes nor on the number of launches.
+class Places {
+ public:
+  int next(int64_t numel) {
+    const int64_t begin = end_;
+    end_ += chunks(numel);
+    STD_TORCH_CHECK(end_ <= 0x7fffffff, "too many elements for one call: ", end_, " chunks.");
+    return static_cast<int>(begin);
+  }
+  int end() const { return static_cast<int>(end_); }
+
+ private:
+  int64_t end_ = 0;
+};
+
+template <int Capacity, typename Launch>
+void launch_list(const Entry* entries, int count, const Launch& launch_) {
+  TensorList<Capacity> list;
+  int64_t blocks = 0;
+  for (int i = 0; i < count; i++) {
+    const Entry& e = entries[i];
+    list.first_block[i] = static_cast<int>(blocks);
+    list.first_partial[i] = e.first_partial;
+    list.group[i] = e.group;
+    list.lr[i] = e.lr;
+    list.weight_decay[i] = e.weight_decay;
+    list.numel[i] = e.numel;
+    list.data[0][i] = e.w;
+    list.data[1][i] = e.z;
+    list.data[2][i] = e.r;
+    blocks += chunks(e.numel);
+  }
+  list.tensors = count;
+  launch_(list, blocks);
+}
+
+// launch_(list, blocks) for as many lists as it takes.
+template <typename Launch>
+void launch_lists(const std::vector<Entry>& entries, const Launch& launch_) {
+  for (size_t begin = 0; begin < entries.size(); begin += kLongList) {
+    const int count = static_cast<int>(std::min<size_t>(kLongList, entries.size() - begin));
+    if (count <= kShortList) {
+      launch_list<kShortList>(&entries[begin], count, launch_);
+    } else {
+      launch_list<kLongList>(&entries[begin], count, launch_);
+    }
+  }
+}
+
+void check_device(const Tensor& tensor, const char* list, size_t index, const Tensor& other) {
+  STD_TORCH_CHECK(tensor.get_device_index() == other.get_device_index(), list, "[", index, "] is on GPU ",
+                  tensor.get_device_index(), ", others on GPU ", other.get_device_index(),
+                  ": move all tensors to one.");
+}
+
+// ---------------------------------------------------------------------------------------------- update
+
+struct UpdateCall {
+  const double* scalars;
+  Numbers lr_tensor;
+  double* partials;
+  Stream stream;
+};
+
+template <typename W, typename R>
+void launch_update(const std::vector<Entry>& entries, const UpdateCall& call) {
+  launch_lists(entries, [&](const auto& list, int64_t blocks) {
+    constexpr int capacity = sizeof(list.group) / sizeof(list.group[0]);
+    launch(update_kernel<W, Compute<W>, R, capacity>, blocks, kListThreads, 0, call.stream, list, call.scalars,
+           call.lr_tensor, call.partials);
+  });
+}
+
+void launch_updates(const Entries& entries, const UpdateCall& call) {
+  launch_update<Float16, Float16>(entries[kFloat16][kFloat16], call);
+  launch_update<Float16, float>(entries[kFloat16][kFloat32], call);
+  launch_update<BFloat16, BFloat16>(entries[kBFloat16][kBFloat16], call);
+  launch_update<BFloat16, float>(entries[kBFloat16][kFloat32], call);
+  launch_update<float, float>(entries[kFloat32][kFloat32], call);
+  launch_update<double, double>(entries[kFloat64][kFloat64], call);
+}
+
+// As curveball_fused.ops.update_ says; two launches for any number of groups up to kGroupsPerLaunch, of tensors up to
+// kLongList, if they have one dtype.
+Tensor update_cuda(std::vector<Tensor> params, std::vector<Tensor> z, std::vector<Tensor> r, Tensor scalars,
+                   std::vector<int64_t> group_sizes, std::vector<double> lr, std::vector<double> weight_decay,
+                   std::optional<Tensor> lr_tensor) {
+  check_lengths(params.size(), "params", z.size(), "z");
+  check_lengths(params.size(), "params", r.size(), "r");
+  check_groups(params.size(), group_sizes, lr, weight_decay);
+  const double* previous = read_doubles(scalars, kScalarCount, "scalars");
+  const Numbers rates = optional_numbers(lr_tensor, lr.size(), "lr_tensor");
+  if (lr_tensor) check_device(*lr_tensor, "lr_tensor", 0, scalars);
+
+  Entries entries;
+  Places places;
+  std::vector<int> group_ends;
+  for (size_t g = 0, i = 0; g < group_sizes.size(); g++) {
+    for (int64_t n = 0; n < group_sizes[g]; n++, i++) {
+      const DType w_dtype = dtype_of(params[i], "params", i), z_dtype = dtype_of(z[i], "z", i),
+                  r_dtype = dtype_of(r[i], "r", i);
+      check_state_dtype(w_dtype, z_dtype, i);
+      STD_TORCH_CHECK(r_dtype == w_dtype || r_dtype == z_dtype, "r[", i, "] has dtype ", name_of(r_dtype), " beside a ",
+                      name_of(w_dtype), " parameter: convert r to the parameter's dtype or to that of z.");
+      check_dense(params[i], "params", i);
+      check_same_layout(params[i], "params", z[i], "z", i);
+      check_same_layout(params[i], "params", r[i], "r", i);
+      check_device(params[i], "params", i, scalars);
+      check_device(z[i], "z", i, scalars);
+      check_device(r[i], "r", i, scalars);
+      const int64_t numel = params[i].numel();
+      if (numel == 0) continue;
+      entries[w_dtype][r_dtype].push_back({params[i].mutable_data_ptr(), z[i].mutable_data_ptr(),
+                                           const_cast<void*>(r[i].const_data_ptr()), numel, places.next(numel),
+                                           static_cast<int>(g), lr[g], weight_decay[g]});
+    }
+    group_ends.push_back(places.end());
+  }
+
+  const DeviceGuard guard(scalars.get_device_index());
+  const Stream stream = current_stream(scalars.get_device_index());
+  const int64_t groups = static_cast<int64_t>(lr.size());
+  Tensor scratch = new_doubles(scalars, {places.end() + 2 * groups}), next = new_doubles(scalars, {kScalarCount});
+  double* partials = scratch.mutable_data_ptr<double>();
+  double *squares = partials + places.end(), *used_lr = squares + groups;
+  launch_updates(entries, {previous, rates, partials, stream});
+
+  int64_t begin = 0;
+  do {
+    GroupList list;
+    list.begin = static_cast<int>(begin);
+    list.count = static_cast<int>(std::min<int64_t>(kGroupsPerLaunch, groups - begin));
+    list.first_partial = begin ? group_ends[begin - 1] : 0;
+    std::copy_n(group_ends.begin() + begin, list.count, list.end_partial);
+    std::copy_n(lr.begin() + begin, list.count, list.lr);
+    begin += list.count;
+    list.last = begin == groups;
+    launch(finish_update_kernel<kFinishThreads>, 1, kFinishThreads, 0, stream, list, partials, rates, previous, squares,
+           used_lr, next.mutable_data_ptr<double>());
+  } while (begin < groups);
+  return next;
+}
+
+// ---------------------------------------------------------------------------------------------- dots
+
+template <typename Z, typename R>
+void launch_dots(const std::vector<Entry>& entries, double* partials, Stream stream) {
+  launch_lists(entries, [&](const auto& list, int64_t blocks) {
+    constexpr int capacity = sizeof(list.group) / sizeof(list.group[0]);
+    launch(dots_kernel<Z, R, capacity>, blocks, kListThreads, 0, stream, list, partials);
+  });
+}
+
+// With empty lists the dispatcher has no device to choose by and raises; the Python layer answers that case.
+Tensor dots_cuda(std::vector<Tensor> z, std::vector<Tensor> r) {
+  check_lengths(z.size(), "z", r.size(), "r");
+  Entries entries;
+  Places places;
+  for (size_t i = 0; i < z.size(); i++) {
+    const DType z_dtype = dtype_of(z[i], "z", i), r_dtype = dtype_of(r[i], "r", i);
+    STD_TORCH_CHECK(z_dtype == kFloat32 || z_dtype == kFloat64, "z[", i, "] has dtype ", name_of(z_dtype),
+                    ": convert it to float32 or float64.");
+    check_dense(z[i], "z", i);
+    check_same_layout(z[i], "z", r[i], "r", i);
+    check_device(z[i], "z", i, z[0]);
+    check_device(r[i], "r", i, z[0]);
+    const int64_t numel = z[i].numel();
+    if (numel == 0) continue;
+    entries[z_dtype][r_dtype].push_back({nullptr, const_cast<void*>(z[i].const_data_ptr()),
+                                         const_cast<void*>(r[i].const_data_ptr()), numel, places.next(numel), 0, 0.0,
+                                         0.0});
+  }
+
+  const DeviceGuard guard(z[0].get_device_index());
+  const Stream stream = current_stream(z[0].get_device_index());
+  Tensor scratch = new_doubles(z[0], {3 * int64_t(places.end())}), result = new_doubles(z[0], {3});
+  double* partials = scratch.mutable_data_ptr<double>();
+  launch_dots<float, Float16>(entries[kFloat32][kFloat16], partials, stream);
+  launch_dots<float, BFloat16>(entries[kFloat32][kBFloat16], partials, stream);
+  launch_dots<float, float>(entries[kFloat32][kFloat32], partials, stream);
+  launch_dots<float, double>(entries[kFloat32][kFloat64], partials, stream);
+  launch_dots<double, Float16>(entries[kFloat64][kFloat16], partials, stream);
+  launch_dots<double, BFloat16>(entries[kFloat64][kBFloat16], partials, stream);
+  launch_dots<double, float>(entries[kFloat64][kFloat32], partials, stream);
+  launch_dots<double, double>(entries[kFloat64][kFloat64], partials, stream);
+  launch(finish_dots_kernel<kFinishThreads>, 1, kFinishThreads, 0, stream, partials, places.end(),
+         result.mutable_data_ptr<double>());
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------- solve, damping
+
+Tensor solve_cuda(Tensor scalars, Tensor loss, Tensor products, std::optional<Tensor> dots, std::optional<double> beta,
+                  std::optional<double> rho, double lr, std::optional<Tensor> lr_tensor) {
+  SolveArguments a;
+  a.previous = read_doubles(scalars, kScalarCount, "scalars");
+  a.products = read_doubles(products, 5, "products");
+  a.dots = dots ? read_doubles(*dots, 3, "dots") : nullptr;
+  a.loss = numbers_of(loss, 1, "loss");
+  a.lr_tensor = optional_numbers(lr_tensor, 1, "lr_tensor");
+  a.lr = lr;
+  a.beta_is_fixed = beta.has_value();
+  a.beta = beta.value_or(0.0);
+  a.rho_is_fixed = rho.has_value();
+  a.rho = rho.value_or(0.0);
+  check_device(loss, "loss", 0, scalars);
+  check_device(products, "products", 0, scalars);
+  if (dots) check_device(*dots, "dots", 0, scalars);
+  if (lr_tensor) check_device(*lr_tensor, "lr_tensor", 0, scalars);
+
+  const DeviceGuard guard(scalars.get_device_index());
+  Tensor next = new_doubles(scalars, {kScalarCount});
+  a.next = next.mutable_data_ptr<double>();
+  launch(solve_kernel, 1, 1, 0, current_stream(scalars.get_device_index()), a);
+  return next;
+}
+
+Tensor adapt_damping_cuda(Tensor scalars, Tensor new_loss, double low, double high, double factor, double minimum,
+                          double maximum) {
+  const double* previous = read_doubles(scalars, kScalarCount, "scalars");
+  const Numbers loss = numbers_of(new_loss, 1, "new_loss");
+  check_device(new_loss, "new_loss", 0, scalars);
+  const DeviceGuard guard(scalars.get_device_index());
+  Tensor next = new_doubles(scalars, {kScalarCount});
+  launch(adapt_damping_kernel, 1, 1, 0, current_stream(scalars.get_device_index()), previous, loss,
+         DampingRule{low, high, factor, minimum, maximum}, next.mutable_data_ptr<double>());
+  return next;
+}
+
+}  // namespace
+}  // namespace curveball::cuda
+
+CURVEBALL_REGISTER(library) {
+  library.impl("update_", TORCH_BOX(&curveball::cuda::update_cuda));
+  library.impl("dots", TORCH_BOX(&curveball::cuda::dots_cuda));
+  library.impl("solve", TORCH_BOX(&curveball::cuda::solve_cuda));
+  library.impl("adapt_damping", TORCH_BOX(&curveball::cuda::adapt_damping_cuda));
+}
