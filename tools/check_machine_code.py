@@ -1,0 +1,208 @@
+"""Reads the machine code of the CUDA library and checks what makes the kernels fast; prints the figures as a table.
+
+    python tools/check_machine_code.py curveball_fused/_C_cuda.abi3.so
+
+A kernel of the memory's speed keeps all it works on in registers (no stack, no local memory), few enough of them that
+many threads are resident, and moves 128 bits or more at a time in its loops. cuobjdump and nvdisasm come with the CUDA
+toolkit, or from PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # as in setup.py
+
+# What each family of kernels must fulfil; the first pattern that matches counts. With 64 registers 1024 threads can be
+# resident on a multiprocessor. The loss kernels compute more for each element and keep more vectors under way in each
+# thread, so they get by with half as many threads. Wide accesses: at least so many in one loop.
+#     pattern of the name              registers  wide loads  wide stores
+RULES = (
+    (r"^update_kernel",                       64,          3,           2),  # reads r, z, w; writes z, w
+    (r"^dots_kernel",                         64,          2,           0),  # reads z, r
+    (r"^(cross_entropy|element)_products",   128,          2,           1),  # reads x, v; writes c
+    (r"^(cross_entropy|element)_dots",       128,          3,           0),  # reads x, v, u
+    (r"",                                    128,          0,           0),  # one block: sums of sums, the 2x2 solve
+)  # fmt: skip
+
+# Accesses of 128 bits or more to global memory.
+WIDE = {"loads": r"\bLDG\.E\.[\w.]*(128|256)", "stores": r"\bSTG\.E\.[\w.]*(128|256)"}
+
+
+@dataclass
+class Code:
+    """One kernel on one architecture."""
+
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    shared: int = 0
+    loads: int = 0  # wide ones, the most in one loop
+    stores: int = 0
+
+
+@dataclass
+class Library:
+    """What the library holds: code by kernel and architecture, such as "9.0", and the architectures of its PTX."""
+
+    kernels: dict[str, dict[str, Code]] = field(default_factory=dict)
+    ptx: set[str] = field(default_factory=set)
+
+    @property
+    def architectures(self) -> list[str]:
+        return sorted({architecture for codes in self.kernels.values() for architecture in codes}, key=float)
+
+
+def run(tool: str, *arguments: str) -> str:
+    """The output of a tool of the CUDA toolkit: from Python's packages, PATH, or where the toolkit usually is."""
+    packages = sorted(map(str, Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin")), reverse=True)
+    toolkit = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+    path = os.pathsep.join([*packages, os.environ.get("PATH", ""), toolkit])
+    found = shutil.which(tool, path=path)
+    if found is None:
+        sys.exit(f"no {tool} found: set CUDA_HOME, or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    result = subprocess.run([found, *arguments], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    if result.returncode:
+        sys.exit(f"{tool} {' '.join(arguments)} failed:\n{result.stderr}")
+    return result.stdout
+
+
+def dotted(architecture: str) -> str:
+    """ "90" or "90a" as "9.0"."""
+    digits = architecture.rstrip("af")
+    return f"{digits[:-1]}.{digits[-1]}"
+
+
+def read_library(path: Path, architecture: str = "") -> Library:
+    """Reads a library, or a cubin: that does not tell its architecture."""
+    library = Library()
+    resources = re.compile(r"arch = sm_(\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+    for match in resources.finditer(run("cuobjdump", "-res-usage", str(path))):
+        if match[1]:
+            architecture = dotted(match[1])
+        else:
+            registers, stack, shared, local = map(int, match.groups()[2:])
+            code = Code(registers, stack, local, shared)
+            library.kernels.setdefault(match[2], {})[architecture] = code
+    for section in run("cuobjdump", "-sass", str(path)).split("code for sm_")[1:]:
+        architecture = dotted(re.match(r"\w+", section)[0])
+        for function in section.split("Function : ")[1:]:
+            name, text = function.split(maxsplit=1)
+            code = library.kernels[name][architecture]
+            code.loads, code.stores = wide_accesses_in_loops(text)
+    library.ptx = {dotted(name) for name in re.findall(r"\.sm_(\w+)\.ptx", run("cuobjdump", "-lptx", str(path)))}
+    return library
+
+
+def wide_accesses_in_loops(text: str) -> tuple[int, int]:
+    """The most wide loads, and the most wide stores, in one loop: between a branch backwards and its target."""
+    instructions = [(int(address, 16), code) for address, code in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)]
+    wide = {kind: [a for a, code in instructions if re.search(pattern, code)] for kind, pattern in WIDE.items()}
+    most = dict.fromkeys(WIDE, 0)
+    for end, code in instructions:
+        branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", code)
+        start = int(branch[1], 16) if branch else end
+        for kind in WIDE:
+            most[kind] = max(most[kind], sum(start <= address < end for address in wide[kind]))
+    return most["loads"], most["stores"]
+
+
+def demangled(names: Iterable[str]) -> list[str]:
+    """Names of kernels as C++ has them, without parameters: "curveball::cuda::dots_kernel<float, float, 512>"."""
+    output = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [line.removeprefix("void ") for line in output.stdout.splitlines()]
+
+
+def readable(kernels: dict[str, dict[str, Code]]) -> dict[str, dict[str, Code]]:
+    """The same kernels under shorter names: "dots_kernel<float, float, 512>"."""
+    names = [re.sub(r"\bcurveball::(cuda::)?", "", name) for name in demangled(kernels)]
+    return dict(zip(names, kernels.values(), strict=True))
+
+
+ADVICE = {
+    "stack": "an array is indexed by what is not known when compiling, or registers are spilled: unroll, or take fewer "
+    "elements at a time",
+    "local": "as for the stack",
+    "registers": "take fewer elements at a time, or set __launch_bounds__",
+    "loads": "access whole 16-byte vectors through pointers that the compiler knows to be aligned and global",
+    "stores": "as for the loads",
+}
+
+
+def figures(codes: dict[str, Code], column: str) -> str:
+    """One number where all architectures agree, else one for each."""
+    values = [getattr(codes[architecture], column) for architecture in sorted(codes, key=float)]
+    return str(values[0]) if len(set(values)) == 1 else "/".join(map(str, values))
+
+
+def violations(kernels: dict[str, dict[str, Code]]) -> list[str]:
+    """Which kernels, by readable name, break which rule, and what to do."""
+    found = []
+    broken = set()
+    for name, codes in sorted(kernels.items()):
+        _, registers, loads, stores = next(rule for rule in RULES if re.search(rule[0], name))
+        most = {"stack": 0, "local": 0, "registers": registers}
+        least = {"loads": loads, "stores": stores}
+        for column in ADVICE:
+            values = [getattr(code, column) for code in codes.values()]
+            if max(values) > most.get(column, max(values)) or min(values) < least.get(column, min(values)):
+                bound = f"at most {most[column]}" if column in most else f"at least {least[column]}"
+                found.append(f"{name}: {column} {figures(codes, column)}, must be {bound}")
+                broken.add(column)
+    found += [f"{column}: {advice}" for column, advice in ADVICE.items() if column in broken]
+    unused = [pattern for pattern, *_ in RULES if not any(re.search(pattern, name) for name in kernels)]
+    return found + [f'no kernel matches the rule "{pattern}": correct the table of rules' for pattern in unused]
+
+
+def print_table(kernels: dict[str, dict[str, Code]], architectures: list[str]) -> None:
+    print(f"| kernel, on {' / '.join(architectures)} | registers | shared bytes | wide loads | wide stores |")
+    print("|---|---|---|---|---|")
+    for name, codes in sorted(kernels.items()):
+        row = " | ".join(figures(codes, column) for column in ("registers", "shared", "loads", "stores"))
+        print(f"| `{name}` | {row} |")
+
+
+def check_architectures(library: Library, wanted: str) -> list[str]:
+    """What is missing of an architecture list such as "8.0;9.0+PTX"."""
+    found = []
+    for architecture in re.split(r"[;,\s]+", wanted.strip()):
+        number = architecture.removesuffix("+PTX").rstrip("af")
+        missing = [name for name, codes in library.kernels.items() if number not in codes]
+        if missing or not library.kernels:
+            found.append(
+                f"no machine code for {number} of {len(missing)} kernels: build with TORCH_CUDA_ARCH_LIST={wanted}"
+            )
+        if architecture.endswith("+PTX") and number not in library.ptx:
+            found.append(f"no PTX for {number}, which newer processors need: build with TORCH_CUDA_ARCH_LIST={wanted}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("library", type=Path, help="_C_cuda.abi3.so")
+    parser.add_argument(
+        "--architectures",
+        default=os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES,
+        help="that must be inside (default: TORCH_CUDA_ARCH_LIST, else %(default)s)",
+    )
+    arguments = parser.parse_args()
+    library = read_library(arguments.library)
+    kernels = readable(library.kernels)
+    print_table(kernels, library.architectures)
+    found = check_architectures(library, arguments.architectures) + violations(kernels)
+    if found:
+        sys.exit("\n".join(["", *found]))
+    print(f"{arguments.library.name}: {len(library.kernels)} kernels on {', '.join(library.architectures)}: good")
+
+
+if __name__ == "__main__":
+    main()
