@@ -10,6 +10,7 @@ import subprocess
 import warnings
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def cores() -> int:
 def environment() -> dict[str, str]:
     """Where and with what a figure was measured."""
     info = curveball_fused.build_info()
-    return {
+    gpu = _gpu() if torch.cuda.is_available() else {}
+    return gpu | {
         "cpu": f"{_cpu_model()}, {cores()} cores",
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -39,6 +41,27 @@ def environment() -> dict[str, str]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    try:
+        driver = subprocess.check_output(query, text=True).split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": torch.version.cuda or "none",
+        "triton": _version("triton"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu_model() -> str:
@@ -51,7 +74,10 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit, marked where sources differ from it; results, which a run itself writes, don't count."""
+    """The commit, marked where sources differ from it; results, which a run itself writes, don't count.
+
+    Where the sources have come without their history, the environment variable COMMIT may name it.
+    """
 
     def git(*arguments: str) -> str:
         command = ("git", *arguments)
@@ -61,7 +87,7 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results").strip()
         commit = git("rev-parse", "--short=12", "HEAD").strip()
     except (OSError, subprocess.CalledProcessError):
-        return "no commit"
+        return os.environ.get("COMMIT", "no commit")
     return f"{commit}, with changes" if changed else commit
 
 
@@ -116,8 +142,9 @@ class Report:
         measured: the tables of this run.
     """
 
-    def __init__(self, folder: Path = HERE / "results", name: str = "cpu") -> None:
+    def __init__(self, folder: Path = HERE / "results", name: str = "cpu", command: str = "make bench") -> None:
         self._json, self._markdown = folder / f"{name}.json", folder / f"{name}.md"
+        self._command = command
         self.measured: list[Table] = []
 
     def add(self, title: str, note: str, rows: list[dict[str, Any]]) -> None:
@@ -126,10 +153,10 @@ class Report:
         self.measured.append(table)
         tables = {t.title: t for t in self._read()} | {table.title: table}
         ordered = sorted(tables.values(), key=lambda t: t.title)
-        self._json.parent.mkdir(exist_ok=True)
+        self._json.parent.mkdir(parents=True, exist_ok=True)
         content = {"tables": [asdict(t) for t in ordered]}
         _write(self._json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        _write(self._markdown, _document(ordered))
+        _write(self._markdown, _document(ordered, self._command))
 
     def _read(self) -> list[Table]:
         if not self._json.exists():
@@ -141,13 +168,13 @@ class Report:
             return []
 
 
-def _document(tables: list[Table]) -> str:
+def _document(tables: list[Table], command: str) -> str:
     """All tables, those of one environment together."""
     groups: dict[str, list[Table]] = {}
     for table in tables:
         heading = "\n".join(f"* {key}: {value}" for key, value in table.environment.items())
         groups.setdefault(heading, []).append(table)
-    parts = ["# Benchmarks\n\nWritten by `make bench`. Judge by the ratios within a table.\n"]
+    parts = [f"# Benchmarks\n\nWritten by `{command}`. Judge by the ratios within a table.\n"]
     for heading, group in groups.items():
         parts += [f"## Measured with\n\n{heading}\n", *(table.markdown() for table in group)]
     return "\n".join(parts)

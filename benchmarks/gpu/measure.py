@@ -1,0 +1,117 @@
+"""Timing on the GPU: alternatives take turns, between events, behind a delay in which the host queues the work.
+
+So a time is the device's, however slow the host, as long as the work is queued within the delay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from compare import Spread
+from device import BACKENDS
+from report import Report, bar
+
+Call = Callable[[], object]
+
+ROUNDS = 20
+DELAY = 8_000_000  # cycles, some 4 ms
+COPY = "torch copy_"
+COPY_BYTES = 8e9  # read and written by the fixture `copy`
+# Time over that of copying as many bytes. 1.11: 90 % of the bandwidth of a copy.
+BANDWIDTH_BAR = 1.11
+
+
+def in_turn(calls: Mapping[str, Call], rounds: int = ROUNDS) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each round for each of `calls`, and for those that raise, why.
+
+    All run twice beforehand, so that nothing is slow for being the first.
+    """
+    seconds: dict[str, list[float]] = {}
+    errors: dict[str, str] = {}
+    for name, call in calls.items():
+        try:
+            call()
+            call()
+            torch.cuda.synchronize()
+            seconds[name] = []
+        except Exception as error:
+            errors[name] = f"error: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            torch.cuda.empty_cache()
+    spans = []
+    for _ in range(rounds):
+        for name in seconds:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(DELAY)
+            start.record()
+            calls[name]()
+            end.record()
+            spans.append((name, start, end))
+    torch.cuda.synchronize()
+    for name, start, end in spans:
+        seconds[name].append(1e-3 * start.elapsed_time(end))
+    return seconds, errors
+
+
+def ratio(a: list[float], b: list[float], scale: float = 1.0) -> Spread:
+    """a / b, round by round."""
+    return Spread.of([scale * x / y for x, y in zip(a, b, strict=True)])
+
+
+def as_text(spread: Spread) -> str:
+    """Median, and 20th and 80th percentiles."""
+    return f"{spread.median:.3g} ({spread.p20:.3g}-{spread.p80:.3g})"
+
+
+def bandwidth_table(
+    report: Report,
+    title: str,
+    note: str,
+    copy: Call,
+    calls: Mapping[str, Call],
+    traffic: float,
+    copy_bar: float,
+    baseline: str,
+    baseline_bar: float | None = None,
+) -> None:
+    """Measures `calls`, which all do the same work, and adds a table.
+
+    Args:
+        traffic: bytes that the work must at least read and write.
+        copy_bar: the most that a backend's time may be over that of copying as many bytes.
+        baseline: one of `calls`.
+        baseline_bar: the most that a backend's time may be over the baseline's.
+    """
+    seconds, errors = in_turn({COPY: copy, **calls})
+    beside = f"/ {baseline}"
+    rows: list[dict[str, Any]] = []
+    for name in (COPY, *calls):
+        row: dict[str, Any] = {
+            "": name,
+            "ms": errors.get(name),
+            "GB/s": None,
+            "/ copy": None,
+            beside: None,
+            "bar": None,
+        }
+        if name in seconds:
+            own, moved, verdicts = seconds[name], COPY_BYTES if name == COPY else traffic, []
+            spread, over_copy = Spread.of(own), ratio(own, seconds[COPY], COPY_BYTES / moved)
+            row["ms"] = as_text(Spread(1e3 * spread.median, 1e3 * spread.p20, 1e3 * spread.p80))
+            row["GB/s"], row["/ copy"] = round(1e-9 * moved / spread.median), as_text(over_copy)
+            verdicts.append(f"/ copy {bar(over_copy, copy_bar)}")
+            if baseline in seconds and name != COPY:
+                over_baseline = ratio(own, seconds[baseline])
+                row[beside] = as_text(over_baseline)
+                if baseline_bar:
+                    verdicts.append(f"/ {baseline} {bar(over_baseline, baseline_bar)}")
+            if name in BACKENDS:
+                row["bar"] = "; ".join(verdicts)
+        rows.append(row)
+    explanation = (
+        f"Median (20th-80th percentile) of {ROUNDS} rounds, device time. Counted: {traffic / 1e9:.3g} GB, what has to "
+        "be read and written once. / copy: time over that of copying as many bytes."
+    )
+    report.add(title, f"{note} {explanation}", rows)
+    assert not errors, errors

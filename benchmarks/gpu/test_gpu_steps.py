@@ -1,0 +1,54 @@
+"""A whole optimizer step on the GPU against a step of fused momentum SGD, eager, on the benchmarks' networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import Timing, compare
+from device import BACKENDS, DEVICE
+from nets import CASES
+from report import Report
+from steps import sgd
+from torch import Tensor
+
+from curveball_fused import CurveBall
+
+BATCH, ROUNDS = 128, 10
+STEPS = 5  # CurveBall looks at λ once in so many steps
+
+
+def curveball(name: str, backend: str) -> Callable[[], Tensor]:
+    model, x, y = CASES[name].make(BATCH)
+    optimizer = CurveBall(model.parameters(), backend=backend)
+    return lambda: optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_step(name: str, report: Report) -> None:
+    with DEVICE:  # where the networks and data are made
+        steps = {"SGD": sgd(CASES[name], BATCH)}
+        steps |= {backend: curveball(name, backend) for backend in (*BACKENDS, "torch")}
+
+    def in_a_row(step: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(STEPS):
+                step()
+            torch.cuda.synchronize()
+
+        return run
+
+    calls = {method: in_a_row(step) for method, step in steps.items()}
+    for call in calls.values():
+        call()
+        call()
+    timings: dict[str, Timing] = compare(calls, "SGD", ROUNDS, units=STEPS)
+    rows = [{"": method} | timing.columns() for method, timing in timings.items()]
+    note = (
+        f"Batch {BATCH}, float32, eager, time on the wall; {ROUNDS} rounds of {STEPS} steps. SGD: momentum, fused; "
+        "zero_grad, forward, backward, step. CurveBall: defaults, with its looks at λ, by backend."
+    )
+    report.add(f"step, {CASES[name].name}", note, rows)
+    assert all(step().isfinite() for step in steps.values())

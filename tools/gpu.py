@@ -1,0 +1,236 @@
+"""What `make gpu` does: builds for this machine's GPU, tests, checks memory accesses, measures, and reports.
+
+    python3 tools/gpu.py <folder for the results>
+
+Needs what is installed: a torch with CUDA, Triton, nvcc, a C++ compiler and pytest; fetches nothing. (Where pytest is
+missing, wheels of pytest, pluggy, iniconfig, packaging and pygments in a folder wheels/ serve.) All parts run, but
+nothing without a build; each has a limit on its time, by which all end within eight minutes. The folder then holds a
+log of each part, and gpu.json and gpu.md with the figures. The exit status is 1 if a part failed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WHEELS = ROOT / "wheels"
+LIMIT = 460.0  # seconds for everything
+# torch as it is installed, and the GPU: what has to be known before anything is built.
+PROBE = """
+import json, torch
+gpu = torch.cuda.is_available()
+capability = torch.cuda.get_device_capability() if gpu else ()
+name = torch.cuda.get_device_name() if gpu else ""
+print(json.dumps(dict(torch=torch.__version__, gpu=name, capability=".".join(map(str, capability)))))
+"""
+# Of the kernels, not of what libraries try out in the driver.
+SANITIZER = ("--report-api-errors", "no", "--print-limit", "20", "--error-exitcode", "9")
+TRIAL = "import torch; torch.ones(1, device='cuda').add_(1).item()"
+BENCHMARKS = ("test_gpu_parameters.py", "test_gpu_steps.py", "test_gpu_loss_kernels.py")  # the quick ones first
+TESTS = {
+    "cuda": "not triton",
+    "triton": "triton and not test_gpu_losses",
+    "triton-losses": "triton and test_gpu_losses",
+}
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the run.
+
+    Attributes:
+        name: for tables; what stands before a comma names the log.
+        command: what runs, without a shell.
+        limit: seconds.
+        judge: finds in the output what is worth telling, or nothing, by which the part failed.
+        shown: whether its output is printed even if all is well.
+        skipped: why it doesn't run.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    judge: Callable[[str], str]
+    shown: bool = False
+    skipped: str = ""
+
+    @property
+    def log(self) -> str:
+        return self.name.partition(",")[0] + ".log"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a part ended."""
+
+    part: str
+    outcome: str
+    seconds: float
+    detail: str
+
+
+def run(part: Part, folder: Path, environment: dict[str, str], deadline: float) -> Result:
+    """Runs a part, its output into its log, and stops it and all that it started when its time is over."""
+    if part.skipped:
+        return Result(part.name, "skipped", 0.0, part.skipped)
+    limit = min(part.limit, deadline - time.monotonic())
+    if limit <= 0:
+        return Result(part.name, "failed", 0.0, "no time was left")
+    print(f"{part.name} ...", flush=True)
+    start = time.monotonic()
+    with (folder / part.log).open("ab") as log:
+        begin = log.tell()
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    seconds = time.monotonic() - start
+    output = (folder / part.log).read_bytes()[begin:].decode(errors="replace")
+    detail = part.judge(output)
+    well = status == 0 and detail
+    if part.shown or not well:
+        print("\n".join(output.splitlines()[-30:]), flush=True)
+    if well:
+        return Result(part.name, "ok", seconds, detail)
+    reason = f"exit status {status}" if status is not None else f"stopped after {limit:.0f} s"
+    return Result(part.name, "failed", seconds, f"{reason}; {detail}" if detail else f"{reason}; see {part.log}")
+
+
+def last(pattern: str) -> Callable[[str], str]:
+    """Judges by the last line in which `pattern` occurs."""
+
+    def judge(output: str) -> str:
+        lines = [line.strip(" =") for line in output.splitlines() if re.search(pattern, line)]
+        return lines[-1] if lines else ""
+
+    return judge
+
+
+def why_not_sanitizer(tool: str | None) -> str:
+    """Why compute-sanitizer cannot be used here, found by a trial; empty if it can."""
+    if tool is None:
+        return "no compute-sanitizer in PATH or /usr/local/cuda/bin"
+    try:
+        command = [tool, *SANITIZER, sys.executable, "-c", TRIAL]
+        trial = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"compute-sanitizer does not run: {error}"
+    said = [line.strip("= ") for line in trial.stdout.splitlines() if line.startswith("=========")]
+    return "" if said and said[-1] == "ERROR SUMMARY: 0 errors" else f"compute-sanitizer cannot watch: {' '.join(said)}"
+
+
+def sanitizer_parts() -> list[Part]:
+    """Every operator once under compute-sanitizer, whose last line tells that it watched."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    why_not = why_not_sanitizer(tool)
+    parts = []
+    for check in ("memcheck", "racecheck", "initcheck"):
+        command = (tool or "", *SANITIZER, "--tool", check, sys.executable, "tests/gpu/operators.py")
+        parts.append(Part(f"sanitizer, {check}", command, 45, last("SUMMARY: 0 (errors|hazards)"), skipped=why_not))
+    return parts
+
+
+def all_parts() -> list[list[Part]]:
+    """In order, the build first; those of one list run side by side.
+
+    Most of the time of the tests goes into compiling Triton kernels, on one core each. What the benchmarks need is not
+    known beforehand: they get all that is left.
+    """
+    tests = [
+        Part(f"tests-{name}", (*PYTEST, "--durations=10", "-rs", "tests/gpu", "-k", choice), 150, last(r"\d passed"))
+        for name, choice in TESTS.items()
+    ]
+    benchmarks = (f"benchmarks/gpu/{name}" for name in BENCHMARKS)
+    return [
+        [Part("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 150, last("_C_cuda"))],
+        [Part("build, info", (sys.executable, "-m", "curveball_fused"), 30, last("backend: cuda$"), shown=True)],
+        tests,
+        *([part] for part in sanitizer_parts()),
+        [Part("benchmarks", (*PYTEST, *benchmarks), LIMIT, last(r"\d passed"))],
+    ]
+
+
+def environment(capability: str, folder: Path) -> dict[str, str]:
+    """For all parts."""
+    variables = dict(
+        FORCE_CUDA="1",
+        TORCH_CUDA_ARCH_LIST=capability,
+        MAX_JOBS=str(os.cpu_count() or 1),
+        CURVEBALL_REQUIRE_NATIVE="1",
+        CURVEBALL_RESULTS=str(folder),
+        PYTHONUNBUFFERED="1",
+    )
+    places = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    if importlib.util.find_spec("pytest") is None:
+        wheels = sorted(str(wheel) for wheel in WHEELS.glob("*.whl"))
+        if not any(Path(wheel).name.startswith("pytest-") for wheel in wheels):
+            sys.exit(
+                f"gpu: pytest is not installed, and there is no wheel of it in {WHEELS}/. Put one there, or install it."
+            )
+        places += wheels
+    return os.environ | variables | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+
+
+def report(folder: Path, results: list[Result], probe: dict[str, str]) -> None:
+    """The summary as one more table beside those of the benchmarks."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+    from report import Report
+
+    note = f"Built for and run on {probe['gpu']}, compute capability {probe['capability']}."
+    rows = [{"": r.part, "outcome": r.outcome, "seconds": round(r.seconds, 1), "detail": r.detail} for r in results]
+    Report(folder, "gpu", "make gpu").add("all parts", note, rows)
+
+
+def main() -> int:
+    folder = Path(sys.argv[1]).resolve()
+    deadline = time.monotonic() + LIMIT
+    answer = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    if answer.returncode:
+        sys.exit(f"gpu: torch cannot be used:\n{answer.stderr}")
+    probe: dict[str, str] = json.loads(answer.stdout.splitlines()[-1])
+    if not probe["gpu"]:
+        sys.exit(f"gpu: torch {probe['torch']} sees no GPU. This needs a machine with one, and a torch with CUDA.")
+    print(f"{probe['gpu']}, compute capability {probe['capability']}, torch {probe['torch']}", flush=True)
+    variables = environment(probe["capability"], folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = all_parts()
+    for name in {part.log for beside in everything for part in beside} | {"gpu.json", "gpu.md"}:
+        (folder / name).unlink(missing_ok=True)
+
+    results: list[Result] = []
+    for beside in everything:
+        with ThreadPoolExecutor() as pool:
+            results += pool.map(lambda part: run(part, folder, variables, deadline), beside)
+        if results[0].outcome != "ok":
+            break
+    report(folder, results, probe)
+    tables = (folder / "gpu.md").read_text(encoding="utf-8")
+    print(f"\n{tables}\nin {folder}/:")
+    width = max(len(result.part) for result in results)
+    for result in results:
+        print(f"{result.part:{width}}  {result.outcome:8}{result.seconds:6.1f} s  {result.detail}")
+    return int(any(result.outcome == "failed" for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
