@@ -24,13 +24,16 @@ DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # as in setup.py
 
 # What each family of kernels must fulfil; the first pattern that matches counts. With 64 registers 1024 threads can be
 # resident on a multiprocessor. The loss kernels compute more for each element and keep more vectors under way in each
-# thread, so they get by with half as many threads. Wide accesses: at least so many in one loop.
+# thread, so they get by with half as many threads; cross-entropy, whose long rows fill a multiprocessor's shared memory,
+# with one block of 384. Wide accesses: at least so many in one loop.
 #     pattern of the name              registers  wide loads  wide stores
 RULES = (
     (r"^update_kernel",                       64,          3,           2),  # reads r, z, w; writes z, w
     (r"^dots_kernel",                         64,          2,           0),  # reads z, r
-    (r"^(cross_entropy|element)_products",   128,          2,           1),  # reads x, v; writes c
-    (r"^(cross_entropy|element)_dots",       128,          3,           0),  # reads x, v, u
+    (r"^cross_entropy_products",             168,          2,           1),  # reads x, v; writes c
+    (r"^cross_entropy_dots",                 168,          3,           0),  # reads x, v, u
+    (r"^element_products",                   128,          2,           1),
+    (r"^element_dots",                       128,          3,           0),
     (r"",                                    128,          0,           0),  # one block: sums of sums, the 2x2 solve
 )  # fmt: skip
 

@@ -101,9 +101,8 @@ RowPlan plan_rows(const Tensor& x) {
 template <typename Kernel, typename T>
 void launch_rows(Kernel warp_kernel, Kernel block_kernel, const RowPlan& plan, Stream stream,
                  const CrossEntropy<T>& arguments) {
-  constexpr size_t kAlwaysAllowed = 48 * 1024;
   const Kernel kernel = plan.warps ? warp_kernel : block_kernel;
-  if (plan.shared_bytes > kAlwaysAllowed) raise_shared_limit(kernel, static_cast<int>(plan.shared_bytes));
+  if (plan.shared_bytes > 0) raise_shared_limit(kernel, static_cast<int>(plan.shared_bytes));
   launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream, arguments);
 }
 
