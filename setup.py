@@ -120,6 +120,12 @@ def architectures(nvcc):
     if wanted == [""]:
         wanted = [architecture for architecture in DEFAULT_ARCHITECTURES if architecture in known]
         wanted[-1] += "+PTX"
+    too_old = [architecture for architecture in wanted if re.match(r"[1-7]\.", architecture)]
+    if too_old:
+        print(f"curveball_fused: no kernels for {' '.join(too_old)}: they need compute capability 8.0 or later.")
+        wanted = [architecture for architecture in wanted if architecture not in too_old]
+    if not wanted:
+        fail("TORCH_CUDA_ARCH_LIST names nothing from 8.0 on.", WITHOUT_CUDA)
     for architecture in wanted:
         number = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", architecture)
         if not number or number[1] not in known:

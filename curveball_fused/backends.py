@@ -42,7 +42,7 @@ def _load_cuda() -> tuple[Any, str]:
 
 
 def _require(backend: str, library: Any, reason: str) -> None:
-    if library is None and os.environ.get("CURVEBALL_REQUIRE_NATIVE") == "1":
+    if library is None:
         raise ImportError(
             f"CURVEBALL_REQUIRE_NATIVE=1, but the native {backend} library cannot be loaded: {reason}. To get it, "
             f"{ADVICE[backend]}; or unset the variable."
@@ -51,9 +51,10 @@ def _require(backend: str, library: Any, reason: str) -> None:
 
 _native, _why_not_native = _load("_C")
 _cuda, _why_not_cuda = _load_cuda()
-_require("cpu", _native, _why_not_native)
-if torch.cuda.is_available():
-    _require("cuda", _cuda, _why_not_cuda)
+if os.environ.get("CURVEBALL_REQUIRE_NATIVE") == "1":
+    _require("cpu", _native, _why_not_native)
+    if torch.cuda.is_available():
+        _require("cuda", _cuda, _why_not_cuda)
 
 
 def has_operators() -> bool:

@@ -81,7 +81,7 @@ def cross_entropy(
         denominator = None
         g = p * s - t
     else:
-        index = target.unsqueeze(dim)
+        index = target.long().unsqueeze(dim)
         kept = index != ignore_index
         index = index.where(kept, 0)
         # The class weight of the target; 0 where the target is ignored.

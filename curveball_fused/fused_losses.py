@@ -39,7 +39,7 @@ def _cross_entropy(
 ) -> Products | None:
     if _is_old_style(size_average, reduce, reduction) or input.dim() != 2 or target.is_floating_point():
         return None
-    x, y, w = input.detach().contiguous(), target.contiguous(), _constant(weight, input)
+    x, y, w = input.detach().contiguous(), target.long().contiguous(), _constant(weight, input)
     options: dict[str, Any] = dict(ignore_index=ignore_index, mean=reduction == "mean", label_smoothing=label_smoothing)
     options |= dict(sign=sign, backend=backend)
 
@@ -61,7 +61,7 @@ def _mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Products | None:
-    if _is_old_style(size_average, reduce, reduction) or weight is not None or input.shape != target.shape:
+    if _is_old_style(size_average, reduce, reduction) or weight is not None or not _fits(target, input):
         return None
     x, y = input.detach().contiguous(), target.detach().to(input.dtype).contiguous()
     options: dict[str, Any] = dict(mean=reduction == "mean", sign=sign, backend=backend)
@@ -85,7 +85,9 @@ def _binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Products | None:
-    if _is_old_style(size_average, reduce, reduction) or not (_trails(weight, input) and _trails(pos_weight, input)):
+    if _is_old_style(size_average, reduce, reduction) or not _fits(target, input):
+        return None
+    if not (_trails(weight, input) and _trails(pos_weight, input)):
         return None
     x, y = input.detach().contiguous(), target.detach().to(input.dtype).contiguous()
     w, k = _constant(weight, input), _constant(pos_weight, input)
@@ -101,6 +103,11 @@ def _binary_cross_entropy_with_logits(
 
 def _is_old_style(size_average: bool | None, reduce: bool | None, reduction: str) -> bool:
     return size_average is not None or reduce is not None or reduction not in ("mean", "sum")
+
+
+def _fits(target: Tensor, x: Tensor) -> bool:
+    """Whether the target is of x's shape and can be put in x's dtype without rounding."""
+    return target.shape == x.shape and torch.promote_types(target.dtype, x.dtype) == x.dtype
 
 
 def _trails(weight: Tensor | None, x: Tensor) -> bool:

@@ -61,6 +61,7 @@ RECOGNISED |= {
     ]
 }
 RECOGNISED |= {
+    "targets in bytes": (LOGITS, lambda o: F.cross_entropy(o, INDEX.to(torch.uint8))),
     "modules": (LOGITS, lambda o: torch.nn.CrossEntropyLoss()(o, INDEX)),
     "view": (LOGITS.view(7, 1, CLASSES), lambda o: F.cross_entropy(o.view(-1, CLASSES), INDEX)),
     "transpose": (LOGITS.T.contiguous(), lambda o: F.cross_entropy(o.transpose(0, 1), INDEX)),
@@ -193,6 +194,16 @@ def test_half_precision_logits_are_worked_on_in_float32() -> None:
         v.double()
     )
     torch.testing.assert_close(low, high, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("loss", [F.mse_loss, F.binary_cross_entropy_with_logits])
+def test_targets_are_not_rounded_to_the_precision_of_the_outputs(loss: Any) -> None:
+    outputs, target = LOGITS.bfloat16(), LABELS.float()
+    low = LossModel(lambda o: loss(o, target), outputs, 1.0, []).cotangent(outputs)[1](outputs)
+    high = outputs.double()
+    expected = LossModel(lambda o: loss(o, target.double()), high, 1.0, []).cotangent(high)[1](high)
+    torch.testing.assert_close(low, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_every_target_ignored_is_not_finite() -> None:

@@ -24,8 +24,8 @@ DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # as in setup.py
 
 # What each family of kernels must fulfil; the first pattern that matches counts. With 64 registers 1024 threads can be
 # resident on a multiprocessor. The loss kernels compute more for each element and keep more vectors under way in each
-# thread, so they get by with half as many threads; cross-entropy, whose long rows fill a multiprocessor's shared memory,
-# with one block of 384. Wide accesses: at least so many in one loop.
+# thread, so they get by with half as many threads; cross-entropy, a long row of which fills a multiprocessor's shared
+# memory, with one block of 384. Wide accesses: at least so many in one loop.
 #     pattern of the name              registers  wide loads  wide stores
 RULES = (
     (r"^update_kernel",                       64,          3,           2),  # reads r, z, w; writes z, w

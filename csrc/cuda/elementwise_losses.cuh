@@ -68,7 +68,7 @@ struct BinaryCrossEntropy {
   __device__ __forceinline__ Derivatives<C> operator()(C x, C y, const Constants<N>& constants, int k) const {
     const C w = constants.weight[k], negative = 1 - y, positive = constants.pos_weight[k] * y;
     const C e = exp(x < 0 ? x : -x);  // exp(-|x|): never overflows
-    const C small = e / (1 + e), large = 1 / (1 + e);
+    const C large = 1 / (1 + e), small = e * large;
     const C above = x < 0 ? small : large, below = x < 0 ? large : small;  // sigmoid(x), sigmoid(-x)
     const C rest = log1p(e);
     const C softplus = (x < 0 ? 0 : x) + rest, softplus_of_minus = (x < 0 ? -x : 0) + rest;

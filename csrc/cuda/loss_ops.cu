@@ -49,8 +49,8 @@ Tensor new_doubles(const Tensor& like, std::vector<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Double);
 }
 
-int64_t blocks_for(int64_t pieces, int64_t pieces_per_block) {
-  return std::clamp<int64_t>((pieces + pieces_per_block - 1) / pieces_per_block, 1, kMaxBlocks);
+int64_t blocks_for(int64_t pieces, int64_t pieces_per_block, int64_t most = kMaxBlocks) {
+  return std::clamp<int64_t>((pieces + pieces_per_block - 1) / pieces_per_block, 1, most);
 }
 
 using Products = std::tuple<Tensor, Tensor, Tensor>;
@@ -58,14 +58,14 @@ using Products = std::tuple<Tensor, Tensor, Tensor>;
 // Loss and products out of the partial sums.
 std::pair<Tensor, Tensor> finish_products(const Tensor& partials, Stream stream) {
   Tensor loss = new_doubles(partials, {}), products = new_doubles(partials, {2});
-  launch(finish_products_kernel, 1, kFinishThreads, 0, stream, partials.const_data_ptr<double>(), partials.size(0),
+  launch(finish_loss_products_kernel, 1, kFinishThreads, 0, stream, partials.const_data_ptr<double>(), partials.size(0),
          loss.mutable_data_ptr<double>(), products.mutable_data_ptr<double>());
   return {loss, products};
 }
 
 Tensor finish_dots(const Tensor& partials, const double* products, Stream stream) {
   Tensor five = new_doubles(partials, {5});
-  launch(finish_dots_kernel, 1, kFinishThreads, 0, stream, partials.const_data_ptr<double>(), partials.size(0),
+  launch(finish_loss_dots_kernel, 1, kFinishThreads, 0, stream, partials.const_data_ptr<double>(), partials.size(0),
          products, five.mutable_data_ptr<double>());
   return five;
 }
@@ -73,7 +73,9 @@ Tensor finish_dots(const Tensor& partials, const double* products, Stream stream
 // ---------------------------------------------------------------------------------------------- cross-entropy
 
 constexpr int64_t kWarpClasses = 1024;   // up to here a warp takes a row, beyond a block
-constexpr int64_t kTotalTargets = 8192;  // for each block of the sum over the targets
+constexpr int64_t kTotalTargets = 1024;  // for each block of the sum over the targets
+// A block that takes a long row fills a multiprocessor: fewer blocks, each with several rows, start and end less often.
+constexpr int64_t kMaxTeamBlocks = std::min<int64_t>(kMaxBlocks, 1024);
 
 // How the rows of x are shared out.
 struct RowPlan {
@@ -81,6 +83,7 @@ struct RowPlan {
   int threads, room;
   int64_t blocks;
   size_t shared_bytes;
+  int shared_limit;  // the most that such a launch may take
 };
 
 template <typename T>
@@ -89,20 +92,25 @@ RowPlan plan_rows(const Tensor& x) {
   const int64_t n = x.size(0), vectors = x.size(1) / kVectorLength<T>;
   if (x.size(1) <= kWarpClasses) {
     constexpr int threads = WarpTeam<C>::kThreads;
-    return {true, threads, 0, blocks_for(n, threads / 32), 0};
+    return {true, threads, 0, blocks_for(n, threads / 32), 0, 0};
   }
   const int64_t warps = std::clamp<int64_t>(vectors / kSweep1Batch<T> / 32, 4, BlockTeam<C>::kThreads / 32);
   const int64_t limit = max_shared_bytes(x.get_device_index()) - static_cast<int64_t>(sizeof(RowShared<C>));
   const int64_t room = std::min(limit / 32, vectors);  // 16 bytes each of x and v
-  return {false, static_cast<int>(32 * warps), static_cast<int>(room), blocks_for(n, 1),
-          static_cast<size_t>(32 * room)};
+  return {false,
+          static_cast<int>(32 * warps),
+          static_cast<int>(room),
+          blocks_for(n, 1, kMaxTeamBlocks),
+          static_cast<size_t>(32 * room),
+          static_cast<int>(limit)};
 }
 
 template <typename Kernel, typename T>
 void launch_rows(Kernel warp_kernel, Kernel block_kernel, const RowPlan& plan, Stream stream,
                  const CrossEntropy<T>& arguments) {
   const Kernel kernel = plan.warps ? warp_kernel : block_kernel;
-  if (plan.shared_bytes > 0) raise_shared_limit(kernel, static_cast<int>(plan.shared_bytes));
+  // Always to the same value: another thread may be about to launch this kernel for longer rows.
+  if (plan.shared_bytes > 0) raise_shared_limit(kernel, plan.shared_limit);
   launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream, arguments);
 }
 

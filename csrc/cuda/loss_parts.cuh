@@ -101,7 +101,8 @@ __device__ __forceinline__ void store_packed(T* place, const Vector<Compute<T>, 
     // Within nested loops nvcc 13.0 splits the plain assignment into four stores.
     const uint4 words = *reinterpret_cast<const uint4*>(&packed);
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(place)), "r"(words.x),
-                 "r"(words.y), "r"(words.z), "r"(words.w));
+                 "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
     return;
   }
 #endif
@@ -135,7 +136,7 @@ constexpr int kFinishThreads = 512;
 
 // Partials of the loss, g.v' and v'.Hv'.
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_products_kernel(const double* partials, int64 blocks, double* loss, double* products) {
+    finish_loss_products_kernel(const double* partials, int64 blocks, double* loss, double* products) {
   __shared__ double shared[kBlockSumSize<3>];
   double sums[3];
   sum_partials(partials, 0, blocks, sums, shared);
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 // Partials of g.u', v'.Hu' and u'.Hu', which follow the two products of before.
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_dots_kernel(const double* partials, int64 blocks, const double* products, double* five) {
+    finish_loss_dots_kernel(const double* partials, int64 blocks, const double* products, double* five) {
   __shared__ double shared[kBlockSumSize<3>];
   double sums[3];
   sum_partials(partials, 0, blocks, sums, shared);

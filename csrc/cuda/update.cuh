@@ -18,8 +18,8 @@ struct UpdateVectors {
 // z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z.  Returns this thread's part of z.z.
 template <typename W, typename Z, typename R>
 __device__ __forceinline__ double update_chunk(W* w, Z* z, const R* r, int count, const UpdateFactors<Z>& factors) {
-  // 8 to 12 loads of 16 bytes under way for each thread.
-  constexpr int N = kVectorLength<W>, unroll = sizeof(W) == 2 ? 2 : 4;
+  // 6 to 12 loads of 16 bytes under way for each thread.
+  constexpr int N = kVectorLength<W>, unroll = sizeof(W) == 4 ? 4 : 2;
   double sum = 0.0;
   for_each_element<N, unroll>(
       count, unaligned_head<N>(count, w, z, r),
