@@ -4,8 +4,8 @@
 
 Needs what is installed: a torch with CUDA, Triton, nvcc, a C++ compiler and pytest; fetches nothing. (Where pytest is
 missing, wheels of pytest, pluggy, iniconfig, packaging and pygments in a folder wheels/ serve.) All parts run, but
-nothing without a build; each has a limit on its time, by which all end within eight minutes. The folder then holds a
-log of each part, and gpu.json and gpu.md with the figures. The exit status is 1 if a part failed.
+nothing without a build; each has a limit on its time, by which all end within eight minutes. The folder then holds the
+logs of the parts, and gpu.json and gpu.md with the figures. The exit status is 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,13 +41,20 @@ print(json.dumps(dict(torch=torch.__version__, gpu=name, capability=".".join(map
 # Of the kernels, not of what libraries try out in the driver.
 SANITIZER = ("--report-api-errors", "no", "--print-limit", "20", "--error-exitcode", "9")
 TRIAL = "import torch; torch.ones(1, device='cuda').add_(1).item()"
-BENCHMARKS = ("test_gpu_parameters.py", "test_gpu_steps.py", "test_gpu_loss_kernels.py")  # the quick ones first
+# Each in a process of its own, since a kernel that fails leaves nothing usable behind. The most important first.
+BENCHMARKS = {
+    "parameters": "test_gpu_parameters.py",
+    "losses": "test_gpu_loss_kernels.py",
+    "steps": "test_gpu_steps.py",
+}
 TESTS = {
     "cuda": "not triton",
     "triton": "triton and not test_gpu_losses",
     "triton-losses": "triton and test_gpu_losses",
 }
-PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q")
+# The log names the test that is running, and where it stands if it hangs.
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-o", "faulthandler_timeout=60")
+LOGS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -91,10 +101,9 @@ def run(part: Part, folder: Path, environment: dict[str, str], deadline: float) 
         return Result(part.name, "failed", 0.0, "no time was left")
     print(f"{part.name} ...", flush=True)
     start = time.monotonic()
-    with (folder / part.log).open("ab") as log:
-        begin = log.tell()
+    with tempfile.TemporaryFile() as own:
         process = subprocess.Popen(
-            part.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            part.command, cwd=ROOT, env=environment, stdout=own, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             status: int | None = process.wait(limit)
@@ -104,8 +113,11 @@ def run(part: Part, folder: Path, environment: dict[str, str], deadline: float) 
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        own.seek(0)
+        output = own.read().decode(errors="replace")
     seconds = time.monotonic() - start
-    output = (folder / part.log).read_bytes()[begin:].decode(errors="replace")
+    with LOGS, (folder / part.log).open("a", encoding="utf-8") as log:
+        log.write(f"### {part.name}, {seconds:.0f} s: {' '.join(part.command)}\n{output}\n")
     detail = part.judge(output)
     well = status == 0 and detail
     if part.shown or not well:
@@ -144,29 +156,33 @@ def sanitizer_parts() -> list[Part]:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     why_not = why_not_sanitizer(tool)
     parts = []
-    for check in ("memcheck", "racecheck", "initcheck"):
-        command = (tool or "", *SANITIZER, "--tool", check, sys.executable, "tests/gpu/operators.py")
-        parts.append(Part(f"sanitizer, {check}", command, 45, last("SUMMARY: 0 (errors|hazards)"), skipped=why_not))
+    for i, check in enumerate(("memcheck", "racecheck", "initcheck")):
+        options = ("--tool", check, "--port", str(49152 + 100 * i))  # as they run side by side
+        command = (tool or "", *SANITIZER, *options, sys.executable, "tests/gpu/operators.py")
+        parts.append(Part(f"sanitizer, {check}", command, 100, last("SUMMARY: 0 (errors|hazards)"), skipped=why_not))
     return parts
 
 
 def all_parts() -> list[list[Part]]:
     """In order, the build first; those of one list run side by side.
 
-    Most of the time of the tests goes into compiling Triton kernels, on one core each. What the benchmarks need is not
-    known beforehand: they get all that is left.
+    Most of the time of the tests goes into compiling Triton kernels, on one core each; the sanitizer finds them
+    compiled. What the benchmarks need is not known beforehand: they get all that is left.
     """
     tests = [
-        Part(f"tests-{name}", (*PYTEST, "--durations=10", "-rs", "tests/gpu", "-k", choice), 150, last(r"\d passed"))
+        Part(f"tests, {name}", (*PYTEST, "--durations=10", "-rs", "tests/gpu", "-k", choice), 150, last(r"\d passed"))
         for name, choice in TESTS.items()
     ]
-    benchmarks = (f"benchmarks/gpu/{name}" for name in BENCHMARKS)
+    benchmarks = [
+        Part(f"benchmarks, {name}", (*PYTEST, f"benchmarks/gpu/{file}"), LIMIT, last(r"\d passed"))
+        for name, file in BENCHMARKS.items()
+    ]
     return [
         [Part("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 150, last("_C_cuda"))],
         [Part("build, info", (sys.executable, "-m", "curveball_fused"), 30, last("backend: cuda$"), shown=True)],
         tests,
-        *([part] for part in sanitizer_parts()),
-        [Part("benchmarks", (*PYTEST, *benchmarks), LIMIT, last(r"\d passed"))],
+        sanitizer_parts(),
+        *([part] for part in benchmarks),
     ]
 
 
@@ -179,6 +195,7 @@ def environment(capability: str, folder: Path) -> dict[str, str]:
         CURVEBALL_REQUIRE_NATIVE="1",
         CURVEBALL_RESULTS=str(folder),
         PYTHONUNBUFFERED="1",
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",  # plugins that happen to be installed are not needed
     )
     places = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     if importlib.util.find_spec("pytest") is None:
@@ -223,9 +240,13 @@ def main() -> int:
             results += pool.map(lambda part: run(part, folder, variables, deadline), beside)
         if results[0].outcome != "ok":
             break
-    report(folder, results, probe)
-    tables = (folder / "gpu.md").read_text(encoding="utf-8")
-    print(f"\n{tables}\nin {folder}/:")
+    try:
+        report(folder, results, probe)
+        print(f"\n{(folder / 'gpu.md').read_text(encoding='utf-8')}")
+    except Exception as error:  # the package may be what is broken
+        traceback.print_exc()
+        results.append(Result("report", "failed", 0.0, f"{type(error).__name__}: {error}"))
+    print(f"\nin {folder}/:")
     width = max(len(result.part) for result in results)
     for result in results:
         print(f"{result.part:{width}}  {result.outcome:8}{result.seconds:6.1f} s  {result.detail}")

@@ -22,7 +22,8 @@ COPY_SIZE = 10**9  # float32: 4 GB read, 4 GB written
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A benchmark that raised leaves a table that says so."""
     if report.failed:
-        reason = report.longreprtext.strip().splitlines()[-1]
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = (crash.message if crash else report.longreprtext).strip().splitlines()[0]
         REPORT.add(f"error: {report.nodeid.split('::')[-1]}", "This benchmark raised.", [{"": reason}])
 
 

@@ -1,12 +1,13 @@
 """Timing on the GPU: alternatives take turns, between events, behind a delay in which the host queues the work.
 
-So a time is the device's, however slow the host, as long as the work is queued within the delay.
+So a time is the device's, however slow the host, as long as the work is queued before it begins. Where it was not, the
+figure carries a mark.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from compare import Spread
@@ -23,11 +24,20 @@ COPY_BYTES = 8e9  # read and written by the fixture `copy`
 BANDWIDTH_BAR = 1.11
 
 
-def in_turn(calls: Mapping[str, Call], rounds: int = ROUNDS) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each round for each of `calls`, and for those that raise, why.
+class Measured(NamedTuple):
+    """Seconds of each round for each call; for those that raised, why; and a mark behind the times of those whose work
+    mostly had begun before the host had queued all of it."""
 
-    All run twice beforehand, so that nothing is slow for being the first.
-    """
+    seconds: dict[str, list[float]]
+    errors: dict[str, str]
+    marks: dict[str, str]
+
+
+MARK = "*: began before the host had queued all of it, so the host may show in it and in ratios to it."
+
+
+def in_turn(calls: Mapping[str, Call], rounds: int = ROUNDS) -> Measured:
+    """Times `calls`, which run twice beforehand, so that nothing is slow for being the first."""
     seconds: dict[str, list[float]] = {}
     errors: dict[str, str] = {}
     for name, call in calls.items():
@@ -39,7 +49,7 @@ def in_turn(calls: Mapping[str, Call], rounds: int = ROUNDS) -> tuple[dict[str, 
         except Exception as error:
             errors[name] = f"error: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             torch.cuda.empty_cache()
-    spans = []
+    spans, early = [], dict.fromkeys(seconds, 0)
     for _ in range(rounds):
         for name in seconds:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -47,11 +57,12 @@ def in_turn(calls: Mapping[str, Call], rounds: int = ROUNDS) -> tuple[dict[str, 
             start.record()
             calls[name]()
             end.record()
+            early[name] += start.query()
             spans.append((name, start, end))
     torch.cuda.synchronize()
     for name, start, end in spans:
         seconds[name].append(1e-3 * start.elapsed_time(end))
-    return seconds, errors
+    return Measured(seconds, errors, {name: "*" if 2 * count > rounds else "" for name, count in early.items()})
 
 
 def ratio(a: list[float], b: list[float], scale: float = 1.0) -> Spread:
@@ -83,7 +94,7 @@ def bandwidth_table(
         baseline: one of `calls`.
         baseline_bar: the most that a backend's time may be over the baseline's.
     """
-    seconds, errors = in_turn({COPY: copy, **calls})
+    seconds, errors, marks = in_turn({COPY: copy, **calls})
     beside = f"/ {baseline}"
     rows: list[dict[str, Any]] = []
     for name in (COPY, *calls):
@@ -98,7 +109,7 @@ def bandwidth_table(
         if name in seconds:
             own, moved, verdicts = seconds[name], COPY_BYTES if name == COPY else traffic, []
             spread, over_copy = Spread.of(own), ratio(own, seconds[COPY], COPY_BYTES / moved)
-            row["ms"] = as_text(Spread(1e3 * spread.median, 1e3 * spread.p20, 1e3 * spread.p80))
+            row["ms"] = as_text(Spread(1e3 * spread.median, 1e3 * spread.p20, 1e3 * spread.p80)) + marks[name]
             row["GB/s"], row["/ copy"] = round(1e-9 * moved / spread.median), as_text(over_copy)
             verdicts.append(f"/ copy {bar(over_copy, copy_bar)}")
             if baseline in seconds and name != COPY:
@@ -111,7 +122,7 @@ def bandwidth_table(
         rows.append(row)
     explanation = (
         f"Median (20th-80th percentile) of {ROUNDS} rounds, device time. Counted: {traffic / 1e9:.3g} GB, what has to "
-        "be read and written once. / copy: time over that of copying as many bytes."
+        f"be read and written once. / copy: time over that of copying as many bytes. {MARK}"
     )
     report.add(title, f"{note} {explanation}", rows)
     assert not errors, errors

@@ -56,7 +56,11 @@ def resnet50() -> list[tuple[int, ...]]:
 
 
 def launches(call: Callable[[], object]) -> list[str]:
-    """Names of all that `call` puts on the GPU: kernels, copies and fills."""
+    """Names of all that `call` puts on the GPU: kernels, copies and fills.
+
+    Raises:
+        RuntimeError: there are none, by which the profiler does not work here.
+    """
     call()  # compiles, fills caches
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -66,4 +70,7 @@ def launches(call: Callable[[], object]) -> list[str]:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    return [event["name"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    names = [event["name"] for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not names:
+        raise RuntimeError("the profiler saw nothing on the GPU: no launches were counted")
+    return names
