@@ -6,8 +6,8 @@ all that the 2x2 system needs. `reference_losses` says in plain torch what they 
 
 All tensors lie contiguous on one device. x is float16, bfloat16, float32 or float64; v, u, c share its shape and dtype.
 Arithmetic is in float64 for float64, else in float32, sums are float64. `mean` says whether the loss is a mean or a
-sum; `sign` = -1 stands for a loss that is maximised: it turns g and H, not the loss. A named backend that cannot run
-raises RuntimeError, an unknown one ValueError.
+sum; `sign` = -1 stands for a loss that is maximised: it turns g and H, not the loss. A tensor that does not fit the
+others raises ValueError, as does an unknown backend; a named one that cannot run raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def cross_entropy_products(
     Returns:
         loss, 0-dim float64; c, `[N, C]`; products, float64 `[g·v, v·Hv]`; rows, which the second call wants back.
     """
+    _check_classes(x, target, weight)
+    _check_like(x, v=v)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(backend, x).cross_entropy_products(
         x, v, target, weight, ignore_index, mean, label_smoothing, sign
     )
@@ -61,6 +63,8 @@ def cross_entropy_dots(
     backend: str = "auto",
 ) -> Tensor:
     """All five products of `cross_entropy_products`' loss, float64; `rows` and `products` are what it returned."""
+    _check_classes(x, target, weight)
+    _check_like(x, v=v, u=u)
     result: Tensor = _kernels(backend, x).cross_entropy_dots(
         x, v, u, target, weight, rows, products, ignore_index, mean, label_smoothing, sign
     )
@@ -72,6 +76,7 @@ def mse_products(
     x: Tensor, v: Tensor, target: Tensor, *, mean: bool = True, sign: float = 1.0, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared error of x and `target`, of the same shape and dtype. Returns loss, c, products as for cross-entropy."""
+    _check_like(x, v=v, target=target)
     result: tuple[Tensor, Tensor, Tensor] = _kernels(backend, x).mse_products(x, v, target, mean, sign)
     return result
 
@@ -89,6 +94,7 @@ def mse_dots(
     backend: str = "auto",
 ) -> Tensor:
     """All five products of `mse_products`' loss, float64."""
+    _check_like(x, v=v, u=u, target=target)
     result: Tensor = _kernels(backend, x).mse_dots(x, v, u, target, products, mean, sign)
     return result
 
@@ -109,6 +115,7 @@ def bce_products(
 
     `weight` and `pos_weight` are of x's trailing dimensions and of the dtype of the arithmetic.
     """
+    _check_like(x, v=v, target=target)
     result: tuple[Tensor, Tensor, Tensor] = _kernels(backend, x).bce_products(
         x, v, target, weight, pos_weight, mean, sign
     )
@@ -130,8 +137,38 @@ def bce_dots(
     backend: str = "auto",
 ) -> Tensor:
     """All five products of `bce_products`' loss, float64."""
+    _check_like(x, v=v, u=u, target=target)
     result: Tensor = _kernels(backend, x).bce_dots(x, v, u, target, weight, pos_weight, products, mean, sign)
     return result
+
+
+def _check_like(x: Tensor, **others: Tensor) -> None:
+    for name, t in others.items():
+        if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(
+                f"{name} is {t.dtype}{list(t.shape)} on {t.device}, x is {x.dtype}{list(x.shape)} on {x.device}: they "
+                "must agree."
+            )
+    for name, t in dict(x=x, **others).items():
+        if not t.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: call .contiguous() on it first.")
+
+
+def _check_classes(x: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x must be [rows, classes]; it has shape {list(x.shape)}.")
+    if target.dtype != torch.int64 or target.shape != x.shape[:1] or target.device != x.device:
+        raise ValueError(
+            f"target must be int64[{x.shape[0]}] on {x.device}, a class for each row of x; it is "
+            f"{target.dtype}{list(target.shape)} on {target.device}."
+        )
+    if weight is not None and (weight.shape != x.shape[1:] or weight.device != x.device):
+        raise ValueError(
+            f"weight must have one element for each of the {x.shape[1]} classes, on {x.device}; it has shape "
+            f"{list(weight.shape)} on {weight.device}."
+        )
+    if not target.is_contiguous():
+        raise ValueError("target is not contiguous: call .contiguous() on it first.")
 
 
 def _kernels(backend: str, x: Tensor) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from curveball_fused import modes
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads as it is imported
 torch.set_num_threads(1)  # the nets are tiny; tests of threading set their own number
 
 

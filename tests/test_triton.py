@@ -1,0 +1,321 @@
+"""The kernels in Triton except losses, against float64 arithmetic and `reference`: on a GPU, or interpreted."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+from curveball_fused import reference, triton_kernels, triton_tables  # noqa: E402
+from curveball_fused.reference import SCALARS  # noqa: E402
+
+NAN, INF = math.nan, math.inf
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BODY, TAIL, CHUNK = triton_kernels.BODY, triton_kernels.TAIL, triton_tables.CHUNK
+SIZES = [1, 7, 0, 16, TAIL + 1, BODY - 1, BODY, BODY + 1, CHUNK, CHUNK + BODY + 3]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on NaN, in the interpreter
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def draw(size: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
+    """`size` numbers, `offset` elements after an aligned address."""
+    return torch.randn(size + offset, dtype=torch.float64).to(dtype).to(DEVICE)[offset:]
+
+
+def scalars(**values: float) -> Tensor:
+    standard = dict(beta=0.3, rho=0.8, lambd=0.25, z_dot_z=2.0, slope=1.5, bend=0.7, predicted_change=-0.4)
+    standard |= dict(ratio=0.7, loss=3.0, skipped_steps=4.0, safe_steps=2.0)
+    return torch.tensor([(standard | values)[name] for name in SCALARS], dtype=torch.float64, device=DEVICE)
+
+
+def named(values: Tensor) -> dict[str, float]:
+    return dict(zip(SCALARS, values.tolist(), strict=True))
+
+
+def check_update(
+    w: list[Tensor],
+    z: list[Tensor],
+    r: list[Tensor],
+    sizes: list[int],
+    lr: list[float],
+    decay: list[float],
+    lr_tensor: Tensor | None = None,
+) -> None:
+    """Runs update_ and holds w, z and the new scalars against float64."""
+    before = scalars()
+    beta, rho, lambd = before[:3].tolist()
+    rates = lr if lr_tensor is None else lr_tensor.tolist()
+    groups = [g for g, size in enumerate(sizes) for _ in range(size)]
+    expected = []
+    for g, w_i, z_i, r_i in zip(groups, w, z, r, strict=True):
+        z_new = (rho - beta * lambd) * z_i.double() - beta * r_i.double()
+        w_new = (1 - rates[g] * decay[g]) * w_i.double() + rates[g] * z_new
+        expected.append((z_new, w_new, w_i.double().abs() + z_i.double().abs() + r_i.double().abs()))
+    new = triton_kernels.update_(w, z, r, before, sizes, lr, decay, lr_tensor)
+    squares = [0.0] * len(sizes)
+    for g, w_i, z_i, (z_new, w_new, size) in zip(groups, w, z, expected, strict=True):
+        squares[g] += z_i.double().square().sum().item()
+        epsilon = 2 * torch.finfo(z_i.dtype).eps * size
+        assert ((z_i.double() - z_new).abs() <= epsilon).all()
+        # One rounding to w's dtype on top; the interpreter cuts bfloat16 off instead of rounding to nearest.
+        ulps = 0.0 if w_i.dtype == z_i.dtype else 1.0 if INTERPRETED and w_i.dtype == torch.bfloat16 else 0.5
+        rounding = ulps * torch.finfo(w_i.dtype).eps * w_new.abs() + torch.finfo(w_i.dtype).tiny
+        assert ((w_i.double() - w_new).abs() <= 2 * epsilon + rounding).all()
+    total = sum(squares)
+    result = named(new)
+    assert result["z_dot_z"] == pytest.approx(total, rel=1e-12)
+    change = named(before)["predicted_change"]
+    if len(set(rates)) > 1:
+        mean = sum(rate * square for rate, square in zip(rates, squares)) / total if total else 0.0
+        change = -mean * 1.5 + 0.5 * mean**2 * 0.7
+    assert result["predicted_change"] == pytest.approx(change, rel=1e-12)
+    others = {k: v for k, v in named(before).items() if k not in ("z_dot_z", "predicted_change")}
+    assert others == {k: result[k] for k in others}
+
+
+@every_dtype
+def test_update_over_sizes(dtype: torch.dtype) -> None:
+    w, z, r = ([draw(n, d) for n in SIZES] for d in (dtype, state_dtype(dtype), dtype))
+    check_update(w, z, r, [len(SIZES)], [0.6], [0.05])
+
+
+@every_dtype
+@pytest.mark.parametrize("misaligned", [0, 1, 2])
+def test_update_at_odd_addresses(dtype: torch.dtype, misaligned: int) -> None:
+    sizes = [1, BODY + 5, 2 * BODY]
+    dtypes = (dtype, state_dtype(dtype), dtype)
+    lists = [[draw(n, d, offset=int(i == misaligned)) for n in sizes] for i, d in enumerate(dtypes)]
+    check_update(*lists, [1, 2], [0.6, 0.9], [0.05, 0.0])
+
+
+@pytest.mark.parametrize("lr_dtype", [None, *DTYPES], ids=str)
+def test_groups_of_mixed_dtypes(lr_dtype: torch.dtype | None) -> None:
+    """Four groups, one of them without tensors, dtypes in turn, r in the dtype of w or of z."""
+    dtypes = [DTYPES[i % 4] for i in range(11)]
+    w = [draw(3 + 700 * i, d) for i, d in enumerate(dtypes)]
+    z = [draw(3 + 700 * i, state_dtype(d)) for i, d in enumerate(dtypes)]
+    r = [draw(3 + 700 * i, d if i % 2 else state_dtype(d)) for i, d in enumerate(dtypes)]
+    rates = None if lr_dtype is None else torch.tensor([0.5, 1.0, 0.25, 0.75], dtype=lr_dtype, device=DEVICE)
+    check_update(w, z, r, [4, 1, 0, 6], [0.1, 0.7, 0.3, 0.9], [0.05, 0.0, 0.3, 0.01], rates)
+
+
+def test_groups_of_equal_lr_keep_the_prediction() -> None:
+    w, z, r = ([draw(50, torch.float32) for _ in range(4)] for _ in range(3))
+    check_update(w, z, r, [1, 3], [0.3, 0.3], [0.0, 0.1])
+
+
+def test_learning_rate_and_decay_in_full_precision() -> None:
+    """Not rounded to float32 on the way: check_update's bounds are those of float64."""
+    w, z, r = ([draw(100, torch.float64)] for _ in range(3))
+    check_update(w, z, r, [1], [1 / 3], [0.1])
+
+
+@every_dtype
+@pytest.mark.parametrize("bad", [(NAN, 0.9), (0.1, NAN), (INF, 0.9), (0.1, -INF)])
+def test_coefficients_that_are_not_finite_change_nothing(dtype: torch.dtype, bad: tuple[float, float]) -> None:
+    w, z = [draw(BODY + 300, dtype)], [draw(BODY + 300, state_dtype(dtype))]
+    w[0][:2], z[0][:1] = NAN, -0.0
+    before = w[0].clone(), z[0].clone()
+    given = scalars(beta=bad[0], rho=bad[1])
+    new = triton_kernels.update_(w, z, [torch.full_like(w[0], NAN)], given, [1], [0.5], [0.1])
+    torch.testing.assert_close((w[0], z[0]), before, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(new[reference.Z_DOT_Z], z[0].double().square().sum(), rtol=1e-12, atol=0)
+
+
+def test_nothing_to_update() -> None:
+    empty = [torch.zeros(0, device=DEVICE), torch.zeros(3, 0, device=DEVICE)]
+    for lists, sizes in (([[], [], []], [0]), ([empty] * 3, [1, 1])):
+        result = named(triton_kernels.update_(*lists, scalars(), sizes, [0.5] * len(sizes), [0.0] * len(sizes)))
+        assert result == named(scalars()) | dict(z_dot_z=0.0)
+
+
+def test_many_small_tensors() -> None:
+    count = 300 if INTERPRETED else 5000
+    sizes = torch.randint(0, 9, (count,)).tolist()
+    w, z, r = ([draw(n, torch.float32) for n in sizes] for _ in range(3))
+    check_update(w, z, r, [100, count - 100], [0.5, 0.2], [0.1, 0.0])
+
+
+def test_tables_follow_the_tensors() -> None:
+    """What is remembered belongs to addresses, sizes and settings; values may change in place."""
+    w, z, r = ([draw(40, torch.float32) for _ in range(2)] for _ in range(3))
+    for lr in (0.5, 0.5, 0.25):
+        check_update(w, z, r, [2], [lr], [0.1])
+        r = [draw(40, torch.float32) for _ in range(2)]
+    check_update([w[0][:9], w[1]], [z[0][:9], z[1]], [r[0][:9], r[1]], [2], [0.5], [0.1])
+
+
+@every_dtype
+def test_dots(dtype: torch.dtype) -> None:
+    z, r = [draw(n, state_dtype(dtype)) for n in SIZES], [draw(n, dtype) for n in SIZES]
+    z += [draw(BODY + 9, torch.float64, offset=1), draw(BODY + 9, torch.float32)]
+    r += [draw(BODY + 9, torch.float16), draw(BODY + 9, torch.float64, offset=1)]
+    flat_z, flat_r = (torch.cat([t.double() for t in tensors]) for tensors in (z, r))
+    expected = torch.stack((flat_z @ flat_z, flat_z @ flat_r, flat_r @ flat_r))
+    torch.testing.assert_close(triton_kernels.dots(z, r), expected, rtol=1e-12, atol=1e-10)
+
+
+def test_dots_of_values_whose_square_overflows_float32() -> None:
+    z = [torch.full((100,), 1e30, device=DEVICE)]
+    assert triton_kernels.dots(z, z).tolist() == pytest.approx([1e62] * 3, rel=1e-5)
+    assert triton_kernels.dots([z[0][:0]], [z[0][:0]]).tolist() == [0, 0, 0]
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """One program of a tensor that claims more than 2³² elements, of which only the last chunk is there."""
+    first = 2**32 // CHUNK + 7
+    begin, n = first * CHUNK, BODY + 40
+    z, r, partials = draw(n, torch.float32), draw(n, torch.float32), draw(3, torch.float64)
+    expected = [(z.double() * z.double()).sum(), (z.double() * r.double()).sum(), (r.double() * r.double()).sum()]
+    addresses = [t.data_ptr() - begin * t.element_size() for t in (z, r)]
+    table = torch.tensor([*addresses, begin + n, 0, -first, -first, 0], device=DEVICE)
+    launch = triton_tables.Launch((torch.float32, torch.float32), 1, 1, table)
+    triton_kernels.run(triton_kernels.dots_kernel, launch, partials, 1)
+    torch.testing.assert_close(partials, torch.stack(expected), rtol=1e-12, atol=0)
+
+    w, numbers = draw(n, torch.float32), torch.tensor([0.5, 0.0], dtype=torch.float64, device=DEVICE)
+    z_new = (0.8 - 0.3 * 0.25) * z.double() - 0.3 * r.double()
+    w_new = w.double() + 0.5 * z_new
+    addresses = [t.data_ptr() - begin * t.element_size() for t in (w, z, r)]
+    table = torch.tensor([*addresses, begin + n, 0, -first, -first, 0], device=DEVICE)
+    launch = triton_tables.Launch((torch.float32,) * 3, 1, 1, table)
+    triton_kernels.run(triton_kernels.update_kernel, launch, scalars(), numbers, numbers[1:], partials)
+    torch.testing.assert_close((w, z), (w_new.float(), z_new.float()))
+
+
+def test_the_same_bits_again() -> None:
+    z, r = ([draw(CHUNK + 77, torch.float32), draw(3000, torch.float32)] for _ in range(2))
+    results = [triton_kernels.dots([t.clone() for t in z], [t.clone() for t in r]) for _ in range(5)]
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+# -------------------------------------------------------------------------------------------- solve, adapt_damping
+
+
+def check_solve(
+    products: Tensor,
+    dots: Tensor | None = None,
+    beta: float | None = None,
+    rho: float | None = None,
+    lr: float = 0.7,
+    lr_tensor: Tensor | None = None,
+    loss: Tensor | None = None,
+    **state: float,
+) -> dict[str, float]:
+    given, loss = scalars(**state), torch.tensor(1.25) if loss is None else loss
+    arguments = given, loss.to(DEVICE), products.to(DEVICE), None if dots is None else dots.to(DEVICE), beta, rho
+    ours = triton_kernels.solve(*arguments, lr, lr_tensor)
+    expected = reference.solve(*arguments, lr, lr_tensor)
+    torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-12, equal_nan=True)
+    assert named(given) == named(scalars(**state)), "the given scalars were changed"
+    return named(ours)
+
+
+def problem(seed: int, lambd: float, convex: bool = True, zero_z: bool = False) -> tuple[Tensor, Tensor]:
+    """products and dots of a random small problem."""
+    generator = torch.Generator().manual_seed(seed)
+    j, root, g, z = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((4, 9), (4, 4), (4,), (9,)))
+    h, z = root @ root.T * (1 if convex else -1), z * (not zero_z)
+    r = j.T @ (h @ j @ z + g)
+    jz, jr = j @ z, j @ r
+    return torch.stack((g @ jz, jz @ h @ jz, g @ jr, jz @ h @ jr, jr @ h @ jr)), torch.stack((z @ z, z @ r, r @ r))
+
+
+@pytest.mark.parametrize("fixed", [{}, dict(beta=0.3), dict(rho=0.4), dict(beta=1 / 3, rho=0.9)], ids=str)
+@pytest.mark.parametrize("convex", [True, False])
+def test_solve(fixed: dict[str, float], convex: bool) -> None:
+    for seed, lambd in enumerate((1e-3, 0.2, 1.0, 30.0)):
+        products, dots = problem(seed, lambd, convex)
+        direct = check_solve(products, dots, **fixed, lambd=lambd, z_dot_z=-1.0)
+        adjoint = check_solve(products, **fixed, lambd=lambd, z_dot_z=float(dots[0]), lr=1 / 3)
+        assert adjoint["beta"] == pytest.approx(direct["beta"], rel=1e-6)
+        assert adjoint["safe_steps"] >= 2 and (adjoint["safe_steps"] == 2 or not convex)
+
+
+@pytest.mark.parametrize("fixed", [{}, dict(beta=0.3), dict(rho=0.4)], ids=str)
+def test_solve_on_the_first_step_and_at_rest(fixed: dict[str, float]) -> None:
+    products, dots = problem(1, 0.3, zero_z=True)
+    check_solve(products, dots, **fixed)
+    check_solve(products, z_dot_z=0.0, **fixed)
+    check_solve(torch.zeros(5, dtype=torch.float64), z_dot_z=0.0, **fixed)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_solve_of_parallel_directions(sign: float) -> None:
+    g, h, jz, zz = 0.7, 1.3, 0.9, 0.5
+    products = [g * jz, jz * h * jz, 2 * sign * g * jz, 2 * sign * h * jz**2, 4 * h * jz**2]
+    dots = torch.tensor([zz, 2 * sign * zz, 4 * zz], dtype=torch.float64)
+    result = check_solve(torch.tensor(products, dtype=torch.float64), dots, lambd=0.2)
+    along = result["beta"] * (2 * sign + 0.2) - result["rho"]  # the step is -along · z
+    assert along == pytest.approx(g * jz / (h * jz**2 + 0.2 * zz), rel=1e-9)
+
+
+def test_solve_does_not_trust_a_curvature_that_damping_barely_outweighs() -> None:
+    products = torch.tensor([0.0, 0.0, 1.0, 0.0, -0.99], dtype=torch.float64)
+    result = check_solve(products, lambd=1.0, z_dot_z=0.0)
+    assert result["beta"] == pytest.approx(1.0) and result["safe_steps"] == 3
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("fixed", [{}, dict(beta=0.1, rho=0.9)], ids=str)
+def test_solve_skips_and_counts_what_is_not_finite(bad: float, fixed: dict[str, float]) -> None:
+    products, dots = problem(2, 0.3)
+    cases = [dict(loss=torch.tensor(bad)), dict(lr=bad), dict(lr_tensor=torch.tensor(bad, device=DEVICE))]
+    for case in cases:
+        check_solve(products, dots, **fixed, **case)
+    for place in range(5):
+        spoiled = products.clone()
+        spoiled[place] = bad
+        result = check_solve(spoiled, dots, **fixed)
+        assert result["beta"] != result["beta"] and result["rho"] != result["rho"] and result["skipped_steps"] == 5
+    for place in range(3):
+        spoiled = dots.clone()
+        spoiled[place] = bad
+        assert check_solve(products, spoiled, **fixed)["skipped_steps"] == 5
+
+
+@every_dtype
+def test_solve_takes_loss_and_lr_of_any_dtype(dtype: torch.dtype) -> None:
+    products, dots = problem(3, 0.2)
+    number = torch.tensor(0.5, dtype=dtype, device=DEVICE)
+    result = check_solve(products, dots, loss=torch.tensor(1.25, dtype=dtype), lr_tensor=number)
+    assert result["loss"] == 1.25
+    assert result["predicted_change"] == pytest.approx(-0.5 * 0.5 * 1.5 * result["slope"])
+
+
+@pytest.mark.parametrize("lambd", [0.0105, 1.0, 9.9])
+@pytest.mark.parametrize("new_loss", [2.9, 2.0, 1.0, 3.5, NAN, INF, -INF])
+def test_adapt_damping(lambd: float, new_loss: float) -> None:
+    states = [dict(predicted_change=change) for change in (-1.0, 0.5, 0.0)] + [dict(beta=NAN, predicted_change=-1.0)]
+    for state in states:
+        given = scalars(lambd=lambd, **state)
+        arguments = given, torch.tensor(new_loss, device=DEVICE), 0.4, 1.6, 0.9, 0.01, 10.0
+        ours, expected = triton_kernels.adapt_damping(*arguments), reference.adapt_damping(*arguments)
+        torch.testing.assert_close(ours, expected, rtol=1e-15, atol=0, equal_nan=True)
+
+
+def test_lists_that_the_tables_would_hide_from_triton() -> None:
+    w, z = [draw(5, torch.float32), draw(3, torch.float32)], [draw(5, torch.float32), draw(3, torch.float32)]
+    elsewhere = [w[0], torch.zeros(3, device="meta")]
+    settings = scalars(), [2], [1.0], [0.0]
+    for arguments, words in (
+        ((w, z, elsewhere), "meta.*one device"),
+        ((w, z, [t.long() for t in w]), "r torch.int64"),
+        ((w, [t.double() for t in z], w), "convert z to torch.float32"),
+        (([t.long() for t in w], z, z), "convert it to float16"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            triton_kernels.update_(*arguments, *settings)
+    with pytest.raises(RuntimeError, match=r"meta.*one device"):
+        triton_kernels.dots(z, elsewhere)
