@@ -16,7 +16,7 @@ class Mutant:
     @property
     def unit(self) -> str:
         """The source in csrc/cuda/ whose kernels the check runs."""
-        return "loss_ops" if self.check.startswith("test_emulated_losses") else "ops"
+        return "cross_entropy" if self.check.startswith("test_emulated_losses") else "ops"
 
 
 LISTS = [
@@ -74,7 +74,7 @@ LISTS = [
         "cuda/lists.cuh",
         "begin = static_cast<int64>(index) * kChunk",
         "begin = static_cast<int>(static_cast<unsigned>(index) * kChunk)",
-        "test_emulated.py::test_more_than_2_31_elements",
+        "test_emulated_numbers.py::test_more_than_2_31_elements",
     ),
     Mutant(
         "the_block_at_a_border_takes_the_tensor_before",
@@ -116,21 +116,21 @@ LISTS = [
         "cuda/update.cuh",
         "if (is_finite(beta) && is_finite(rho)) {",
         "if (is_finite(rho)) {",
-        "test_emulated.py::test_a_skipped_step_changes_nothing",
+        "test_emulated_numbers.py::test_a_skipped_step_changes_nothing",
     ),
     Mutant(
         "factors_are_rounded_before_they_are_subtracted",
         "math.h",
         "static_cast<T>(rho - beta * lambd)",
         "static_cast<T>(rho) - static_cast<T>(beta) * static_cast<T>(lambd)",
-        "test_emulated.py::test_factors_are_formed_in_double",
+        "test_emulated_numbers.py::test_factors_are_formed_in_double",
     ),
     Mutant(
         "neighbours_of_16_bits_change_places",
         "cuda/types.cuh",
         "y.v[i + 1] = {static_cast<unsigned short>(pair >> 16)};",
         "y.v[i + 1] = y.v[i];",
-        "test_emulated.py::test_every_16_bit_number_is_read_and_written_as_torch_does",
+        "test_emulated_numbers.py::test_every_16_bit_number_is_read_and_written_as_torch_does",
     ),
 ]
 

@@ -1,5 +1,5 @@
-// How the host reaches the device. The only file that differs between a GPU and its emulation on the CPU: ops.cu and
-// loss_ops.cu compile unchanged for both.
+// How the host reaches the device. The only file that differs between a GPU and its emulation on the CPU: the .cu files
+// compile unchanged for both.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

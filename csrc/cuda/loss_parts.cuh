@@ -131,11 +131,9 @@ __device__ __forceinline__ void store_partials(const double (&sums)[3], double* 
   for (int k = 0; k < 3; k++) partials[3 * static_cast<int64>(blockIdx.x) + k] = sums[k];
 }
 
-// One block adds them up.
-constexpr int kFinishThreads = 512;
-
-// Partials of the loss, g.v' and v'.Hv'.
-__global__ void __launch_bounds__(kFinishThreads)
+// One block adds them up. Partials of the loss, g.v' and v'.Hv'.
+template <int Threads>
+__global__ void __launch_bounds__(Threads)
     finish_loss_products_kernel(const double* partials, int64 blocks, double* loss, double* products) {
   __shared__ double shared[kBlockSumSize<3>];
   double sums[3];
@@ -147,7 +145,8 @@ __global__ void __launch_bounds__(kFinishThreads)
 }
 
 // Partials of g.u', v'.Hu' and u'.Hu', which follow the two products of before.
-__global__ void __launch_bounds__(kFinishThreads)
+template <int Threads>
+__global__ void __launch_bounds__(Threads)
     finish_loss_dots_kernel(const double* partials, int64 blocks, const double* products, double* five) {
   __shared__ double shared[kBlockSumSize<3>];
   double sums[3];
