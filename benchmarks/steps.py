@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,10 @@ def sgd(case: Case, batch: int | None = None) -> Step:
     return step
 
 
-def curveball(case: Case, batch: int | None = None) -> Step:
+def curveball(case: Case, batch: int | None = None, curvature: str = "auto") -> Step:
     """CurveBall with its defaults, on the native kernels."""
     model, x, y = case.make(batch)
-    optimizer = CurveBall(model.parameters(), backend="cpu")
+    optimizer = CurveBall(model.parameters(), backend="cpu", curvature=curvature)
     return lambda: optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))[0]
 
 
@@ -44,9 +45,10 @@ def plain(case: Case, batch: int | None = None) -> Step:
     return lambda: optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
 
 
-PLAIN = "plain PyTorch CurveBall"
+PLAIN, LINEARIZED = "plain PyTorch CurveBall", "CurveBall, linearize"
 STEPS: dict[str, Callable[[Case, int | None], Step]] = {
     "SGD": sgd,
     "CurveBall": curveball,
+    LINEARIZED: partial(curveball, curvature="linearize"),
     PLAIN: plain,
 }

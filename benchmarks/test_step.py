@@ -66,7 +66,8 @@ def test_step(name: str, report: Report, benchmark: BenchmarkFixture, set_thread
     rows = [{"": method} | timing.columns() for method, timing in timings.items()]
     note = (
         f"Batch {case.batch}, 1 thread, {effort.rounds} rounds of {turns * effort.steps} steps. SGD: momentum, "
-        "fused; zero_grad, forward, backward, step. CurveBall: defaults, with its looks at λ. Plain: the same "
+        "fused; zero_grad, forward, backward, step. CurveBall: defaults, with its looks at λ; "
+        'and with curvature="linearize". Plain: the same '
         f"method by double backward, beside SGD; rounds: {effort.plain_rounds}."
     )
     report.add(f"step, {case.name}", note, rows)

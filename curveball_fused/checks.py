@@ -15,7 +15,7 @@ from .reference import SCALARS
 
 SHARED = "curveball"  # key of the state that belongs to no single parameter
 PER_GROUP = ("lr", "weight_decay")
-CURVATURES = ("auto", "forward", "double_backward")
+CURVATURES = ("auto", "forward", "linearize", "double_backward")
 
 
 def hyper_parameters(given: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .modes import Decompose, ForwardModeUnsupported, Substitute, announce
 from .replay import Replay
+from .tape import Tape, Untaped
 
 ModelFn = Callable[[], Tensor]
 
@@ -65,6 +66,33 @@ class Forward:
         return _dense(self._params, gradients)
 
 
+class Linearised:
+    """Jacobian products from one run of the model: Jv by the tape that it leaves, Jᵀu by autograd's graph.
+
+    The model runs once; what its graph holds is kept until the step ends.
+    """
+
+    def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
+        self._params = params
+        self._tape = Tape(params)
+        with torch.enable_grad(), self._tape:
+            self._outputs = _checked(replay.first(model_fn))
+        if not self._outputs.requires_grad:
+            raise _independent()
+
+    def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `Forward.jvp`."""
+        directions = [t.to(p.dtype) for p, t in zip(self._params, tangents, strict=True)]
+        return _own(self._outputs.detach(), self._params), self._tape.jvp(directions, self._outputs)
+
+    def vjp(self, cotangent: Tensor) -> list[Tensor]:
+        """As `Forward.vjp`; once."""
+        gradients = torch.autograd.grad(self._outputs, self._params, cotangent, allow_unused=True)
+        if any(g is not None and id(p) not in self._tape.seen for p, g in zip(self._params, gradients, strict=True)):
+            raise _lost()
+        return _dense(self._params, gradients)
+
+
 class DoubleBackward:
     """Jacobian products by autograd alone: Jᵀu is a backward pass, and Jv its transpose, a second one.
 
@@ -99,11 +127,20 @@ class DoubleBackward:
 
 def linearise(
     curvature: str, model_fn: ModelFn, params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
-) -> tuple[Forward | DoubleBackward, tuple[Tensor, Tensor]]:
+) -> tuple[Forward | Linearised | DoubleBackward, tuple[Tensor, Tensor]]:
     """The linear map by the way that `curvature` names, and its first product: outputs and Jz.
 
     "auto" tries forward mode, and where an operator lacks it announces double backward.
     """
+    if curvature == "linearize":
+        try:
+            with _forward_mode_errors():
+                taped = Linearised(model_fn, params, replay)
+                return taped, taped.jvp(z)
+        except (Untaped, ForwardModeUnsupported) as error:
+            raise RuntimeError(
+                f'curvature="linearize" cannot follow this model: {error}. Change that, or use curvature="auto".'
+            ) from error
     if curvature != "double_backward":
         try:
             with _forward_mode_errors():

@@ -77,13 +77,13 @@ def log_cosh(out: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("curvature", ["forward", "double_backward"])
+@pytest.mark.parametrize("curvature", ["forward", "linearize", "double_backward"])
 @pytest.mark.parametrize("name", list(nets.NETS))
 def test_cross_entropy(name: str, curvature: str, backend: str) -> None:
     run(name, curvature, backend, cross_entropy)
 
 
-@pytest.mark.parametrize("curvature", ["forward", "double_backward"])
+@pytest.mark.parametrize("curvature", ["forward", "linearize", "double_backward"])
 @pytest.mark.parametrize("name", ["convolution + batch norm", "dropout"])
 def test_a_loss_without_closed_form(name: str, curvature: str) -> None:
     run(name, curvature, "auto", log_cosh)

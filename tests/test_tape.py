@@ -1,0 +1,156 @@
+"""The linearised run: equal to dual numbers for whatever it follows, and a clear refusal of what it can't."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curveball_fused import CurveBall
+
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
+IMAGES = torch.linspace(-1, 1, 4 * 2 * 36, dtype=torch.float64).sin().view(4, 2, 6, 6)
+Model = Callable[[nn.Module], Tensor]
+
+
+def several(net: Any) -> Tensor:
+    """Many results, lists, indices, broadcasting, a constant part, one tensor used twice."""
+    a, b, c = net(X).chunk(3, dim=1)
+    rows = torch.stack([torch.cat((a, b.exp()), 1)[:, 1:], (a * b + c).repeat(1, 2)[..., :3]])
+    with torch.no_grad():
+        shift = net(X).mean()
+    return rows.unbind(0)[1] * 0.5 + rows[0].T.softmax(0).T + shift + 2 * a[:, :1] - c.detach()[:, :1]
+
+
+def in_place(net: Any) -> Tensor:
+    return net[1](F.relu(net[0](X), inplace=True)) + net[1].bias
+
+
+FOLLOWED: dict[str, tuple[Callable[[], nn.Module], Model]] = {
+    "several results": (lambda: nn.Linear(6, 6), several),
+    "relu in place": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2)), in_place),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1, groups=1), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(3, 4, 2, bias=False), nn.InstanceNorm2d(4), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ),
+        lambda net: net(IMAGES),
+    ),
+    "batch norm in eval mode": (
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.GELU(approximate="tanh")).eval(),
+        lambda net: net(X),
+    ),
+    "dropout": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 3)), lambda net: net(X)),
+    "transformer layer": (
+        lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, activation="gelu"),
+        lambda net: net(X[:, None] + X[None]),
+    ),
+    "padded embedding": (
+        lambda: nn.Embedding(5, 4, padding_idx=1),
+        lambda net: torch.tanh(net(torch.tensor([0, 1, 4, 1, 2]))),
+    ),
+    "only a bias": (lambda: nn.Linear(6, 2).requires_grad_(False), lambda net: net(X) * net.bias),
+}  # fmt: skip
+
+
+def steps(make: Callable[[], nn.Module], run: Model, curvature: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    net = make().double()
+    if not any(p.requires_grad for p in net.parameters()):
+        net.bias.requires_grad_()
+    optimizer = CurveBall(net.parameters(), curvature=curvature, lambda_interval=1)
+    log = []
+    for step in range(3):
+        torch.manual_seed(step)
+        loss, outputs = optimizer.step(lambda: run(net), lambda out: (out - 0.3).square().mean())
+        log += [loss, outputs, torch.rand(()), *optimizer.stats().values()]
+    return log, copy.deepcopy(net.state_dict())
+
+
+@pytest.mark.parametrize("name", list(FOLLOWED))
+def test_equals_dual_numbers(name: str) -> None:
+    """Losses, outputs, β, ρ, λ, γ, weights, buffers, and where the generator stands."""
+    (ours, state), (expected, expected_state) = (
+        steps(*FOLLOWED[name], curvature) for curvature in ("linearize", "auto")
+    )
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, equal_nan=True)
+    for key, value in expected_state.items():
+        torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_the_model_runs_once() -> None:
+    net, calls = nn.Linear(6, 2).double(), []
+    optimizer = CurveBall(net.parameters(), curvature="linearize", auto_lambda=False)
+    for _ in range(2):
+        optimizer.step(lambda: calls.append(0) or net(X), lambda out: out.square().mean())
+    assert len(calls) == 2
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def written_later(net: Any) -> Tensor:
+    scale = torch.ones(2, dtype=torch.float64)
+    out = net(X) * scale
+    scale.mul_(2)
+    return out
+
+
+def base_of_a_view_written_to(net: Any) -> Tensor:
+    out = net(X)
+    view = out.view(-1)
+    view.mul_(2)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (lambda net: net(X).mul_(2), "mul_ writes to its argument"),
+        (base_of_a_view_written_to, "writes"),
+        (written_later, "written to after it was used"),
+        (lambda net: F.rrelu(net(X), training=True), "rrelu.*random"),
+        (lambda net: Double.apply(net(X)).tanh(), "cannot see into"),
+        (lambda net: Double.apply(net(X)), "cannot see into"),
+        (lambda net: torch.func.vmap(net)(X), "torch.func"),
+        (lambda net: torch.autograd.grad(net(X).square().sum(), net.weight, create_graph=True)[0], "."),
+    ],
+)
+def test_what_it_cannot_follow_is_refused_and_nothing_changes(run: Model, words: str) -> None:
+    net = nn.Linear(6, 2).double()
+    before = copy.deepcopy(net.state_dict())
+    optimizer = CurveBall(net.parameters(), curvature="linearize")
+    with pytest.raises(RuntimeError, match=rf'curvature="linearize" cannot follow this model: .*{words}.*"auto"'):
+        optimizer.step(lambda: run(net), lambda out: out.square().mean())
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    optimizer.step(lambda: net(X), lambda out: out.square().mean())
+
+
+def test_autocast_is_refused() -> None:
+    net = nn.Linear(6, 2)
+
+    def model() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(X.float())
+
+    with pytest.raises(RuntimeError, match="autocast"):
+        CurveBall(net.parameters(), curvature="linearize").step(model, lambda out: out.float().square().mean())
+
+
+def test_outputs_without_parameters() -> None:
+    net = nn.Linear(6, 2).double()
+    with pytest.raises(RuntimeError, match="does not depend on any parameter"):
+        CurveBall(net.parameters(), curvature="linearize").step(lambda: net(X).detach(), lambda out: out.sum())
