@@ -1,8 +1,9 @@
 """The linear map of a model at its parameters: outputs, v ↦ Jv and u ↦ Jᵀu, without ever forming J = ∂f/∂w.
 
-Two ways, with the same face. `Forward` takes an ordinary backward pass for Jᵀu and passes of dual numbers for Jv: the
-memory of ordinary training. `DoubleBackward` differentiates the backward pass, which is linear in its cotangent, for
-models that hold an operator without a forward-mode formula.
+Three ways, with the same face. `Forward` takes an ordinary backward pass for Jᵀu and passes of dual numbers for Jv: the
+memory of ordinary training. `Linearised` runs the model once and keeps what both products read. `DoubleBackward`
+differentiates the backward pass, which is linear in its cotangent, for models that hold an operator without a
+forward-mode formula.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ class CurveBall(Optimizer):
         weight_decay: decoupled: w shrinks by lr·weight_decay per step.
         maximize: whether to climb.
         curvature: "forward" (dual numbers; the memory of SGD), "double_backward" (any model that autograd can
-            differentiate twice), or "auto": the first, and the second where the model needs it.
+            differentiate twice), "linearize" (the model runs once; faster, more memory; refuses what it cannot
+            follow), or "auto": the first, and the second where the model needs it.
         backend: "cpu" (native kernels), "torch" (no compiler needed), or "auto".
 
     Raises:
