@@ -97,12 +97,11 @@ def tanh(places: Places, input: Tensor) -> Any:
 
 def dropout(places: Places, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """y = m x, with a mask m that is drawn once;  ẏ = m ẋ."""
-    if not training or p == 0 or inplace:
+    if not training or p in (0, 1) or inplace:  # at 0 and 1 torch draws nothing
         return NotImplemented
     at = places[id(input)]
     output, mask = torch.native_dropout(input, p, True)
-    scale = 0.0 if p == 1 else 1 / (1 - p)
-    return output, lambda tangents: torch.ops.aten.native_dropout_backward(tangents[at], mask, scale)
+    return output, lambda tangents: torch.ops.aten.native_dropout_backward(tangents[at], mask, 1 / (1 - p))
 
 
 def batch_norm(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from curveball_fused import CurveBall
 
@@ -46,6 +47,13 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], Model]] = {
         lambda net: net(X),
     ),
     "dropout": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 3)), lambda net: net(X)),
+    "dropout of everything": (lambda: nn.Linear(6, 3), lambda net: F.dropout(net(X), 1.0) + net.bias),
+    "recurrent layer": (lambda: nn.LSTM(6, 3, 2), lambda net: net(X[:, None])[0]),
+    "checkpointed": (lambda: nn.Linear(6, 6), lambda net: net(checkpoint(net, X, use_reentrant=False).tanh())),
+    "other functions": (
+        lambda: nn.Linear(6, 6),
+        lambda net: torch.einsum("bi,ij->bj", net(X).sort(1).values, net.weight.inverse()).max(1)[0].relu().pow(2),
+    ),
     "transformer layer": (
         lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, activation="gelu"),
         lambda net: net(X[:, None] + X[None]),
