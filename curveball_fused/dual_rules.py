@@ -146,7 +146,7 @@ def scaled_dot_product_attention(
         return NotImplemented
     s = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     batch, rows = q.shape[:-2], q.shape[-2]
-    mask = _additive_mask(q, k, attn_mask, is_causal)
+    mask = additive_mask(q, k, attn_mask, is_causal)
     q, dq, k, dk, v, dv = (t.reshape(-1, *t.shape[-2:]) for t in (q, dq, k, dk, v, dv))
 
     scores = torch.baddbmm(mask, q, k.mT, alpha=s)
@@ -159,7 +159,7 @@ def scaled_dot_product_attention(
     return fwAD.make_dual(torch.bmm(p, v).view(shape), tangent.view(shape))
 
 
-def _additive_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+def additive_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """What is added to the scores, broadcast to (batch, rows, columns)."""
     shape = (*q.shape[:-1], k.shape[-2])
     if is_causal:

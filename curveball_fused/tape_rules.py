@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dual_rules import _additive_mask
+from .dual_rules import additive_mask
 
 Places = dict[int, int | None]
 Tangents = list[Tensor | None]
@@ -33,22 +33,17 @@ def linear(places: Places, input: Tensor, weight: Tensor, bias: Tensor | None = 
 
     def tangent_map(tangents: Tangents) -> Tensor:
         dx, dw, db = (_of(tangents, place) for place in (at_x, at_w, at_b))
+        if dx is None and dw is None:
+            assert db is not None
+            return db.expand(*x.shape[:-1], w.shape[0])
         if dx is None:
-            return _zero_bias(F.linear(x, dw, db) if dw is not None else None, db, x, w)
+            return F.linear(x, dw, db)  # type: ignore[arg-type]
         tangent = F.linear(dx, w, db)
         if dw is not None:
             tangent.view(-1, w.shape[0]).addmm_(x.reshape(-1, w.shape[1]), dw.t())
         return tangent
 
     return F.linear(input, weight, bias), tangent_map
-
-
-def _zero_bias(tangent: Tensor | None, db: Tensor | None, x: Tensor, w: Tensor) -> Tensor:
-    """Where only the bias has a tangent."""
-    if tangent is not None:
-        return tangent
-    assert db is not None
-    return db.expand(*x.shape[:-1], w.shape[0])
 
 
 def convolution(
@@ -250,7 +245,7 @@ def scaled_dot_product_attention(
     def tangent_map(tangents: Tangents) -> Tensor:
         dq, dk, dv = tangents[at_q], tangents[at_k], tangents[at_v]
         q3, dq3, k3, dk3, v3, dv3 = (t.reshape(-1, *t.shape[-2:]) for t in (q, dq, k, dk, v, dv))  # type: ignore[union-attr]
-        scores = torch.baddbmm(_additive_mask(q, k, attn_mask, is_causal), q3, k3.mT, alpha=s)
+        scores = torch.baddbmm(additive_mask(q, k, attn_mask, is_causal), q3, k3.mT, alpha=s)
         p = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
         d_scores = torch.baddbmm(scores, dq3, k3.mT, beta=0, alpha=s, out=scores).baddbmm_(q3, dk3.mT, alpha=s)
         dp = torch._softmax_backward_data(d_scores, p, -1, p.dtype)
