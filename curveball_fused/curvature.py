@@ -1,7 +1,7 @@
 """The linear map of a model at its parameters: outputs, v ↦ Jv and u ↦ Jᵀu, without ever forming J = ∂f/∂w.
 
-Three ways, with the same face. `Forward` takes an ordinary backward pass for Jᵀu and passes of dual numbers for Jv: the
-memory of ordinary training. `Linearised` runs the model once and keeps what both products read. `DoubleBackward`
+Three ways, with the same face. `Linearised` runs the model once and keeps what both products read. `Forward` takes an
+ordinary backward pass for Jᵀu and passes of dual numbers for Jv, which follow almost any model. `DoubleBackward`
 differentiates the backward pass, which is linear in its cotangent, for models that hold an operator without a
 forward-mode formula.
 """
@@ -126,45 +126,57 @@ class DoubleBackward:
         return _dense(self._params, gradients)
 
 
-def linearise(
-    curvature: str, model_fn: ModelFn, params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
-) -> tuple[Forward | Linearised | DoubleBackward, tuple[Tensor, Tensor]]:
-    """The linear map by the way that `curvature` names, and its first product: outputs and Jz.
+WAYS: dict[str, type[Linearised] | type[Forward] | type[DoubleBackward]] = {
+    "linearize": Linearised,
+    "forward": Forward,
+    "double_backward": DoubleBackward,
+}
 
-    "auto" tries forward mode, and where an operator lacks it announces double backward.
+
+def linearise(
+    ways: Sequence[str], model_fn: ModelFn, params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
+) -> tuple[str, Forward | Linearised | DoubleBackward, tuple[Tensor, Tensor]]:
+    """The linear map by the first of `ways` that can follow the model, and its first product.
+
+    Returns:
+        The way; the map; outputs and Jz.
+
+    Raises:
+        RuntimeError: none of the ways can.
     """
-    if curvature == "linearize":
+    refusals: list[str] = []
+    for way in ways:
         try:
-            with _forward_mode_errors():
-                taped = Linearised(model_fn, params, replay)
-                return taped, taped.jvp(z)
-        except (Untaped, ForwardModeUnsupported) as error:
-            raise RuntimeError(
-                f'curvature="linearize" cannot follow this model: {error}. Change that, or use curvature="auto".'
-            ) from error
-    if curvature != "double_backward":
-        try:
-            with _forward_mode_errors():
-                linear = Forward(model_fn, params, replay)
-                return linear, linear.jvp(z)
-        except ForwardModeUnsupported as error:
-            if curvature == "forward":
-                raise RuntimeError(
-                    f'curvature="forward" cannot differentiate this model: {error}. Replace the operator, or use '
-                    'curvature="auto" or "double_backward".'
-                ) from error
-            announce(str(error), f"curveball_fused: {error}; double backward is used for the whole model.")
-        replay.rewind()
-    try:
-        double = DoubleBackward(model_fn, params, replay)
-        return double, double.jvp(z)
-    except (NotImplementedError, RuntimeError) as error:
-        if "derivative" in str(error) or "double backward" in str(error) or "differentiat" in str(error):
-            raise RuntimeError(
-                f"neither forward mode nor double backward can differentiate this model: {error}. Replace the "
-                "operator that is named here by one that torch can differentiate twice."
-            ) from error
-        raise
+            with _explained(way):
+                linear = WAYS[way](model_fn, params, replay)
+                first = linear.jvp(z)
+        except Unfollowed as error:
+            refusals.append(str(error))
+            if way == ways[-1]:
+                raise RuntimeError(f"{'; '.join(refusals)}. {_ADVICE[way]}.") from error
+            replay.rewind()
+        else:
+            if refusals:
+                announce(refusals[-1], f"curveball_fused: {'; '.join(refusals)}; {_RETREATS[way]}.")
+            return way, linear, first
+    raise AssertionError("no way was given")
+
+
+_ADVICE = {
+    "linearize": 'Change that, or use curvature="auto"',
+    "forward": 'Replace the operator, or use curvature="auto" or "double_backward"',
+    "double_backward": "Replace the operator that is named here by one that torch can differentiate twice",
+}
+_RETREATS = {
+    "forward": "dual numbers are used instead, at about 9/7 of the time",
+    "double_backward": "double backward is used for the whole model",
+}
+# What torch says in errors about missing derivatives.
+_MISSING = {
+    "linearize": ("forward AD", "forward mode AD", "jvp"),
+    "forward": ("forward AD", "forward mode AD", "jvp"),
+    "double_backward": ("derivative", "double backward", "differentiat"),
+}
 
 
 def run_plain(model_fn: ModelFn) -> Tensor:
@@ -175,18 +187,22 @@ def run_plain(model_fn: ModelFn) -> Tensor:
         return _checked(model_fn()).detach()
 
 
+class Unfollowed(Exception):
+    """One way cannot differentiate the model; the message says which, and why."""
+
+
 @contextmanager
-def _forward_mode_errors() -> Iterator[None]:
-    """Turns torch's errors about missing forward-mode formulas into `ForwardModeUnsupported`."""
+def _explained(way: str) -> Iterator[None]:
+    """Turns what a way raises for a model that it cannot follow into `Unfollowed`."""
     try:
         yield
-    except ForwardModeUnsupported:
-        raise
-    except (NotImplementedError, RuntimeError) as error:
+    except (Untaped, NotImplementedError, RuntimeError) as error:
         text = str(error)
-        if "forward AD" in text or "forward mode AD" in text or "jvp" in text:
-            raise ForwardModeUnsupported(text.split("\n")[0]) from error
-        raise
+        known = isinstance(error, (Untaped, ForwardModeUnsupported)) or any(words in text for words in _MISSING[way])
+        if not known:
+            raise
+        first_line = text.split("\n")[0]
+        raise Unfollowed(f'curvature="{way}" cannot follow this model: {first_line}') from error
 
 
 def _checked(outputs: Any) -> Tensor:

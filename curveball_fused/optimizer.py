@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from . import backends, checks, ops, reference
 from .checks import SHARED
-from .curvature import DoubleBackward, linearise, run_plain
+from .curvature import WAYS, linearise, run_plain
 from .losses import LossModel, checked_loss
 from .modes import uncompiled
 from .reference import LAMBD, LOSS, SCALARS, Z_DOT_Z
@@ -39,9 +39,9 @@ class CurveBall(Optimizer):
         lambda_min, lambda_max: bounds of an adapting λ.
         weight_decay: decoupled: w shrinks by lr·weight_decay per step.
         maximize: whether to climb.
-        curvature: "forward" (dual numbers; the memory of SGD), "double_backward" (any model that autograd can
-            differentiate twice), "linearize" (the model runs once; faster, more memory; refuses what it cannot
-            follow), or "auto": the first, and the second where the model needs it.
+        curvature: "linearize" (the model runs once), "forward" (dual numbers; slower, and the memory of SGD),
+            "double_backward" (any model that autograd can differentiate twice), or "auto": the first of these that
+            can follow the model.
         backend: "cpu" (native kernels), "torch" (no compiler needed), or "auto".
 
     Raises:
@@ -177,10 +177,10 @@ class CurveBall(Optimizer):
         params = [p for group in groups for p in group]
         z = [self.state[p]["z"] for p in params]
 
-        curvature = self.defaults["curvature"]
-        if curvature == "auto" and shared["double_backward"]:  # a model that needed it once will need it again
-            curvature = "double_backward"
-        linear, (outputs, jz) = linearise(curvature, model_fn, params, z, replay)
+        ways = list(WAYS) if self.defaults["curvature"] == "auto" else [self.defaults["curvature"]]
+        if shared["way"] in ways:  # a model that could not be followed by an earlier one will not be the next time
+            ways = ways[ways.index(shared["way"]) :]
+        way, linear, (outputs, jz) = linearise(ways, model_fn, params, z, replay)
         model = LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params, backend)
         cotangent, products_of = model.cotangent(jz)
         r = linear.vjp(cotangent)
@@ -210,7 +210,7 @@ class CurveBall(Optimizer):
             backend=backend,
         )
         shared["step"] += 1
-        shared["double_backward"] = isinstance(linear, DoubleBackward)
+        shared["way"] = way
         return model.loss, outputs
 
     def _adapt(
@@ -241,7 +241,7 @@ class CurveBall(Optimizer):
             if z is None or z.dtype != _state_dtype(p) or z.device != p.device:  # the model may have been converted
                 self.state[p]["z"] = _zeros_like(p) if z is None else _zeros_like(p).copy_(z)
         if SHARED not in self._states:
-            fresh = dict(scalars=self._initial_scalars(), step=0, active=[], double_backward=False)
+            fresh = dict(scalars=self._initial_scalars(), step=0, active=[], way=None)
             self._states[SHARED] = fresh
         shared: dict[str, Any] = self._states[SHARED]
         shared["scalars"] = shared["scalars"].to(params[0].device)

@@ -8,7 +8,8 @@ part alone: 7 forward-equivalents of multiply-adds, against 9 with dual numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from .modes import Decompose
-from .tape_rules import RULES, Map, Places, Tangents
+from .rules import COMPOSITES, IN_PLACE, RULES, Call, Map, Tangents, tensors, without_override
 
 _MOVES_STATISTICS = frozenset(("batch_norm", "instance_norm"))
+# What is read off a tensor without being computed from its elements.
+_READS = frozenset("__get__ size dim stride numel is_contiguous is_floating_point __len__ get_device".split())
+_DIFFERENTIATES = frozenset((torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward))
 
 
 class Untaped(Exception):
@@ -29,16 +33,16 @@ class Tape(Decompose):
     """Records the maps while the model runs, gradients enabled.
 
     A tensor is known by its identity and version: one that was written to, by whatever call, is not the one that the
-    tape knows. What depends on a parameter requires a gradient, so that nothing can slip past the tape.
+    tape knows. What depends on a parameter requires a gradient, so that nothing can slip past the tape. The tape keeps
+    alive what the maps read, which is what autograd's graph holds too, and nothing else.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         super().__init__(every_call=False)
-        self._tensors: list[Tensor] = list(params)  # by place; also keeps the identities from being used again
-        self._known = {id(p): (place, p._version) for place, p in enumerate(params)}
-        self._constant: dict[int, Tensor] = {}  # requires a gradient, but of parameters that are none of ours
+        self._known = {id(p): (weakref.ref(p), place, p._version) for place, p in enumerate(params)}
+        self._constant: dict[int, weakref.ref[Tensor]] = {}  # requires a gradient, but of parameters that aren't ours
         self._maps: list[tuple[Map, list[int]]] = []  # and the places that the map reads
-        self._inputs: list[tuple[Tensor, int]] = []  # what maps read, with its version
+        self._kept: list[tuple[Tensor, int]] = []
         self._parameters = len(params)
         self.seen: set[int] = set()
 
@@ -46,25 +50,25 @@ class Tape(Decompose):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = list(_tensors((args, list(kwargs.values()))))
+        inputs = list(tensors((args, list(kwargs.values()))))
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
             return func(*args, **kwargs)
-        places: Places = {id(t): self._place(t) for t in inputs}
-        if all(place is None for place in places.values()):
+        if getattr(func, "__name__", "") in _READS and func not in RULES:
+            return func(*args, **kwargs)
+        call = Call({id(t): self._place(t) for t in inputs})
+        if call.constant(inputs):
             result = func(*args, **kwargs)
-            self._constant |= {id(t): t for t in _tensors((result,)) if t.requires_grad}
+            self._constant |= {id(t): weakref.ref(t) for t in tensors((result,)) if t.requires_grad}
             return result
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise Untaped("autocast")
-        if torch._C._are_functorch_transforms_active():
-            raise Untaped("a transform of torch.func")
-        recorded = RULES[func](places, *args, **kwargs) if func in RULES else NotImplemented
-        if recorded is NotImplemented:
-            return self._by_dual_numbers(func, args, kwargs, inputs, places)
-        result, tangent_map = recorded
-        self._inputs += [(t, t._version) for t in inputs if t is not result]
-        self._add(result, tangent_map, places)
-        return result
+        self._refuse(func)
+        result = self._by_rule(func, args, kwargs, call)
+        if result is not NotImplemented:
+            return result
+        inside = COMPOSITES.get(func) or without_override(func)
+        if inside is not None:
+            with self:
+                return inside(*args, **kwargs)
+        return self._by_dual_numbers(func, args, kwargs, inputs, call)
 
     def jvp(self, tangents: Sequence[Tensor], outputs: Tensor) -> Tensor:
         """J v, of the shape of `outputs`, which the taped run returned.
@@ -72,7 +76,7 @@ class Tape(Decompose):
         Raises:
             Untaped: the outputs, or what a map reads, is not what it was when the tape saw it.
         """
-        if any(t._version != version for t, version in self._inputs):
+        if any(t._version != version for t, version in self._kept):
             raise Untaped("a tensor that was written to after it was used")
         last = self._place(outputs)
         if last is None:
@@ -92,75 +96,121 @@ class Tape(Decompose):
     def _place(self, tensor: Tensor) -> int | None:
         """Where the tangent of a tensor stands; None for a constant."""
         known = self._known.get(id(tensor))
-        if known is not None:
-            if known[1] != tensor._version:
+        if known is not None and known[0]() is tensor:
+            if known[2] != tensor._version:
                 raise Untaped("a tensor that was written to")
-            if known[0] < self._parameters:
+            if known[1] < self._parameters:
                 self.seen.add(id(tensor))
-            return known[0]
-        if tensor.requires_grad and not tensor.is_leaf and id(tensor) not in self._constant:
-            raise Untaped("a result of code that torch functions cannot see into")
+            return known[1]
+        if tensor.requires_grad and not tensor.is_leaf:
+            constant = self._constant.get(id(tensor))
+            if constant is None or constant() is not tensor:
+                raise Untaped("a result of code that torch functions cannot see into")
         return None
 
-    def _add(self, result: Tensor, tangent_map: Map, places: Places) -> None:
-        self._known[id(result)] = (len(self._tensors), result._version)
-        self._tensors.append(result)
-        self._maps.append((tangent_map, [place for place in places.values() if place is not None]))
+    def _refuse(self, func: Any) -> None:
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise Untaped("autocast")
+        if torch._C._are_functorch_transforms_active():
+            raise Untaped("a transform of torch.func")
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise Untaped("gradient checkpointing, or other hooks on saved tensors")
+        if func in _DIFFERENTIATES:
+            raise Untaped(f"{func.__name__} inside the model")
+
+    def _by_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
+        rule = RULES.get(func) or IN_PLACE.get(func)
+        if rule is None:
+            return NotImplemented
+        try:
+            recorded = rule(call, *args, **kwargs)
+        except TypeError:  # arguments that the rule does not know, or wrong ones, which the function itself will tell
+            return NotImplemented
+        if recorded is NotImplemented:
+            return NotImplemented
+        result, maps = recorded
+        self._kept += call.kept
+        if isinstance(result, Tensor):
+            self._add(result, maps, call)
+        else:
+            for one, tangent_map in zip(result, maps, strict=True):
+                self._add(one, tangent_map, call)
+        return None if func is torch.Tensor.__setitem__ else result
+
+    def _add(self, result: Tensor, tangent_map: Map, call: Call) -> None:
+        if result.requires_grad:
+            self._known[id(result)] = (weakref.ref(result), self._parameters + len(self._maps), result._version)
+            self._maps.append((tangent_map, [place for place in call.places.values() if place is not None]))
 
     def _by_dual_numbers(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], places: Places
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], call: Call
     ) -> Any:
         """For a function without a rule: its map runs it again, on dual numbers."""
         name = getattr(func, "__name__", "")
         if name in _MOVES_STATISTICS and kwargs.get("running_mean", args[1] if len(args) > 1 else None) is not None:
-            raise Untaped(f"{name} with running statistics, on this device or without weights")
+            raise Untaped(f"{name} with running statistics, in mixed precision")
         versions, generators = [t._version for t in inputs], _generator_states(inputs[0].device)
         with self._kernels(func, args, kwargs):
             result = func(*args, **kwargs)
         if versions != [t._version for t in inputs]:
             raise Untaped(f"{name} writes to its argument")
-        results = [t for t in _tensors((result,)) if t.requires_grad]
+        results = [t for t in tensors((result,)) if t.requires_grad]
         if not results or all(any(t is known for known in inputs) for t in results):
             return result  # a shape, a comparison; or the argument itself
         if not all(map(torch.equal, generators, _generator_states(inputs[0].device))):
             raise Untaped(f"{name} draws random numbers")
         if not isinstance(result, Tensor) and not isinstance(result, (tuple, list)):
             raise Untaped(f"{name} returns {type(result).__name__}")
-        self._inputs += zip(inputs, versions, strict=True)
+        dual = _DualMaps(func, args, kwargs, call)
+        self._kept += call.kept
         for index, one in enumerate((result,) if isinstance(result, Tensor) else result):
-            if isinstance(one, Tensor) and one.requires_grad:
-                pick = None if isinstance(result, Tensor) else index
-                self._add(one, _dual_map(func, args, kwargs, places, pick), places)
+            if isinstance(one, Tensor):
+                self._add(one, dual.map_of(None if isinstance(result, Tensor) else index), call)
         return result
 
 
-def _dual_map(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], places: Places, pick: int | None) -> Map:
+class _DualMaps:
     """ẏ = ∂f ẋ, by torch's own forward mode."""
 
-    def tangent_map(tangents: Tangents) -> Tensor:
-        def dual(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                place = places[id(value)]
-                return value.detach() if place is None else fwAD.make_dual(value.detach(), tangents[place])
-            return type(value)([dual(v) for v in value]) if type(value) in (list, tuple) else value
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> None:
+        self._func = func
+        self._places: dict[int, int | None] = {}  # by the identities of the kept tensors
+        self._args, self._kwargs = self._kept(args, call), self._kept(kwargs, call)
 
-        with fwAD.dual_level(), Decompose(every_call=True):
-            try:
-                result = func(*dual(args), **{key: dual(value) for key, value in kwargs.items()})
-            except (NotImplementedError, RuntimeError) as error:
-                raise Untaped(f"{getattr(func, '__name__', func)}: {str(error).splitlines()[0]}") from error
-            primal, tangent = fwAD.unpack_dual(result if pick is None else result[pick])
-            return torch.zeros_like(primal) if tangent is None else tangent
+    def map_of(self, index: int | None) -> Map:
+        """The map of the result, or of one of several."""
 
-    return tangent_map
+        def tangent_map(tangents: Tangents) -> Tensor:
+            with fwAD.dual_level(), Decompose(every_call=True):
+                try:
+                    result = self._func(*self._dual(self._args, tangents), **self._dual(self._kwargs, tangents))
+                except (NotImplementedError, RuntimeError) as error:
+                    raise Untaped(f"{getattr(self._func, '__name__', self._func)}: {_first_line(error)}") from error
+                primal, tangent = fwAD.unpack_dual(result if index is None else result[index])
+                return torch.zeros_like(primal) if tangent is None else tangent
 
+        return tangent_map
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
+    def _kept(self, value: Any, call: Call) -> Any:
         if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            kept = call.keep(value)
+            self._places[id(kept)] = call.at(value)
+            return kept
+        if type(value) is dict:
+            return {key: self._kept(v, call) for key, v in value.items()}
+        return type(value)([self._kept(v, call) for v in value]) if type(value) in (list, tuple) else value
+
+    def _dual(self, value: Any, tangents: Tangents) -> Any:
+        if isinstance(value, Tensor):
+            place = self._places[id(value)]
+            return value if place is None else fwAD.make_dual(value, tangents[place])
+        if type(value) is dict:
+            return {key: self._dual(v, tangents) for key, v in value.items()}
+        return type(value)([self._dual(v, tangents) for v in value]) if type(value) in (list, tuple) else value
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0]
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:

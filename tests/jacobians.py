@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curveball_fused.curvature import DoubleBackward, Forward
+from curveball_fused.curvature import DoubleBackward, Forward, Linearised
 from curveball_fused.replay import Replay
 
-MODES = [Forward, DoubleBackward]
+MODES = [Forward, DoubleBackward, Linearised]
 
 
 def linearised(mode: Any, model_fn: Callable[[], Tensor], params: list[Tensor]) -> Any:

@@ -30,11 +30,10 @@ def test_adjoint_identities(name: str, mode: Any) -> None:
 
 @pytest.mark.parametrize("name", list(nets.NETS))
 def test_modes_agree(name: str) -> None:
-    ours, expected = (products(mode, *nets.make(name)) for mode in MODES)
-    for a, b in zip(ours[:2] + (ours[3],), expected[:2] + (expected[3],), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    for a, b in zip(ours[2], expected[2], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    expected, *others = (products(mode, *nets.make(name)) for mode in MODES)
+    for ours in others:
+        for a, b in zip((*ours[:2], *ours[2], ours[3]), (*expected[:2], *expected[2], expected[3]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_no_grad_inside_the_model_stops_both_products() -> None:
@@ -118,7 +117,8 @@ def test_recurrent_layers(kind: Any, p: float) -> None:
     messages = one_step_equals_double_backward(
         lambda: (kind(3, 5, num_layers=2, dropout=p).double(), lambda model: model(x)[0])
     )
-    assert len(messages) == 1 and "a plain one" in messages[0]
+    # Without dropout nothing is lost; with it the fused kernel would draw masks that nothing else knows.
+    assert not messages if p == 0 else any("draws random numbers" in message for message in messages)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -208,7 +208,7 @@ class Opaque(torch.autograd.Function):
 @pytest.mark.filterwarnings("ignore:curveball_fused")
 def test_nothing_left_to_retreat_to() -> None:
     layer = nn.Linear(3, 3)
-    with pytest.raises(RuntimeError, match="neither forward mode nor double backward"):
+    with pytest.raises(RuntimeError, match=r'"forward" cannot.*"double_backward" cannot'):
         CurveBall(layer.parameters()).step(lambda: Opaque.apply(layer(torch.ones(2, 3))), lambda out: out.mean())
 
 

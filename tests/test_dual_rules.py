@@ -57,6 +57,12 @@ RULED = {
         torch.randn(2, 2, 7, 6).to(memory_format=torch.channels_last),
     ),
     "max pooling of one image": lambda: (nn.Sequential(nn.Conv2d(2, 3, 1), nn.MaxPool2d(2)), torch.randn(2, 4, 4)),
+    "RMS norm": lambda: (nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4)), torch.randn(5, 3)),
+    "RMS norm without weight": lambda: (
+        nn.Sequential(nn.Linear(3, 4), nn.RMSNorm((5, 4), eps=0.1, elementwise_affine=False)),
+        torch.randn(2, 5, 3),
+    ),
+    "batch norm of the input": lambda: (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4)), torch.randn(5, 3)),
     "group norm": lambda: (nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4)), torch.randn(2, 2, 3, 3)),
 }
 
@@ -92,7 +98,7 @@ def test_every_rule_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("convolution + batch norm", "attention"):
         model, x = nets.make(name)
         products(Forward, model, x)
-    for name in ("softmax", "layer norm"):
+    for name in ("softmax", "layer norm", "group norm", "RMS norm"):
         products(Forward, *RULED[name]())
     products(Forward, TiedWithPadding(), torch.tensor([0, 3]))
     assert called == set(dual_rules.RULES)
@@ -114,9 +120,10 @@ def test_padding_index_gets_no_tangent_as_it_gets_no_gradient() -> None:
     tokens = torch.tensor([[0, 4, 3], [4, 4, 1]])
     torch.manual_seed(0)
     model = TiedWithPadding().double()
-    ours, expected = (products(mode, model, tokens) for mode in MODES)
-    for i in (0, 1, 3):
-        torch.testing.assert_close(ours[i], expected[i], rtol=1e-12, atol=1e-12)
+    expected, *others = (products(mode, model, tokens) for mode in MODES)
+    for ours in others:
+        for i in (0, 1, 3):
+            torch.testing.assert_close(ours[i], expected[i], rtol=1e-12, atol=1e-12)
 
 
 def causal(q: Tensor) -> dict[str, Any]:

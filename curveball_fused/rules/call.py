@@ -1,0 +1,61 @@
+"""What a rule is given and what it returns.
+
+A rule is given a `Call` and the arguments of the function that it stands for, which are ordinary tensors that autograd
+follows. It returns the result and the map from all tangents to the result's, which reads only what `Call.keep` has
+handed out; or `NotImplemented`, before it has done anything, for a case that it leaves to torch's dual numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+Tangents = list[Tensor | None]
+Map = Callable[[Tangents], Tensor]
+Rule = Callable[..., Any]
+
+
+class Call:
+    """One call of a function on the way from the parameters to the outputs.
+
+    Args:
+        places: where the tangent of each tensor among the arguments stands, by the tensor's identity; None: constant.
+        may_write: whether the function may write to its arguments.
+
+    Attributes:
+        kept: what the map reads, with the version at which it must stay.
+    """
+
+    def __init__(self, places: dict[int, int | None], may_write: bool = True) -> None:
+        self.places = places
+        self.may_write = may_write
+        self.kept: list[tuple[Tensor, int]] = []
+
+    def at(self, argument: Any) -> int | None:
+        """The place of an argument's tangent; None for a constant and for what is no tensor."""
+        return self.places.get(id(argument))
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """`tensor` for the map to read, without autograd's graph; writing to it later is an error."""
+        self.kept.append((tensor.detach(), tensor._version))
+        return self.kept[-1][0]
+
+    def constant(self, *arguments: Any) -> bool:
+        """Whether no tensor in `arguments`, lists included, has a tangent."""
+        return all(self.at(t) is None for t in tensors(arguments))
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors(value)
+
+
+def tangent_at(tangents: Tangents, place: int | None) -> Tensor | None:
+    """The tangent at a place; None for a constant."""
+    return None if place is None else tangents[place]

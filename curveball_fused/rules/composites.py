@@ -1,0 +1,26 @@
+"""Functions that torch itself writes in Python, followed by the functions that they call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+_OVERRIDES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+@functools.cache
+def without_override(function: Any) -> Callable[..., Any] | None:
+    """A function of torch.nn.functional that does not offer itself to modes, so that those that it calls do.
+
+    None for a function that is not written in Python.
+    """
+    if not isinstance(function, FunctionType) or function.__module__ != "torch.nn.functional":
+        return None
+    if not set(_OVERRIDES) & set(function.__code__.co_names):  # it is a function that it calls that asks
+        return None
+    names = function.__globals__ | {name: lambda *_: False for name in _OVERRIDES}
+    inside = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    inside.__kwdefaults__ = function.__kwdefaults__
+    return inside
