@@ -95,10 +95,77 @@ Tensor layer_norm_tangent_cpu(Tensor dx, Tensor x, std::optional<Tensor> mean, T
   return dy;
 }
 
+// ---------------------------------------------------------------------------------------------- batch norm
+
+// Whether channels come last in memory, as they do in [N, C] as well; false where x is contiguous.
+bool channels_last(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const auto fits = [&](size_t dim, int64_t stride) { return sizes[dim] == 1 || strides[dim] == stride; };
+  bool last = fits(1, 1);
+  int64_t stride = sizes[1];
+  for (size_t d = sizes.size() - 1; d >= 2; stride *= sizes[d--]) last = last && fits(d, stride);
+  last = last && fits(0, stride);
+  STD_TORCH_CHECK(last || x.is_contiguous(), "x must be contiguous or channels-last: call .contiguous() on it first.");
+  return last;
+}
+
+Tensor batch_norm_tangent_cpu(Tensor dx, Tensor x, Tensor mean, Tensor rstd, std::optional<Tensor> weight,
+                              std::optional<Tensor> dweight, std::optional<Tensor> dbias, bool training) {
+  const DType dtype = working_dtype(x, "x");
+  check_dtype(dx, "dx", dtype);
+  STD_TORCH_CHECK(x.dim() >= 2, "x must be [N, C, ...].");
+  check_same_layout(x, "x", dx, "dx", 0);
+  Tensor dy = torch::stable::empty_like(x);
+  const int64_t batch = x.size(0), channels = x.size(1);
+  const auto channel_vector = [&](const std::optional<Tensor>& t, const char* name) {
+    return vector_of(t, name, dtype, channels);
+  };
+  cpu::BatchNormArguments arguments{dx.const_data_ptr(),
+                                    x.const_data_ptr(),
+                                    channel_vector(mean, "mean"),
+                                    channel_vector(rstd, "rstd"),
+                                    channel_vector(weight, "weight"),
+                                    channel_vector(dweight, "dweight"),
+                                    channel_vector(dbias, "dbias"),
+                                    dy.mutable_data_ptr(),
+                                    batch,
+                                    channels,
+                                    0,
+                                    training};
+  if (x.numel() == 0) return dy;
+  arguments.plane = x.numel() / (batch * channels);
+  const cpu::TangentKernels& kernels = tangent_kernels();
+  if (!channels_last(x)) {
+    const int64_t grain = std::max<int64_t>(1, cpu::kBlockSize / (batch * arguments.plane));
+    torch::stable::parallel_for(
+        0, channels, grain, [&](int64_t from, int64_t to) { kernels.batch_norm_planes[dtype](arguments, from, to); });
+    return dy;
+  }
+  // Blocks of rows that don't depend on the threads, so that neither do the sums.
+  const int64_t rows = batch * arguments.plane, block = std::max<int64_t>(1, cpu::kBlockSize / channels);
+  const int64_t blocks = (rows + block - 1) / block;
+  std::vector<double> sums(2 * channels);
+  if (training) {
+    std::vector<double> partial(blocks * 2 * channels);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
+      for (int64_t b = from; b < to; b++) {
+        kernels.batch_norm_sums[dtype](arguments, b * block, std::min(rows, (b + 1) * block),
+                                       &partial[b * 2 * channels]);
+      }
+    });
+    for (size_t i = 0; i < partial.size(); i++) sums[i % (2 * channels)] += partial[i];
+  }
+  torch::stable::parallel_for(0, rows, block, [&](int64_t from, int64_t to) {
+    kernels.batch_norm_rows[dtype](arguments, from, to, sums.data());
+  });
+  return dy;
+}
+
 }  // namespace
 }  // namespace curveball
 
 STABLE_TORCH_LIBRARY_IMPL(curveball_fused, CPU, m) {
   m.impl("activation", TORCH_BOX(&curveball::activation_cpu));
+  m.impl("batch_norm_tangent", TORCH_BOX(&curveball::batch_norm_tangent_cpu));
   m.impl("layer_norm_tangent", TORCH_BOX(&curveball::layer_norm_tangent_cpu));
 }

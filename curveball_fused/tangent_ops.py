@@ -56,6 +56,43 @@ def layer_norm_tangent(
 
 
 @torch.no_grad()
+def batch_norm_tangent(
+    dx: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+    *,
+    training: bool,
+    backend: str = "auto",
+) -> Tensor:
+    """The tangent of a batch norm, y = γ x̂ + β with x̂ = r (x - mean).
+
+    ẏ = γ r (ẋ - <ẋ> - x̂ <x̂ẋ>) + γ̇ x̂ + β̇, where <·> is the mean over all of a channel, if the statistics are those of x
+    (`training`); else ẏ = γ r ẋ + γ̇ x̂ + β̇.
+
+    Args:
+        dx, x: `[N, C, ...]`, both contiguous or both with the channel last in memory.
+        mean, rstd: the statistics of the channels, `[C]`, in float32 where x has half precision.
+        weight, dweight, dbias: γ, γ̇, β̇, `[C]`; None stands for γ = 1 and for a zero tangent.
+
+    Returns:
+        ẏ, laid out as x.
+    """
+    if x.dim() < 2 or not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+        raise ValueError(
+            f"x must be [N, C, ...], contiguous or channels-last; it has shape {list(x.shape)} and strides {x.stride()}."
+        )
+    _check_like(x, dx=dx)
+    _check_vectors(x, _statistics_dtype(x), x.shape[1], mean=mean, rstd=rstd)
+    _check_vectors(x, x.dtype, x.shape[1], weight=weight, dweight=dweight, dbias=dbias)
+    result: Tensor = _kernels(backend, x).batch_norm_tangent(dx, x, mean, rstd, weight, dweight, dbias, training)
+    return result
+
+
+@torch.no_grad()
 def activation(x: Tensor, name: str, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """y = f(x) and f'(x), each of x's shape, for the function of that name: "gelu", "gelu_tanh" or "silu".
 
@@ -87,10 +124,10 @@ def _check_like(x: Tensor, **others: Tensor) -> None:
 
 def _check_vectors(x: Tensor, dtype: torch.dtype, size: int, **vectors: Tensor | None) -> None:
     for name, t in vectors.items():
-        if t is not None and (t.shape != (size,) or t.dtype != dtype or t.device != x.device or not t.is_contiguous()):
-            raise ValueError(
-                f"{name} must be {dtype}[{size}] on {x.device}, contiguous; it is {t.dtype}{list(t.shape)} on {t.device}."
-            )
+        if t is None or (t.shape == (size,) and t.dtype == dtype and t.device == x.device and t.is_contiguous()):
+            continue
+        wanted = f"{dtype}[{size}] on {x.device}, contiguous"
+        raise ValueError(f"{name} must be {wanted}; it is {t.dtype}{list(t.shape)} on {t.device}.")
 
 
 def _kernels(backend: str, x: Tensor) -> Any:
@@ -107,6 +144,10 @@ if backends.has_operators():
 
     @torch.library.register_fake("curveball_fused::layer_norm_tangent")
     def _(dx, x, mean, rstd, weight, dweight, dbias):  # type: ignore[no-untyped-def]
+        return torch.empty_like(x)
+
+    @torch.library.register_fake("curveball_fused::batch_norm_tangent")
+    def _(dx, x, mean, rstd, weight, dweight, dbias, training):  # type: ignore[no-untyped-def]
         return torch.empty_like(x)
 
     @torch.library.register_fake("curveball_fused::activation")

@@ -2,8 +2,9 @@
 #pragma once
 
 #include "activations.h"
+#include "batch_norm_tangent.h"
 #include "kernels.h"
-#include "norm_tangents.h"
+#include "layer_norm_tangent.h"
 
 namespace curveball::cpu {
 namespace {
@@ -17,6 +18,12 @@ constexpr Kernels with_tangents(Kernels k) {
   k.tangents.activation[kSilu][kFloat64] = activation_block<double, silu>;
   k.tangents.layer_norm[kFloat32] = layer_norm_rows<float>;
   k.tangents.layer_norm[kFloat64] = layer_norm_rows<double>;
+  k.tangents.batch_norm_planes[kFloat32] = batch_norm_planes<float>;
+  k.tangents.batch_norm_planes[kFloat64] = batch_norm_planes<double>;
+  k.tangents.batch_norm_sums[kFloat32] = batch_norm_sums<float>;
+  k.tangents.batch_norm_sums[kFloat64] = batch_norm_sums<double>;
+  k.tangents.batch_norm_rows[kFloat32] = batch_norm_rows<float>;
+  k.tangents.batch_norm_rows[kFloat64] = batch_norm_rows<double>;
   return k;
 }
 
