@@ -1,5 +1,5 @@
 // The schemas of all operators, once: the CPU library defines them as curveball_fused::*, the emulated CUDA kernels of
-// the tests as curveball_emulated::*. curveball_fused/ops.py says what each operator computes.
+// the tests as curveball_emulated::*. curveball_fused/ops.py, loss_ops.py and tangent_ops.py say what each computes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -27,6 +27,14 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
            "float sign) -> (Tensor loss, Tensor c, Tensor products)",
            "bce_dots(Tensor x, Tensor v, Tensor u, Tensor target, Tensor? weight, Tensor? pos_weight, "
            "Tensor products, bool mean, float sign) -> Tensor",
+
+           "layer_norm_tangent(Tensor dx, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight, Tensor? dweight, "
+           "Tensor? dbias) -> Tensor",
+           "batch_norm_tangent(Tensor dx, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? dweight, "
+           "Tensor? dbias, bool training) -> Tensor",
+           "attention_tangent(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out, Tensor? mask, "
+           "bool is_causal, float scale) -> Tensor",
+           "activation(Tensor x, str name) -> (Tensor y, Tensor derivative)",
        }) {
     library.def(schema);
   }

@@ -18,11 +18,12 @@
 #endif
 
 #include "loops.h"
+#include "tangents.h"
 
 namespace curveball::cpu {
 
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels = make_kernels("avx2");
+const Kernels avx2_kernels = with_tangents(make_kernels("avx2"));
 
 }  // namespace curveball::cpu
 

@@ -19,11 +19,12 @@
 #endif
 
 #include "loops.h"
+#include "tangents.h"
 
 namespace curveball::cpu {
 
 extern const Kernels avx512_kernels;
-const Kernels avx512_kernels = make_kernels("avx512");
+const Kernels avx512_kernels = with_tangents(make_kernels("avx512"));
 
 }  // namespace curveball::cpu
 
