@@ -30,9 +30,10 @@ class Forward:
     callable that uses the parameters will do. Nothing is kept between the products.
     """
 
-    def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
+    def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str = "auto") -> None:
         self._model_fn = model_fn
         self._params = params
+        self._backend = backend
         self._replay = replay
         self._run = replay.first
         self._seen: set[int] = set()
@@ -45,7 +46,7 @@ class Forward:
             duals = {
                 id(p): fwAD.make_dual(p.detach(), t.to(p.dtype)) for p, t in zip(self._params, tangents, strict=True)
             }
-            substitute = Substitute(duals)
+            substitute = Substitute(duals, self._backend)
             with substitute:
                 outputs = _checked(self._run(self._model_fn))
             self._run = self._replay.again
@@ -73,9 +74,9 @@ class Linearised:
     The model runs once; what its graph holds is kept until the step ends.
     """
 
-    def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
+    def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str = "auto") -> None:
         self._params = params
-        self._tape = Tape(params)
+        self._tape = Tape(params, backend)
         with torch.enable_grad(), self._tape:
             self._outputs = _checked(replay.first(model_fn))
         if not self._outputs.requires_grad:
@@ -126,17 +127,18 @@ class DoubleBackward:
         return _dense(self._params, gradients)
 
 
-WAYS: dict[str, type[Linearised] | type[Forward] | type[DoubleBackward]] = {
-    "linearize": Linearised,
-    "forward": Forward,
-    "double_backward": DoubleBackward,
-}
+WAYS = ("linearize", "forward", "double_backward")
 
 
 def linearise(
-    ways: Sequence[str], model_fn: ModelFn, params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
+    ways: Sequence[str],
+    model_fn: ModelFn,
+    params: Sequence[Tensor],
+    z: Sequence[Tensor],
+    replay: Replay,
+    backend: str = "auto",
 ) -> tuple[str, Forward | Linearised | DoubleBackward, tuple[Tensor, Tensor]]:
-    """The linear map by the first of `ways` that can follow the model, and its first product.
+    """The linear map by the first of `ways`, out of `WAYS`, that can follow the model, and its first product.
 
     Returns:
         The way; the map; outputs and Jz.
@@ -148,7 +150,7 @@ def linearise(
     for way in ways:
         try:
             with _explained(way):
-                linear = WAYS[way](model_fn, params, replay)
+                linear = _start(way, model_fn, params, replay, backend)
                 first = linear.jvp(z)
         except Unfollowed as error:
             refusals.append(str(error))
@@ -160,6 +162,14 @@ def linearise(
                 announce(refusals[-1], f"curveball_fused: {'; '.join(refusals)}; {_RETREATS[way]}.")
             return way, linear, first
     raise AssertionError("no way was given")
+
+
+def _start(
+    way: str, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str
+) -> Forward | Linearised | DoubleBackward:
+    if way == "double_backward":
+        return DoubleBackward(model_fn, params, replay)
+    return (Linearised if way == "linearize" else Forward)(model_fn, params, replay, backend)
 
 
 _ADVICE = {

@@ -18,13 +18,13 @@ from .rules import Call, Rule
 
 
 def dual(rule: Rule) -> Callable[..., Any]:
-    """`rule` as a function of arguments any of which may be dual; `NotImplemented` for what it leaves to torch.
+    """`rule` as a function of a backend and of arguments any of which may be dual.
 
-    So are autocast, which chooses dtypes call by call, the transforms of torch.func, and graphs that the model itself
-    needs.
+    It returns `NotImplemented` for what is left to torch: autocast, which chooses dtypes call by call, the transforms of
+    torch.func, and graphs that the model itself needs.
     """
 
-    def function(*args: Any, **kwargs: Any) -> Any:
+    def function(backend: str, *args: Any, **kwargs: Any) -> Any:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return NotImplemented
         if torch._C._are_functorch_transforms_active():
@@ -45,7 +45,7 @@ def dual(rule: Rule) -> Callable[..., Any]:
 
         primals, named = [primal(a) for a in args], {key: primal(a) for key, a in kwargs.items()}
         with torch.no_grad():
-            recorded = rule(Call(places, may_write=False), *primals, **named) if tangents else NotImplemented
+            recorded = rule(Call(places, backend, may_write=False), *primals, **named) if tangents else NotImplemented
             return recorded if recorded is NotImplemented else fwAD.make_dual(recorded[0], recorded[1](tangents))
 
     return function

@@ -68,9 +68,10 @@ class Substitute(Decompose):
         seen: ids of the parameters that reached a torch call.
     """
 
-    def __init__(self, duals: dict[int, Tensor]) -> None:
+    def __init__(self, duals: dict[int, Tensor], backend: str) -> None:
         super().__init__(every_call=True)
         self._duals = duals
+        self._backend = backend
         self.seen: set[int] = set()
 
     def __torch_function__(
@@ -91,7 +92,7 @@ class Substitute(Decompose):
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = RULES.get(func)
         if rule is not None:
-            result = rule(*args, **kwargs)
+            result = rule(self._backend, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         name = getattr(func, "__name__", "")

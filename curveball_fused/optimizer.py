@@ -180,7 +180,7 @@ class CurveBall(Optimizer):
         ways = list(WAYS) if self.defaults["curvature"] == "auto" else [self.defaults["curvature"]]
         if shared["way"] in ways:  # a model that could not be followed by an earlier one will not be the next time
             ways = ways[ways.index(shared["way"]) :]
-        way, linear, (outputs, jz) = linearise(ways, model_fn, params, z, replay)
+        way, linear, (outputs, jz) = linearise(ways, model_fn, params, z, replay, backend)
         model = LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params, backend)
         cotangent, products_of = model.cotangent(jz)
         r = linear.vjp(cotangent)

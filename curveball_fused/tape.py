@@ -37,8 +37,9 @@ class Tape(Decompose):
     alive what the maps read, which is what autograd's graph holds too, and nothing else.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], backend: str) -> None:
         super().__init__(every_call=False)
+        self._backend = backend
         self._known = {id(p): (weakref.ref(p), place, p._version) for place, p in enumerate(params)}
         self._constant: dict[int, weakref.ref[Tensor]] = {}  # requires a gradient, but of parameters that aren't ours
         self._maps: list[tuple[Map, list[int]]] = []  # and the places that the map reads
@@ -55,7 +56,7 @@ class Tape(Decompose):
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") in _READS and func not in RULES:
             return func(*args, **kwargs)
-        call = Call({id(t): self._place(t) for t in inputs})
+        call = Call({id(t): self._place(t) for t in inputs}, self._backend)
         if call.constant(inputs):
             result = func(*args, **kwargs)
             self._constant |= {id(t): weakref.ref(t) for t in tensors((result,)) if t.requires_grad}

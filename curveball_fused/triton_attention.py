@@ -80,8 +80,18 @@ def attention_kernel(
     first = (blocks - 1 - program % blocks) * M  # the last queries, which see the most keys, begin first
     head, piece = program // blocks // tl.cdiv(E, BLOCK_E), program // blocks % tl.cdiv(E, BLOCK_E)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    dq, q, dk, k = _head(dq, dq_strides, b, h), _head(q, q_strides, b, h), _head(dk, dk_strides, b, h), _head(k, k_strides, b, h)
-    dv, v, out, dout = _head(dv, dv_strides, b, h), _head(v, v_strides, b, h), _head(out, out_strides, b, h), _head(dout, dout_strides, b, h)
+    dq, q, dk, k = (
+        _head(dq, dq_strides, b, h),
+        _head(q, q_strides, b, h),
+        _head(dk, dk_strides, b, h),
+        _head(k, k_strides, b, h),
+    )
+    dv, v, out, dout = (
+        _head(dv, dv_strides, b, h),
+        _head(v, v_strides, b, h),
+        _head(out, out_strides, b, h),
+        _head(dout, dout_strides, b, h),
+    )
 
     i = first.to(tl.int64) + tl.arange(0, M)[:, None]
     lane, column = tl.arange(0, BLOCK_D)[None, :], piece * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]

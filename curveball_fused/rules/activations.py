@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import tangent_ops
 from .call import Call, Rule, Tangents, tensors
 
 Pair = tuple[Tensor, Tensor]
@@ -64,10 +65,17 @@ def relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
 
 
 def gelu(call: Call, input: Tensor, *, approximate: str = "none") -> Any:
-    """The derivative is a factor for each element, so the backward kernel is the map."""
-    at, x = call.at(input), call.keep(input)
-    output = F.gelu(input, approximate=approximate)
-    return output, lambda tangents: torch.ops.aten.gelu_backward(tangents[at], x, approximate=approximate)
+    """y = x Φ(x), or its approximation by tanh; one pass gives the derivative too."""
+    return _fused(call, input, "gelu" if approximate == "none" else "gelu_tanh")
+
+
+def silu(call: Call, input: Tensor, inplace: bool = False) -> Any:
+    """y = x σ(x)."""
+    return NotImplemented if inplace else _fused(call, input, "silu")
+
+
+def _fused(call: Call, input: Tensor, name: str) -> Any:
+    return _recorded(call, input, lambda x: tangent_ops.activation(x.contiguous(), name, backend=call.backend))
 
 
 def tanh(call: Call, input: Tensor) -> Any:
@@ -135,7 +143,7 @@ def masked(call: Call, input: Tensor, mask: Tensor, value: Any) -> Any:
 
 RULES: dict[Any, Rule] = {
     F.relu: relu, torch.relu: relu, torch.Tensor.relu: relu,
-    F.gelu: gelu,
+    F.gelu: gelu, F.silu: silu,
     torch.tanh: tanh, torch.Tensor.tanh: tanh,
     torch.sigmoid: sigmoid, torch.Tensor.sigmoid: sigmoid,
     F.softmax: softmax, torch.softmax: softmax, torch.Tensor.softmax: softmax, torch._safe_softmax: safe_softmax,
@@ -147,7 +155,7 @@ IN_PLACE: dict[Any, Rule] = {function: partial(relu, inplace=True) for function 
 RULES |= {
     function: partial(elementwise, function)
     for function in (
-        F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.softsign, F.logsigmoid, F.hardswish,
+        F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.softsign, F.logsigmoid, F.hardswish,
         F.hardsigmoid, F.hardtanh, F.relu6, F.tanhshrink, torch.exp, torch.Tensor.exp, torch.log, torch.Tensor.log,
         torch.sqrt, torch.Tensor.sqrt, torch.rsqrt, torch.Tensor.rsqrt, torch.sin, torch.Tensor.sin, torch.cos,
         torch.Tensor.cos, torch.abs, torch.Tensor.abs, torch.square, torch.Tensor.square, torch.pow, torch.Tensor.pow,

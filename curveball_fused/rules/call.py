@@ -22,14 +22,16 @@ class Call:
 
     Args:
         places: where the tangent of each tensor among the arguments stands, by the tensor's identity; None: constant.
+        backend: whose kernels the rules may use.
         may_write: whether the function may write to its arguments.
 
     Attributes:
         kept: what the map reads, with the version at which it must stay.
     """
 
-    def __init__(self, places: dict[int, int | None], may_write: bool = True) -> None:
+    def __init__(self, places: dict[int, int | None], backend: str, may_write: bool = True) -> None:
         self.places = places
+        self.backend = backend
         self.may_write = may_write
         self.kept: list[tuple[Tensor, int]] = []
 

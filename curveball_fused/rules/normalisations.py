@@ -1,19 +1,20 @@
-"""Rules for the normalisations y = γ x̂ + β: ẏ = γ ∂x̂/∂x ẋ + γ̇ x̂ + β̇.
+"""Rules for the normalisations y = γ x̂ + β: ẏ = γ ∂x̂/∂x ẋ + γ̇ x̂ + β̇, in one pass.
 
-∂x̂/∂x is symmetric, so its product with ẋ is what the backward kernel computes; γ̇ x̂ + β̇ is the normalisation itself,
-with other weights.
+Of a constant input the first term is absent, and the rest is the normalisation itself with other weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call, Rule, Tangents, tangent_at
+from .. import tangent_ops
+from .call import Call, Map, Rule, Tangents, tangent_at
 
 
 def batch_norm(
@@ -31,26 +32,23 @@ def batch_norm(
     if weight is not None and input.dtype != weight.dtype:
         return NotImplemented
     at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
-    output, mean, inverse = torch.native_batch_norm(
+    output, mean, rstd = torch.native_batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps
     )
-    x, w = call.keep(input), _kept(call, weight)
-    mean, inverse = mean.detach(), inverse.detach()
-    given = (None, None) if training else (_kept(call, running_mean), _kept(call, running_var))
-    statistics = (mean, inverse.pow(-2).sub_(eps)) if training else given
+    x, w = _dense_kept(call, input), _kept(call, weight)
+    if not training:
+        mean, rstd = _kept(call, running_mean), (_kept(call, running_var) + eps).rsqrt()
+    mean, rstd = _statistics(mean, x), _statistics(rstd, x)
 
     def tangent_map(tangents: Tangents) -> Tensor:
         dx, dw, db = (tangent_at(tangents, place) for place in (at_x, at_w, at_b))
-        tangent = None
-        if dx is not None:
-            # A weight is one factor for each channel, so it may as well be applied before.
-            tangent, _, _ = torch.ops.aten.native_batch_norm_backward(
-                dx, x, w, *given, mean, inverse, training, eps, [True, False, False]
-            )
-        if dw is not None or db is not None:
-            affine, _, _ = torch.native_batch_norm(x, *_filled(dw, db), *statistics, False, momentum, eps)
-            tangent = affine if tangent is None else tangent.add_(affine)
-        return tangent  # type: ignore[return-value]
+        if dx is None:
+            variance = rstd.pow(-2).sub_(eps)
+            return torch.native_batch_norm(x, *_filled(dw, db), mean, variance, False, momentum, eps)[0]
+        dx = dx if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx)
+        return tangent_ops.batch_norm_tangent(
+            dx, x, mean, rstd, w, _contiguous(dw), _contiguous(db), training=training, backend=call.backend
+        )
 
     return output, tangent_map
 
@@ -66,26 +64,56 @@ def layer_norm(
     """Over the last dimensions."""
     if weight is not None and input.dtype != weight.dtype:
         return NotImplemented
-    at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
     shape = list(normalized_shape)
-    output, mean, inverse = torch.native_layer_norm(input, shape, weight, bias, eps)
-    x, w = call.keep(input), _kept(call, weight)
-    mean, inverse = mean.detach(), inverse.detach()
+    output, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
+    return output, _row_map(
+        call, input, shape, mean, rstd, weight, bias, lambda x, dw, db: F.layer_norm(x, shape, dw, db, eps)
+    )
+
+
+def rms_norm(
+    call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Any:
+    """x̂ = x / rms(x) over the last dimensions."""
+    if weight is not None and input.dtype != weight.dtype:
+        return NotImplemented
+    shape = list(normalized_shape)
+    small = torch.finfo(input.dtype).eps if eps is None else eps
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    squares = torch.linalg.vector_norm(input.detach().flatten(-len(shape)), dim=-1, dtype=wide).square_()
+    rstd = (squares / math.prod(shape) + small).rsqrt_()
+    return F.rms_norm(input, shape, weight, eps), _row_map(
+        call, input, shape, None, rstd, weight, None, lambda x, dw, _: F.rms_norm(x, shape, dw, eps)
+    )
+
+
+def _row_map(
+    call: Call,
+    input: Tensor,
+    shape: list[int],
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    of_constant: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Map:
+    """For a normalisation of rows: what the last dimensions hold is one row."""
+    at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
+    x, w = call.keep(input).contiguous(), _kept(call, weight)
+    rows = (-1, math.prod(shape))
+    mean = None if mean is None else _statistics(mean.flatten(), x)
+    rstd = _statistics(rstd.flatten(), x)
 
     def tangent_map(tangents: Tangents) -> Tensor:
         dx, dw, db = (tangent_at(tangents, place) for place in (at_x, at_w, at_b))
-        tangent = None
-        if dx is not None:
-            tangent, _, _ = torch.ops.aten.native_layer_norm_backward(
-                dx, x, shape, mean, inverse, None, None, [True, False, False]
-            )
-            tangent = tangent if w is None else tangent.mul_(w)
-        if dw is not None or db is not None:
-            affine = F.layer_norm(x, shape, *_filled(dw, db), eps)
-            tangent = affine if tangent is None else tangent.add_(affine)
-        return tangent  # type: ignore[return-value]
+        if dx is None:
+            return of_constant(x, *_filled(dw, db))
+        flat = (None if t is None else t.contiguous().view(-1) for t in (w, dw, db))
+        return tangent_ops.layer_norm_tangent(
+            dx.contiguous().view(rows), x.view(rows), mean, rstd, *flat, backend=call.backend
+        ).view(x.shape)
 
-    return output, tangent_map
+    return tangent_map
 
 
 def group_norm(
@@ -96,66 +124,54 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    """Over groups of channels."""
+    """Over groups of channels: rows without weights, whose channels have weights of their own."""
     if (weight is not None and input.dtype != weight.dtype) or input.numel() == 0:
         return NotImplemented
     at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
     images, channels = input.shape[:2]
-    sizes = (images, channels, input.numel() // (images * channels), num_groups)
-    output, mean, inverse = torch.native_group_norm(input.contiguous(), weight, bias, *sizes, eps)
+    output, mean, rstd = torch.native_group_norm(
+        input.contiguous(), weight, bias, images, channels, input.numel() // (images * channels), num_groups, eps
+    )
     x = call.keep(input).contiguous()
     w = None if weight is None else call.keep(weight).view(-1, *[1] * (input.dim() - 2))
-    mean, inverse = mean.detach(), inverse.detach()
+    mean, rstd = _statistics(mean.flatten(), x), _statistics(rstd.flatten(), x)
+    rows = x.view(images * num_groups, -1)
 
     def tangent_map(tangents: Tangents) -> Tensor:
         dx, dw, db = (tangent_at(tangents, place) for place in (at_x, at_w, at_b))
-        tangent = None
-        if dx is not None:
-            tangent, _, _ = torch.ops.aten.native_group_norm_backward(
-                dx.contiguous(), x, mean, inverse, None, *sizes, [True, False, False]
-            )
-            tangent = tangent if w is None else tangent.mul_(w)
-        if dw is not None or db is not None:
-            affine = F.group_norm(x, num_groups, *_filled(dw, db), eps)
-            tangent = affine if tangent is None else tangent.add_(affine)
-        return tangent  # type: ignore[return-value]
+        affine = None if dw is None and db is None else F.group_norm(x, num_groups, *_filled(dw, db), eps)
+        if dx is None:
+            return affine  # type: ignore[return-value]
+        dx = dx.contiguous().view(rows.shape)
+        tangent = tangent_ops.layer_norm_tangent(dx, rows, mean, rstd, backend=call.backend).view(x.shape)
+        tangent = tangent if w is None else tangent.mul_(w)
+        return tangent if affine is None else tangent.add_(affine)
 
     return output, tangent_map
 
 
-def rms_norm(
-    call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> Any:
-    """x̂ = x / rms(x) over the last dimensions."""
-    if weight is not None and input.dtype != weight.dtype:
-        return NotImplemented
-    at_x, at_w = call.at(input), call.at(weight)
-    dims = tuple(range(-len(normalized_shape), 0))
-    x, w = call.keep(input), _kept(call, weight)
-    small = torch.finfo(input.dtype).eps if eps is None else eps
-    inverse = x.square().mean(dims, keepdim=True).add_(small).rsqrt_()
-
-    def tangent_map(tangents: Tangents) -> Tensor:
-        dx, dw = tangent_at(tangents, at_x), tangent_at(tangents, at_w)
-        normalised = x * inverse
-        if dx is None:
-            return normalised.mul_(dw)  # type: ignore[arg-type]
-        tangent = torch.addcmul(dx, normalised, (normalised * dx).mean(dims, keepdim=True), value=-1).mul_(inverse)
-        tangent = tangent if w is None else tangent.mul_(w)
-        return tangent if dw is None else tangent.addcmul_(normalised, dw)
-
-    return F.rms_norm(input, normalized_shape, weight, eps), tangent_map
-
-
-def _kept(call: Call, tensor: Tensor | None) -> Tensor | None:
+def _kept(call: Call, tensor: Tensor | None) -> Any:
     return None if tensor is None else call.keep(tensor)
+
+
+def _dense_kept(call: Call, input: Tensor) -> Tensor:
+    """Contiguous, or with the channel last in memory."""
+    x = call.keep(input)
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def _statistics(values: Tensor, x: Tensor) -> Tensor:
+    """In the dtype of the arithmetic."""
+    return values.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _filled(dw: Tensor | None, db: Tensor | None) -> tuple[Tensor, Tensor]:
     """Zero for the one that is not there."""
-    present = db if dw is None else dw
-    assert present is not None
-    zero = torch.zeros_like(present)
+    zero = torch.zeros_like(db if dw is None else dw)  # type: ignore[arg-type]
     return zero if dw is None else dw, zero if db is None else db
 
 
