@@ -62,7 +62,8 @@ class Tape(Decompose):
             self._constant |= {id(t): weakref.ref(t) for t in tensors((result,)) if t.requires_grad}
             return result
         self._refuse(func)
-        result = self._by_rule(func, args, kwargs, call)
+        # Rules take derivatives for numbers, which complex ones need not have.
+        result = NotImplemented if any(map(torch.is_complex, inputs)) else self._by_rule(func, args, kwargs, call)
         if result is not NotImplemented:
             return result
         inside = COMPOSITES.get(func) or without_override(func)
@@ -149,7 +150,7 @@ class Tape(Decompose):
         """For a function without a rule: its map runs it again, on dual numbers."""
         name = getattr(func, "__name__", "")
         if name in _MOVES_STATISTICS and kwargs.get("running_mean", args[1] if len(args) > 1 else None) is not None:
-            raise Untaped(f"{name} with running statistics, in mixed precision")
+            raise Untaped(f"{name} with running statistics, in mixed precision or over instances")
         versions, generators = [t._version for t in inputs], _generator_states(inputs[0].device)
         with self._kernels(func, args, kwargs):
             result = func(*args, **kwargs)

@@ -41,6 +41,20 @@ def in_place(net: Any) -> Tensor:
     return net[1](slots).relu_() + F.relu(net[1](x.exp()), inplace=True)
 
 
+def written(net: Any) -> Tensor:
+    x = net(X)
+    F.silu(x, inplace=True)
+    x = F.leaky_relu(F.hardswish(x.clone(), inplace=True), 0.1, True)
+    x = F.dropout(x + 1, 0.2, inplace=True)
+    rows = torch.zeros(3, 6, dtype=torch.float64).index_add_(0, torch.tensor([0, 2, 0, 1]), x)
+    rows.scatter_add_(1, torch.tensor([[1, 0], [3, 3]]), x[:2, :2])
+    return rows.scatter_(0, torch.tensor([[0, 2]]), X[:1]).index_copy_(1, torch.tensor([4]), x[1:, :1])
+
+
+def complex_numbers(net: Any) -> Tensor:
+    return torch.fft.rfft(net(X)).abs() * torch.view_as_real(torch.fft.fft(net(X)).exp().tanh()).sum(-1)[:, :4]
+
+
 def grouped_queries(net: Any) -> Tensor:
     q = net(X).view(1, 2, 2, 6).transpose(0, 1).reshape(1, 4, 2, 3)
     k, v = net(X + 1).view(1, 2, 4, 3), net(X - 1).view(1, 2, 4, 3)
@@ -123,6 +137,8 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], Model]] = {
     ),
     "activations": (lambda: nn.Linear(6, 6), activations),
     "arrangements": (lambda: nn.Linear(6, 6), arrangements),
+    "activations in place": (lambda: nn.Linear(6, 6), written),
+    "complex numbers": (lambda: nn.Linear(6, 6), complex_numbers),
     "only a bias": (lambda: nn.Linear(6, 2).requires_grad_(False), lambda net: net(X) * net.bias),
 }  # fmt: skip
 

@@ -6,8 +6,7 @@ those that are followed by what they are composed of.
 
 from __future__ import annotations
 
-from . import activations, arrangements, attention, normalisations, products
-from .attention import COMPOSITES
+from . import activations, arrangements, attention, composites, normalisations, products
 from .call import Call, Map, Rule, Tangents, tensors
 from .composites import without_override
 
@@ -16,4 +15,5 @@ __all__ = ["COMPOSITES", "IN_PLACE", "RULES", "Call", "Map", "Rule", "Tangents",
 RULES: dict[object, Rule] = (
     products.RULES | activations.RULES | normalisations.RULES | attention.RULES | arrangements.RULES
 )
+COMPOSITES = composites.COMPOSITES | attention.COMPOSITES
 IN_PLACE: dict[object, Rule] = products.IN_PLACE | activations.IN_PLACE | arrangements.IN_PLACE

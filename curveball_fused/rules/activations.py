@@ -34,9 +34,11 @@ class _Elementwise(torch.autograd.Function):
         return cotangent * ctx.saved_tensors[0], None
 
 
-def elementwise(function: Callable[..., Tensor], call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def elementwise(
+    function: Callable[..., Tensor], call: Call, input: Tensor, *args: Any, inplace: bool = False, **kwargs: Any
+) -> Any:
     """y = f(x);  ẏ = f'(x) ẋ, with f' by one dual number of tangent 1."""
-    if kwargs.get("inplace") or call.at(input) is None or list(tensors((args, list(kwargs.values())))):
+    if call.at(input) is None or list(tensors((args, list(kwargs.values())))):
         return NotImplemented
 
     def with_derivative(x: Tensor) -> Pair:
@@ -44,14 +46,14 @@ def elementwise(function: Callable[..., Tensor], call: Call, input: Tensor, *arg
             y, derivative = fwAD.unpack_dual(function(fwAD.make_dual(x.detach(), torch.ones_like(x)), *args, **kwargs))
         return y, torch.zeros_like(y) if derivative is None else derivative
 
-    return _recorded(call, input, with_derivative)
+    return _recorded(call, input, with_derivative, inplace)
 
 
-def _recorded(call: Call, input: Tensor, with_derivative: Callable[[Tensor], Pair]) -> Any:
+def _recorded(call: Call, input: Tensor, with_derivative: Callable[[Tensor], Pair], inplace: bool) -> Any:
     at = call.at(input)
     output, derivative = _Elementwise.apply(input, with_derivative)  # type: ignore[no-untyped-call]
     derivative = call.keep(derivative)
-    return output, lambda tangents: tangents[at] * derivative
+    return input.copy_(output) if inplace else output, lambda tangents: tangents[at] * derivative
 
 
 def relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
@@ -66,16 +68,16 @@ def relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
 
 def gelu(call: Call, input: Tensor, *, approximate: str = "none") -> Any:
     """y = x Φ(x), or its approximation by tanh; one pass gives the derivative too."""
-    return _fused(call, input, "gelu" if approximate == "none" else "gelu_tanh")
+    return _fused(call, input, "gelu" if approximate == "none" else "gelu_tanh", False)
 
 
 def silu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     """y = x σ(x)."""
-    return NotImplemented if inplace else _fused(call, input, "silu")
+    return _fused(call, input, "silu", inplace)
 
 
-def _fused(call: Call, input: Tensor, name: str) -> Any:
-    return _recorded(call, input, lambda x: tangent_ops.activation(x.contiguous(), name, backend=call.backend))
+def _fused(call: Call, input: Tensor, name: str, inplace: bool) -> Any:
+    return _recorded(call, input, lambda x: tangent_ops.activation(x.contiguous(), name, backend=call.backend), inplace)
 
 
 def tanh(call: Call, input: Tensor) -> Any:
@@ -113,11 +115,13 @@ def _softmax(call: Call, input: Tensor, output: Tensor, dim: int) -> Any:
 
 def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """y = m x, with a mask m that is drawn once;  ẏ = m ẋ."""
-    if not training or p in (0, 1) or inplace:  # at 0 and 1 torch draws nothing
+    if not training or p in (0, 1):  # at 0 and 1 torch draws nothing
         return NotImplemented
     at = call.at(input)
     output, mask = torch.native_dropout(input, p, True)
-    return output, lambda tangents: torch.ops.aten.native_dropout_backward(tangents[at], mask, 1 / (1 - p))
+    return input.copy_(output) if inplace else output, lambda tangents: torch.ops.aten.native_dropout_backward(
+        tangents[at], mask, 1 / (1 - p)
+    )
 
 
 def channel_dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

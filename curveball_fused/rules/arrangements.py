@@ -64,6 +64,23 @@ def set_item(call: Call, input: Tensor, index: Any, value: Any) -> Any:
     return input, tangent_map
 
 
+def accumulation(
+    function: Callable[..., Tensor], call: Call, input: Tensor, dim: int, index: Tensor, source: Any
+) -> Any:
+    """y ← y + what an index sends to it of b, in place, or y ← that; linear in both."""
+    if not isinstance(source, Tensor):
+        return NotImplemented
+    at_a, at_b = call.at(input), call.at(source)
+    like, indices, constant = input.detach(), call.keep(index), source.detach()
+
+    def tangent_map(tangents: Tangents) -> Tensor:
+        a, b = tangent_at(tangents, at_a), tangent_at(tangents, at_b)
+        tangent = torch.zeros_like(like) if a is None else a.clone()
+        return function(tangent, dim, indices, torch.zeros_like(constant) if b is None else b)
+
+    return function(input, dim, index, source), tangent_map
+
+
 def arrangement(function: Callable[..., Any], call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Linear in its first argument, and all others are constant: the map is the function."""
     if call.at(input) is None or not call.constant(args, list(kwargs.values())):
@@ -156,3 +173,6 @@ RULES |= {T.view: view, F.pad: padding, F.max_pool2d: max_pool}
 IN_PLACE: dict[Any, Rule] = {function: partial(total_, 1) for function in (T.add_, T.__iadd__)}
 IN_PLACE |= {function: partial(total_, -1) for function in (T.sub_, T.__isub__)}
 IN_PLACE |= {T.__setitem__: set_item}
+IN_PLACE |= {
+    function: partial(accumulation, function) for function in (T.index_add_, T.scatter_add_, T.index_copy_, T.scatter_)
+}

@@ -1,4 +1,4 @@
-"""Functions that torch itself writes in Python, followed by the functions that they call."""
+"""Functions that are followed by the functions that they are composed of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
+from torch import Tensor
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """w = g v / |v|, with a norm for each index of one dimension, or a single one for dim = -1."""
+    others = [d for d in range(v.dim()) if d != dim]
+    norm: Tensor = torch.linalg.vector_norm(v, dim=None if dim == -1 else others, keepdim=True)
+    return v * (g / norm)
+
+
+COMPOSITES: dict[Any, Callable[..., Tensor]] = {torch._weight_norm: weight_norm}
 _OVERRIDES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
