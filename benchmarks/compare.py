@@ -35,15 +35,18 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per unit of work of one alternative, and their ratio to the baseline's of the same round."""
+    """Seconds per unit of work of one alternative in each round, and their ratio to the baseline's."""
 
-    seconds: Spread
+    rounds: list[float]
     ratio: Spread
 
     def columns(self) -> dict[str, float]:
         """As columns of a table."""
-        milliseconds = Spread(1e3 * self.seconds.median, 1e3 * self.seconds.p20, 1e3 * self.seconds.p80)
-        return milliseconds.columns("ms") | self.ratio.columns("ratio")
+        return Spread.of([1e3 * seconds for seconds in self.rounds]).columns("ms") | self.ratio.columns("ratio")
+
+    def over(self, other: Timing) -> Spread:
+        """Ratio to another alternative that was timed in the same rounds."""
+        return Spread.of([a / b for a, b in zip(self.rounds, other.rounds, strict=True)])
 
 
 def compare(
@@ -71,6 +74,6 @@ def compare(
         for name, total in spent.items():
             seconds[name].append(total / (turns * units))
     return {
-        name: Timing(Spread.of(own), Spread.of([a / b for a, b in zip(own, seconds[baseline], strict=True)]))
+        name: Timing(own, Spread.of([a / b for a, b in zip(own, seconds[baseline], strict=True)]))
         for name, own in seconds.items()
     }

@@ -1,4 +1,4 @@
-"""The four networks of the benchmarks, with random data of the right shapes."""
+"""The five networks of the benchmarks, with random data of the right shapes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-VOCABULARY, CONTEXT = 96, 64
+from transformer_nets import CONTEXT, GPT, VOCABULARY, ViT
 
 
 @dataclass(frozen=True)
@@ -33,39 +32,6 @@ class Case:
         """The same network and data at every call."""
         torch.manual_seed(0)
         return self.build(), *self.data(batch or self.batch)
-
-
-class Block(nn.Module):
-    """Causal attention and a two-layer perceptron, each on a normalised residual stream."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
-        qkv = self.qkv(self.norm_1(x)).view(batch, time, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.project(attended.transpose(1, 2).reshape(batch, time, width))
-        return x + self.narrow(F.gelu(self.widen(self.norm_2(x))))
-
-
-class GPT(nn.Module):
-    """A small character-level transformer; returns one row of logits per position."""
-
-    def __init__(self, width: int = 128, blocks: int = 4, heads: int = 4) -> None:
-        super().__init__()
-        self.token, self.position = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x))).flatten(0, 1)
 
 
 class Residual(nn.Module):
@@ -132,6 +98,7 @@ def _digits(batch: int) -> tuple[Tensor, Tensor]:
 CASES = {
     "mlp": Case("MNIST MLP", mlp, _digits, 128),
     "gpt": Case("small GPT", GPT, _text, 32),
+    "vit": Case("small ViT", ViT, _images, 16),
     "basic_bn": Case("Basic+BN", basic_bn, _images, 128),
     "resnet18": Case("ResNet-18", resnet18, _images, 32),
 }

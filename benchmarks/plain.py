@@ -1,7 +1,8 @@
 """CurveBall as one writes it first: its equations in plain PyTorch, for comparison.
 
 Jacobian-vector products by double backward, each with a backward graph of its own; one torch call per parameter
-and operation; β and ρ on the host.
+and operation; β and ρ on the host. Kinder than the authors' script in one thing: for its dot products that one also
+concatenates all of Δ, and all of z, into a vector, which costs what copying them costs.
 """
 
 from __future__ import annotations

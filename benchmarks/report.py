@@ -20,6 +20,7 @@ from compare import Spread
 import curveball_fused
 
 HERE = Path(__file__).resolve().parent
+_WRITTEN = "benchmarks/results", "docs/scaling.png"  # by the benchmarks themselves
 
 
 @functools.cache
@@ -84,11 +85,15 @@ def _commit() -> str:
         return subprocess.check_output(command, cwd=HERE, stderr=subprocess.DEVNULL, text=True)
 
     try:
-        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results").strip()
+        changed = git("status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in _WRITTEN)).strip()
         commit = git("rev-parse", "--short=12", "HEAD").strip()
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT", "no commit")
     return f"{commit}, with changes" if changed else commit
+
+
+def threads_text(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,17 @@ def _text(value: object) -> str:
 def bar(ratio: Spread, most: float) -> str:
     """The text of a bar's column: by the median, with a warning where the spread reaches across the bar."""
     verdict = "met" if ratio.median <= most else "MISSED"
-    doubt = " (unsure: in the spread)" if ratio.p20 <= most < ratio.p80 else ""
-    return f"≤ {most:g}: {verdict}{doubt}"
+    return f"≤ {most:g}: {verdict}{_doubt(ratio, most)}"
+
+
+def bar_from_below(ratio: Spread, least: float) -> str:
+    """As `bar`, for what should be large."""
+    verdict = "met" if ratio.median >= least else "MISSED"
+    return f"≥ {least:g}: {verdict}{_doubt(ratio, least)}"
+
+
+def _doubt(ratio: Spread, at: float) -> str:
+    return " (unsure: in the spread)" if ratio.p20 <= at < ratio.p80 else ""
 
 
 class Report:

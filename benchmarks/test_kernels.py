@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import compare
 from pytest_benchmark.fixture import BenchmarkFixture
-from report import Report, bar, cores
+from report import Report, bar, cores, threads_text
 from torch import Tensor
 
 from curveball_fused import ops, reference
@@ -57,9 +57,9 @@ def test_update(
     }
     note = (
         "z ← (ρ-βλ) z - βr, w ← w + lr z, and z·z, which SGD does not compute, on 32M float32 in 64 tensors; "
-        f"{_threads(threads)}. All rows work on the same memory."
+        f"{threads_text(threads)}. All rows work on the same memory."
     )
-    _measure(f"update_, {_threads(threads)}", note, calls, "ops.update_", UPDATE_BAR, report, benchmark)
+    _measure(f"update_, {threads_text(threads)}", note, calls, "ops.update_", UPDATE_BAR, report, benchmark)
     assert torch.isfinite(flat[0]).all()
 
 
@@ -92,9 +92,9 @@ def test_dots(
     }
     note = (
         "z·z, z·r and r·r of two lists of 64 tensors, 32M float32 each, with sums in double precision, against "
-        f"one torch.dot, a single sum over the same memory as two flat vectors; {_threads(threads)}."
+        f"one torch.dot, a single sum over the same memory as two flat vectors; {threads_text(threads)}."
     )
-    _measure(f"dots, {_threads(threads)}", note, calls, "ops.dots, three sums", DOTS_BAR, report, benchmark)
+    _measure(f"dots, {threads_text(threads)}", note, calls, "ops.dots, three sums", DOTS_BAR, report, benchmark)
 
 
 def _measure(
@@ -132,7 +132,3 @@ def _sgd(w: list[Tensor], z: list[Tensor], r: list[Tensor]) -> torch.optim.SGD:
         p.grad = r_i
         optimizer.state[p]["momentum_buffer"] = z_i
     return optimizer
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"

@@ -9,11 +9,11 @@ import pytest
 from compare import Spread
 from nets import CASES
 from report import HERE, Report, bar
-from steps import LINEARIZED, PLAIN
+from steps import FORWARD, PLAIN
 
 BATCH, STEP_COUNT = 64, 2  # in the second step all state is there
-BARS = {"resnet18": 1.15, "gpt": 1.3}
-RUNS = {"SGD": 3, "CurveBall": 3, LINEARIZED: 3, PLAIN: 1}
+BARS = {"resnet18": 1.15, "basic_bn": 1.15, "gpt": 1.25, "vit": 1.25}
+RUNS = {"SGD": 3, "CurveBall": 3, FORWARD: 1, PLAIN: 1}
 
 
 @pytest.mark.parametrize("name", BARS)
