@@ -21,13 +21,13 @@ def dual(rule: Rule) -> Callable[..., Any]:
     """`rule` as a function of a backend and of arguments any of which may be dual.
 
     It returns `NotImplemented` for what is left to torch: autocast, which chooses dtypes call by call, the transforms of
-    torch.func, and graphs that the model itself needs.
+    torch.func, writing in place, and graphs that the model itself needs.
     """
 
     def function(backend: str, *args: Any, **kwargs: Any) -> Any:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return NotImplemented
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or kwargs.get("inplace"):
             return NotImplemented
         if any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
             return NotImplemented
@@ -45,7 +45,7 @@ def dual(rule: Rule) -> Callable[..., Any]:
 
         primals, named = [primal(a) for a in args], {key: primal(a) for key, a in kwargs.items()}
         with torch.no_grad():
-            recorded = rule(Call(places, backend, may_write=False), *primals, **named) if tangents else NotImplemented
+            recorded = rule(Call(places, backend), *primals, **named) if tangents else NotImplemented
             return recorded if recorded is NotImplemented else fwAD.make_dual(recorded[0], recorded[1](tangents))
 
     return function
@@ -54,7 +54,7 @@ def dual(rule: Rule) -> Callable[..., Any]:
 RULES: dict[Any, Callable[..., Any]] = {
     function: dual(rules.RULES[function])
     for function in (
-        F.linear, F.embedding, F.batch_norm, F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.max_pool2d,
-        F.scaled_dot_product_attention,
+        F.linear, torch.conv1d, torch.conv2d, torch.conv3d, F.embedding, F.batch_norm, F.layer_norm, F.group_norm,
+        F.rms_norm, F.relu, F.gelu, F.silu, F.softmax, F.max_pool2d, F.scaled_dot_product_attention,
     )
 }  # fmt: skip

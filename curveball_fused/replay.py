@@ -8,6 +8,7 @@ the world as the first run left it.
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -146,7 +147,8 @@ def _refuse_wrapper(module: nn.Module) -> None:
 class _Recorder(TorchFunctionMode):
     """Calls `save` on every tensor that a torch function is about to write to, unless the run itself created it.
 
-    A memory is fresh if it first shows up as the result of a call, and external if it first shows up as an argument.
+    The run created what autograd has a graph for, and a memory (`fresh`) that first showed up as the result of a call;
+    but not, whatever its graph says by now, a memory that was once saved (`external`).
     """
 
     def __init__(
@@ -166,17 +168,30 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if isinstance(kwargs.get("generator"), torch.Generator):
+        if "generator" in kwargs and isinstance(kwargs["generator"], torch.Generator):
             self._save_generator(kwargs["generator"])
-        with torch._C.DisableTorchFunction():  # reading a tensor's attributes is a torch function too
-            self._external.update({_memory(t) for t in _tensors((*args, *kwargs.values()))} - self._fresh)
-            for tensor in _tensors(_written(func, args, kwargs)):
-                if _memory(tensor) in self._external:
-                    self._save(tensor)
+        written = _written(func, args, kwargs)
+        if written:
+            with torch._C.DisableTorchFunction():  # reading a tensor's attributes is a torch function too
+                for tensor in _tensors(written):
+                    self._save_external(tensor)
         result = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            self._fresh.update({_memory(t) for t in _tensors((result,))} - self._external)
+            if not (isinstance(result, Tensor) and result.grad_fn is not None):  # that of most calls has a graph
+                self._add_fresh(result, args, kwargs)
         return result
+
+    def _save_external(self, tensor: Tensor) -> None:
+        memory = _memory(tensor)
+        if memory in self._external or (tensor.grad_fn is None and memory not in self._fresh):
+            self._external.add(memory)
+            self._save(tensor)
+
+    def _add_fresh(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A result in the memory of an argument is a view, fresh or not as that is."""
+        memories = {_memory(t) for t in _tensors((result,))}
+        if memories:
+            self._fresh |= memories - {_memory(t) for t in _tensors((*args, *kwargs.values()))}
 
 
 def _memory(tensor: Tensor) -> int:
@@ -199,8 +214,8 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
         func = getattr(func, func.overloads()[0])
     if isinstance(func, torch._ops.OpOverload):
         return _written_by_schema(func, args, kwargs)
-    name = getattr(func, "__name__", "")
     written = [kwargs["out"]] if "out" in kwargs else []
+    name = getattr(func, "__name__", "")
     if name in _NORMALISATIONS:
         # Statistics, and the affine parameters, which it does no harm to save, are vectors; the input is not.
         written += [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 1]
@@ -208,14 +223,15 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
         written.append(args[1])  # rows that are too long are rescaled in place
     elif name == "fused_moving_avg_obs_fake_quant":
         written += args
-    elif args and (
-        (name.endswith("_") and not name.endswith("__"))
-        or name in _AUGMENTED
-        or name in ("__setitem__", "__set__")
-        or kwargs.get("inplace") is True
-    ):
+    elif args and (kwargs.get("inplace") is True or _writes_to_first(name)):
         written.append(args[0])
     return written
+
+
+@functools.cache
+def _writes_to_first(name: str) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _AUGMENTED or name in ("__setitem__", "__set__")
 
 
 def _written_by_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

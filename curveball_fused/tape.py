@@ -51,19 +51,20 @@ class Tape(Decompose):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = list(tensors((args, list(kwargs.values()))))
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
+        if not torch.is_grad_enabled() or (getattr(func, "__name__", "") in _READS and func not in RULES):
             return func(*args, **kwargs)
-        if getattr(func, "__name__", "") in _READS and func not in RULES:
+        inputs = tensors((args, list(kwargs.values())))
+        if not any(t.requires_grad for t in inputs):
             return func(*args, **kwargs)
         call = Call({id(t): self._place(t) for t in inputs}, self._backend)
-        if call.constant(inputs):
+        if not any(place is not None for place in call.places.values()):
             result = func(*args, **kwargs)
             self._constant |= {id(t): weakref.ref(t) for t in tensors((result,)) if t.requires_grad}
             return result
         self._refuse(func)
         # Rules take derivatives for numbers, which complex ones need not have.
-        result = NotImplemented if any(map(torch.is_complex, inputs)) else self._by_rule(func, args, kwargs, call)
+        real = not any(t.dtype.is_complex for t in inputs)
+        result = self._by_rule(func, args, kwargs, call) if real else NotImplemented
         if result is not NotImplemented:
             return result
         inside = COMPOSITES.get(func) or without_override(func)

@@ -63,6 +63,20 @@ RULED = {
         torch.randn(2, 5, 3),
     ),
     "batch norm of the input": lambda: (nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4)), torch.randn(5, 3)),
+    "convolutions": lambda: (
+        nn.Sequential(
+            nn.Conv3d(2, 3, 2, bias=False),
+            nn.Flatten(2),
+            nn.Conv1d(3, 4, 3, 2, 1, groups=1),
+            nn.Unflatten(2, (-1, 2)),
+            nn.Conv2d(4, 4, 2, padding="same", groups=2),
+        ),
+        torch.randn(2, 2, 3, 3, 3),
+    ),
+    "activations": lambda: (
+        nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.SiLU(), nn.GELU(approximate="tanh"), nn.Linear(4, 3), nn.ReLU()),
+        torch.randn(5, 3),
+    ),
     "group norm": lambda: (nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4)), torch.randn(2, 2, 3, 3)),
 }
 
@@ -98,7 +112,7 @@ def test_every_rule_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("convolution + batch norm", "attention"):
         model, x = nets.make(name)
         products(Forward, model, x)
-    for name in ("softmax", "layer norm", "group norm", "RMS norm"):
+    for name in ("softmax", "layer norm", "group norm", "RMS norm", "convolutions", "activations"):
         products(Forward, *RULED[name]())
     products(Forward, TiedWithPadding(), torch.tensor([0, 3]))
     assert called == set(dual_rules.RULES)

@@ -41,7 +41,7 @@ class Stateful(nn.Module):
         return F.dropout(y, 0.3) * (1 + random.random()) * self.table[0] * noise + self.average
 
 
-@pytest.mark.parametrize("curvature", ["forward", "double_backward"])
+@pytest.mark.parametrize("curvature", ["linearize", "forward", "double_backward"])
 @pytest.mark.parametrize("interval", [1, 1000])
 def test_a_step_leaves_what_one_run_leaves(curvature: str, interval: int) -> None:
     model, x = Stateful().double(), torch.randn(6, 3, dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_a_value_cached_in_the_first_run_survives() -> None:
 
 
 def test_checkpointed_batch_norm_moves_its_statistics_once() -> None:
-    for curvature in ("forward", "double_backward"):
+    for curvature in ("auto", "double_backward"):
         model, x = (
             nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).double(),
             torch.randn(6, 3).double(),

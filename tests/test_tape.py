@@ -86,6 +86,16 @@ def arrangements(net: Any) -> Tensor:
     )
 
 
+def frozen() -> nn.Module:
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 2), nn.ConvTranspose2d(3, 3, 2, bias=False), nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2), nn.Flatten(),
+        nn.Linear(50, 4), nn.LayerNorm(4), nn.Linear(4, 3),
+    )  # fmt: skip
+    for p in (net[0].weight, net[1].weight, net[2].bias, net[3].weight, net[5].weight, net[6].bias, net[7].bias):
+        p.requires_grad_(False)
+    return net
+
+
 FOLLOWED: dict[str, tuple[Callable[[], nn.Module], Model]] = {
     "several results": (lambda: nn.Linear(6, 6), several),
     "in place": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2)), in_place),
@@ -139,6 +149,7 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], Model]] = {
     "arrangements": (lambda: nn.Linear(6, 6), arrangements),
     "activations in place": (lambda: nn.Linear(6, 6), written),
     "complex numbers": (lambda: nn.Linear(6, 6), complex_numbers),
+    "parts that are frozen": (frozen, lambda net: net(IMAGES)),
     "only a bias": (lambda: nn.Linear(6, 2).requires_grad_(False), lambda net: net(X) * net.bias),
 }  # fmt: skip
 

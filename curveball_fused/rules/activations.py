@@ -38,7 +38,7 @@ def elementwise(
     function: Callable[..., Tensor], call: Call, input: Tensor, *args: Any, inplace: bool = False, **kwargs: Any
 ) -> Any:
     """y = f(x);  ẏ = f'(x) ẋ, with f' by one dual number of tangent 1."""
-    if call.at(input) is None or list(tensors((args, list(kwargs.values())))):
+    if call.at(input) is None or tensors((args, list(kwargs.values()))):
         return NotImplemented
 
     def with_derivative(x: Tensor) -> Pair:
@@ -58,8 +58,6 @@ def _recorded(call: Call, input: Tensor, with_derivative: Callable[[Tensor], Pai
 
 def relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
     """y = max(x, 0);  ẏ = ẋ where y > 0."""
-    if inplace and not call.may_write:
-        return NotImplemented
     at = call.at(input)
     output = torch.relu_(input) if inplace else torch.relu(input)
     y = call.keep(output)

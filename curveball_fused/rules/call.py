@@ -7,7 +7,7 @@ handed out; or `NotImplemented`, before it has done anything, for a case that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -23,16 +23,14 @@ class Call:
     Args:
         places: where the tangent of each tensor among the arguments stands, by the tensor's identity; None: constant.
         backend: whose kernels the rules may use.
-        may_write: whether the function may write to its arguments.
 
     Attributes:
         kept: what the map reads, with the version at which it must stay.
     """
 
-    def __init__(self, places: dict[int, int | None], backend: str, may_write: bool = True) -> None:
+    def __init__(self, places: dict[int, int | None], backend: str) -> None:
         self.places = places
         self.backend = backend
-        self.may_write = may_write
         self.kept: list[tuple[Tensor, int]] = []
 
     def at(self, argument: Any) -> int | None:
@@ -49,13 +47,15 @@ class Call:
         return all(self.at(t) is None for t in tensors(arguments))
 
 
-def tensors(values: Any) -> Iterator[Tensor]:
+def tensors(values: Any) -> list[Tensor]:
     """All tensors in nested lists and tuples."""
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from tensors(value)
+            found += tensors(value)
+    return found
 
 
 def tangent_at(tangents: Tangents, place: int | None) -> Tensor | None:

@@ -44,17 +44,22 @@ def convolution(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """y = x * W + b;  ẏ = ẋ * W + x * Ẇ + ḃ."""
+    """y = x * W + b;  ẏ = ẋ * W + x * Ẇ + ḃ; a transposed convolution likewise."""
     at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
-    if at_w is None:
-        return NotImplemented
     x, w = call.keep(input), call.keep(weight)
+    output = function(input, weight, bias, *args, **kwargs)
+    shape = output.shape
 
     def tangent_map(tangents: Tangents) -> Tensor:
-        tangent = function(x, tangents[at_w], tangent_at(tangents, at_b), *args, **kwargs)
-        return tangent if at_x is None else tangent.add_(function(tangents[at_x], w, None, *args, **kwargs))
+        dx, dw, db = (tangent_at(tangents, place) for place in (at_x, at_w, at_b))
+        if dx is None and dw is None:
+            return db.view(-1, *[1] * (w.dim() - 2)).expand(shape)  # type: ignore[union-attr]
+        if dw is None:
+            return function(dx, w, db, *args, **kwargs)
+        tangent = function(x, dw, db, *args, **kwargs)
+        return tangent if dx is None else tangent.add_(function(dx, w, None, *args, **kwargs))
 
-    return function(input, weight, bias, *args, **kwargs), tangent_map
+    return output, tangent_map
 
 
 def product(function: Callable[[Tensor, Any], Tensor], call: Call, input: Any, other: Any) -> Any:
@@ -111,7 +116,13 @@ def embedding(
 
 
 RULES: dict[Any, Rule] = {F.linear: linear, F.embedding: embedding}
-RULES |= {function: partial(convolution, function) for function in (torch.conv1d, torch.conv2d, torch.conv3d)}
+RULES |= {
+    function: partial(convolution, function)
+    for function in (
+        torch.conv1d, torch.conv2d, torch.conv3d,
+        torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+    )
+}  # fmt: skip
 RULES |= {
     function: partial(product, torch.matmul)
     for function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.mm)
