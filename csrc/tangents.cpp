@@ -144,7 +144,7 @@ Tensor batch_norm_tangent_cpu(Tensor dx, Tensor x, Tensor mean, Tensor rstd, std
   // Blocks of rows that don't depend on the threads, so that neither do the sums.
   const int64_t rows = batch * arguments.plane, block = std::max<int64_t>(1, cpu::kBlockSize / channels);
   const int64_t blocks = (rows + block - 1) / block;
-  std::vector<double> sums(2 * channels);
+  std::vector<double> means(2 * channels);
   if (training) {
     std::vector<double> partial(blocks * 2 * channels);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
@@ -153,10 +153,11 @@ Tensor batch_norm_tangent_cpu(Tensor dx, Tensor x, Tensor mean, Tensor rstd, std
                                        &partial[b * 2 * channels]);
       }
     });
-    for (size_t i = 0; i < partial.size(); i++) sums[i % (2 * channels)] += partial[i];
+    for (size_t i = 0; i < partial.size(); i++) means[i % (2 * channels)] += partial[i];
+    for (double& mean : means) mean /= static_cast<double>(rows);
   }
   torch::stable::parallel_for(0, rows, block, [&](int64_t from, int64_t to) {
-    kernels.batch_norm_rows[dtype](arguments, from, to, sums.data());
+    kernels.batch_norm_rows[dtype](arguments, from, to, means.data());
   });
   return dy;
 }

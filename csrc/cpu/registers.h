@@ -43,14 +43,12 @@ CURVEBALL_LANES Vector read_some(const T* p, int64_t n) {
   return v;
 }
 
-// e^(x + correction) for |correction| < 0.1, to 2 units in the last place; zero below the smallest number, NaN of NaN.
-// With n = round(x / ln 2) and r = x - n ln 2 + correction: 2^n (1 + r + r^2 p(r)). ln 2 is split, so that the product
-// of n and its upper part is exact. 2^n in two factors reaches the subnormal numbers.
+// e^(x + correction) for -150 < x < 89 and |correction| < 0.1, to 2 units in the last place; zero below the smallest
+// number, NaN of NaN. With n = round(x / ln 2) and r = x - n ln 2 + correction: 2^n (1 + r + r^2 p(r)). ln 2 is split,
+// so that the product of n and its upper part is exact. 2^n in two factors reaches the subnormal numbers.
 CURVEBALL_LANES Register<float> exponential(Register<float> x, Register<float> correction = splat(0.0f)) {
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kRounder = 0x1.8p23f;  // sums with it have no bits after the point
-  x = x < -105.0f ? splat(-105.0f) : x;
-  x = x > 89.0f ? splat(89.0f) : x;
   const Register<float> rounded = x * kLog2E + kRounder, n = rounded - kRounder;
   const Register<float> r = ((x - n * kLn2High) - n * kLn2Low) + correction;
   const Register<float> p =

@@ -34,7 +34,7 @@ using BatchNormPlanes = void (*)(const BatchNormArguments& arguments, int64_t be
 // Where channels are last, rows begin to end of [batch plane, channels]: adds up dx and (x - mean) dx into [2,
 // channels]; and, given such sums over all rows, writes the tangents.
 using BatchNormSums = void (*)(const BatchNormArguments& arguments, int64_t begin, int64_t end, double* sums);
-using BatchNormRows = void (*)(const BatchNormArguments& arguments, int64_t begin, int64_t end, const double* sums);
+using BatchNormRows = void (*)(const BatchNormArguments& arguments, int64_t begin, int64_t end, const double* means);
 
 // One table per instruction set; only [kFloat32] and [kFloat64] are offered.
 struct TangentKernels {
