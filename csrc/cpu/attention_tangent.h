@@ -28,7 +28,7 @@ static_assert(kTile <= kMostTiled, "the scratch memory is for fewer queries");
 // The parts of the scratch memory.
 template <typename T>
 struct AttentionScratch {
-  T* keys;     // [depth, 2, kKeyBlock]: k and dk, transposed
+  T* keys;     // [kKeyBlock / kWidth, depth, 2, kWidth]: k and dk, a register of keys side by side
   T* values;   // [kKeyBlock, 2, padded width]: v and dv
   T* queries;  // [kTile, depth, 2]: q and dq
   T* scores;   // [kTile, 2, kKeyBlock]: S and dS, then P and P dS
@@ -90,9 +90,9 @@ template <typename T, int kQueries>
 void score_tile(const AttentionScratch<T>& s, int64_t depth, int64_t keys) {
   for (int64_t j = 0; j < keys; j += kWidth<T>) {
     Register<T> score[kQueries] = {}, tangent[kQueries] = {};
-    const T *k = s.keys + j, *q = s.queries;
-    for (int64_t d = 0; d < depth; d++, k += 2 * kKeyBlock, q += 2) {
-      const Register<T> key = read<Register<T>>(k), dkey = read<Register<T>>(k + kKeyBlock);
+    const T *k = s.keys + 2 * j * depth, *q = s.queries;
+    for (int64_t d = 0; d < depth; d++, k += 2 * kWidth<T>, q += 2) {
+      const Register<T> key = read<Register<T>>(k), dkey = read<Register<T>>(k + kWidth<T>);
 #pragma GCC unroll 8
       for (int i = 0; i < kQueries; i++) {
         const Register<T> query = splat(q[2 * i * depth]), dquery = splat(q[2 * i * depth + 1]);
@@ -221,23 +221,28 @@ void tile_of(int64_t queries, const AttentionArguments& a, const AttentionScratc
   tile<T, kQueries>(a, s, at);
 }
 
-// Keys side by side, values in rows, with zeros up to whole registers.
+// to[i kWidth + j] = from[j][i]: the first `columns` elements of at most kWidth rows, zeros for those that are missing.
+template <typename T>
+void transpose(const AttentionTensor& t, const T* from, int64_t rows, int64_t columns, T* to) {
+  for (int64_t j = 0; j < kWidth<T>; j++) {
+    for (int64_t i = 0; i < columns; i++) to[2 * i * kWidth<T> + j] = j < rows ? from[j * t.row + i] : 0;
+  }
+}
+
+// A register of keys side by side, values in rows, with zeros up to whole registers.
 template <typename T>
 void pack(const AttentionArguments& a, const AttentionScratch<T>& s, const TilePlace& at) {
-  const int64_t padded = padded_width(a.width), whole = (at.keys + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+  const int64_t padded = padded_width(a.width);
+  for (int64_t j = 0; j < at.keys; j += kWidth<T>) {
+    T* const keys = s.keys + 2 * j * a.depth;
+    transpose(a.k, row_of<T>(a.k, at.batch, at.head, at.key + j), at.keys - j, a.depth, keys);
+    transpose(a.dk, row_of<T>(a.dk, at.batch, at.head, at.key + j), at.keys - j, a.depth, keys + kWidth<T>);
+  }
   for (int64_t j = 0; j < at.keys; j++) {
-    const T *k = row_of<T>(a.k, at.batch, at.head, at.key + j), *dk = row_of<T>(a.dk, at.batch, at.head, at.key + j);
-    for (int64_t d = 0; d < a.depth; d++) {
-      s.keys[2 * d * kKeyBlock + j] = k[d];
-      s.keys[(2 * d + 1) * kKeyBlock + j] = dk[d];
-    }
     T* const v = s.values + 2 * j * padded;
     memset(v, 0, 2 * padded * sizeof(T));
     memcpy(v, row_of<T>(a.v, at.batch, at.head, at.key + j), a.width * sizeof(T));
     memcpy(v + padded, row_of<T>(a.dv, at.batch, at.head, at.key + j), a.width * sizeof(T));
-  }
-  for (int64_t d = 0; d < 2 * a.depth; d++) {
-    for (int64_t j = at.keys; j < whole; j++) s.keys[d * kKeyBlock + j] = 0;
   }
 }
 

@@ -31,9 +31,10 @@ typedef int32_t IntRegister __attribute__((vector_size(kRegisterBytes)));
 template <typename T>
 constexpr int64_t kWidth = kRegisterBytes / static_cast<int64_t>(sizeof(T));
 
+// x - 0 is x, -0 included, and compiles to a broadcast alone.
 template <typename T>
 CURVEBALL_LANES Register<T> splat(T x) {
-  return Register<T>{} + x;
+  return x - Register<T>{};
 }
 
 template <typename Vector, typename T>
