@@ -144,7 +144,7 @@ Tensor batch_norm_tangent_cpu(Tensor dx, Tensor x, Tensor mean, Tensor rstd, std
   // Blocks of rows that don't depend on the threads, so that neither do the sums.
   const int64_t rows = batch * arguments.plane, block = std::max<int64_t>(1, cpu::kBlockSize / channels);
   const int64_t blocks = (rows + block - 1) / block;
-  std::vector<double> sums(2 * channels);
+  std::vector<double> means(2 * channels);
   if (training) {
     std::vector<double> partial(blocks * 2 * channels);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t from, int64_t to) {
@@ -153,12 +153,62 @@ Tensor batch_norm_tangent_cpu(Tensor dx, Tensor x, Tensor mean, Tensor rstd, std
                                        &partial[b * 2 * channels]);
       }
     });
-    for (size_t i = 0; i < partial.size(); i++) sums[i % (2 * channels)] += partial[i];
+    for (size_t i = 0; i < partial.size(); i++) means[i % (2 * channels)] += partial[i];
+    for (double& mean : means) mean /= static_cast<double>(rows);
   }
   torch::stable::parallel_for(0, rows, block, [&](int64_t from, int64_t to) {
-    kernels.batch_norm_rows[dtype](arguments, from, to, sums.data());
+    kernels.batch_norm_rows[dtype](arguments, from, to, means.data());
   });
   return dy;
+}
+
+// ---------------------------------------------------------------------------------------------- attention
+
+// A tensor of the given sizes whose last dimension is contiguous.
+cpu::AttentionTensor attention_tensor(const Tensor& t, const char* name, DType dtype, std::vector<int64_t> sizes,
+                                      bool contiguous = true) {
+  check_dtype(t, name, dtype);
+  const auto own = t.sizes();
+  STD_TORCH_CHECK(own.size() == 4 && std::equal(sizes.begin(), sizes.end(), own.begin()), name,
+                  " must have the sizes [", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], "].");
+  STD_TORCH_CHECK(!contiguous || sizes[3] <= 1 || t.stride(3) == 1, name,
+                  " must be contiguous in its last dimension: call .contiguous() on it first.");
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+Tensor attention_tangent_cpu(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k, Tensor v, Tensor out,
+                             std::optional<Tensor> mask, bool is_causal, double scale) {
+  const DType dtype = working_dtype(q, "q");
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, rows, columns].");
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2), depth = q.size(3),
+                width = v.size(3);
+  Tensor result = torch::stable::new_empty(q, {batch, queries, heads, width});
+  const auto tensor = [&](const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+    return attention_tensor(t, name, dtype, {batch, heads, rows, columns});
+  };
+  cpu::AttentionArguments arguments{};
+  arguments.dq = tensor(dq, "dq", queries, depth), arguments.q = tensor(q, "q", queries, depth);
+  arguments.dk = tensor(dk, "dk", keys, depth), arguments.k = tensor(k, "k", keys, depth);
+  arguments.dv = tensor(dv, "dv", keys, width), arguments.v = tensor(v, "v", keys, width);
+  arguments.out = tensor(out, "out", queries, width);
+  if (mask) arguments.mask = attention_tensor(*mask, "mask", dtype, {batch, heads, queries, keys}, false);
+  arguments.result = result.mutable_data_ptr();
+  arguments.batch = batch, arguments.heads = heads, arguments.queries = queries, arguments.keys = keys;
+  arguments.depth = depth, arguments.width = width;
+  arguments.is_causal = is_causal, arguments.scale = scale;
+
+  const cpu::AttentionBlock work = tangent_kernels().attention[dtype];
+  const int64_t blocks = (queries + cpu::kQueryBlock - 1) / cpu::kQueryBlock;
+  const int64_t products = std::min(queries, cpu::kQueryBlock) * keys * (depth + width);
+  const int64_t grain = std::max<int64_t>(1, cpu::kBlockSize / std::max<int64_t>(1, products));
+  torch::stable::parallel_for(0, batch * heads * blocks, grain, [&](int64_t from, int64_t to) {
+    std::vector<char> scratch(cpu::attention_scratch(depth, width) * bytes(dtype));
+    for (int64_t i = from; i < to; i++) {
+      const int64_t block = i % blocks, head = i / blocks % heads, begin = block * cpu::kQueryBlock;
+      work(arguments, i / blocks / heads, head, begin, std::min(queries, begin + cpu::kQueryBlock), scratch.data());
+    }
+  });
+  return torch::stable::transpose(result, 1, 2);
 }
 
 }  // namespace
@@ -166,6 +216,7 @@ Tensor batch_norm_tangent_cpu(Tensor dx, Tensor x, Tensor mean, Tensor rstd, std
 
 STABLE_TORCH_LIBRARY_IMPL(curveball_fused, CPU, m) {
   m.impl("activation", TORCH_BOX(&curveball::activation_cpu));
+  m.impl("attention_tangent", TORCH_BOX(&curveball::attention_tangent_cpu));
   m.impl("batch_norm_tangent", TORCH_BOX(&curveball::batch_norm_tangent_cpu));
   m.impl("layer_norm_tangent", TORCH_BOX(&curveball::layer_norm_tangent_cpu));
 }

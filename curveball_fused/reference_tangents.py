@@ -78,8 +78,8 @@ def attention_tangent(
         scores = scores.masked_fill(later, -math.inf)
     p = torch._safe_softmax(scores, -1) if scores.numel() else scores
     p_ds = p * (scale * (dq @ k.mT + q @ dk.mT))
-    tangent = (p_ds @ v + p @ dv - p_ds.sum(-1, keepdim=True) * out).to(dtype)
-    return tangent.transpose(1, 2).contiguous().transpose(1, 2)
+    tangent = p_ds @ v + p @ dv - p_ds.sum(-1, keepdim=True) * out
+    return tangent.new_empty(tangent.transpose(1, 2).shape, dtype=dtype).transpose(1, 2).copy_(tangent)
 
 
 def activation(x: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,54 @@ def batch_norm_tangent(
 
 
 @torch.no_grad()
+def attention_tangent(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """The tangent of scaled dot-product attention, out = P v with P = softmax(S) and S = scale q kᵀ + mask.
+
+    Ȯ_i = Σ_j P_ij (Ṡ_ij v_j + v̇_j) - (Σ_j P_ij Ṡ_ij) out_i, with Ṡ = scale (q̇ kᵀ + q k̇ᵀ): one pass over the keys, and no
+    matrix of scores in memory. A row that is masked throughout is zero.
+
+    Args:
+        dq, q: `[B, H, T, D]`; dk, k: `[B, H, S, D]`; dv, v: `[B, H, S, E]`; any strides, the last dimension contiguous.
+        out: what the attention returned, `[B, H, T, E]`, likewise.
+        mask: what is added to the scores, `[B, H, T, S]`, any strides, also those of an expanded tensor.
+        is_causal: query i sees the keys up to i.
+
+    Returns:
+        Ȯ, `[B, H, T, E]`, which lies in memory as `[B, T, H, E]`.
+    """
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError("q, k and v must be [B, H, T, D], [B, H, S, D] and [B, H, S, E].")
+    (batch, heads, queries, depth), keys, width = q.shape, k.shape[2], v.shape[3]
+    shapes = (batch, heads, queries, depth), (batch, heads, keys, depth), (batch, heads, keys, width)
+    for name, t, shape in zip(
+        ("q", "k", "v", "dq", "dk", "dv", "out"),
+        (q, k, v, dq, dk, dv, out),
+        (*shapes, *shapes, (batch, heads, queries, width)),
+        strict=True,
+    ):
+        _check_shape(q, name, t, shape)
+        if t.shape[3] > 1 and t.stride(3) != 1:
+            raise ValueError(f"{name} is not contiguous in its last dimension: call .contiguous() on it first.")
+    if mask is not None:
+        _check_shape(q, "mask", mask, (batch, heads, queries, keys))
+    result: Tensor = _kernels(backend, q).attention_tangent(dq, dk, dv, q, k, v, out, mask, is_causal, scale)
+    return result
+
+
+@torch.no_grad()
 def activation(x: Tensor, name: str, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """y = f(x) and f'(x), each of x's shape, for the function of that name: "gelu", "gelu_tanh" or "silu".
 
@@ -122,6 +170,12 @@ def _check_like(x: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name} is laid out differently in memory from x: copy it into a torch.empty_like(x).")
 
 
+def _check_shape(q: Tensor, name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    if t.shape != shape or t.dtype != q.dtype or t.device != q.device:
+        wanted = f"{q.dtype}{list(shape)} on {q.device}"
+        raise ValueError(f"{name} must be {wanted}, to fit q, k and v; it is {t.dtype}{list(t.shape)} on {t.device}.")
+
+
 def _check_vectors(x: Tensor, dtype: torch.dtype, size: int, **vectors: Tensor | None) -> None:
     for name, t in vectors.items():
         if t is None or (t.shape == (size,) and t.dtype == dtype and t.device == x.device and t.is_contiguous()):
@@ -149,6 +203,11 @@ if backends.has_operators():
     @torch.library.register_fake("curveball_fused::batch_norm_tangent")
     def _(dx, x, mean, rstd, weight, dweight, dbias, training):  # type: ignore[no-untyped-def]
         return torch.empty_like(x)
+
+    @torch.library.register_fake("curveball_fused::attention_tangent")
+    def _(dq, dk, dv, q, k, v, out, mask, is_causal, scale):  # type: ignore[no-untyped-def]
+        batch, heads, queries, _ = q.shape
+        return q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
 
     @torch.library.register_fake("curveball_fused::activation")
     def _(x, name):  # type: ignore[no-untyped-def]

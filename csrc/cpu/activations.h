@@ -76,12 +76,14 @@ CURVEBALL_LANES Logistic<Value> logistic(Value e, Value sign) {
   return {sign < 0 ? smaller : larger, sign < 0 ? larger : smaller};
 }
 
-CURVEBALL_LANES double exponential(double x) { return exp(x); }
+// e^-|x|.
+CURVEBALL_LANES double falling(double x) { return exp(-fabs(x)); }
+CURVEBALL_LANES Register<float> falling(Register<float> x) { return exponential(-at_most(magnitude(x), 110.0f)); }
 
 // y = x s(x);  y' = s(x) + y (1 - s(x)).
 template <typename Value>
 Activated<Value> silu(Value x) {
-  const Logistic<Value> s = logistic(exponential(-magnitude(x)), x);
+  const Logistic<Value> s = logistic(falling(x), x);
   const Value y = x * s.below;
   return {y, s.below + y * s.above};
 }
@@ -96,10 +98,10 @@ CURVEBALL_LANES Value cubic(Value x) {
 
 CURVEBALL_LANES double exponential_of_cubic(double t) { return exp(-cubic(t)); }
 
-// The exponent is large where the result is small: float32 would lose its digits there.
+// The exponent is large where the result is small: float32 would lose its digits there. Beyond 12 the result is zero.
 CURVEBALL_LANES Register<float> exponential_of_cubic(Register<float> t) {
   typedef double Wide __attribute__((vector_size(2 * kRegisterBytes)));
-  const Wide a = -cubic(__builtin_convertvector(t, Wide));
+  const Wide a = -cubic(__builtin_convertvector(at_most(t, 12.0f), Wide));
   const Register<float> upper = __builtin_convertvector(a, Register<float>);
   return exponential(upper, __builtin_convertvector(a - __builtin_convertvector(upper, Wide), Register<float>));
 }

@@ -54,23 +54,29 @@ struct Whole {};
 
 template <typename T>
 CURVEBALL_LANES Round<T> load_round(const T* p, Whole) {
-  return read<Round<T>>(p);
+  Round<T> round;
+  for (int64_t i = 0; i < Round<T>::kRegisters; i++) round.registers[i] = read<Register<T>>(p + i * kWidth<T>);
+  return round;
 }
 
 // Padded with zeros.
 template <typename T>
 CURVEBALL_LANES Round<T> load_round(const T* p, int64_t count) {
-  return read_some<Round<T>>(p, count);
+  T padded[kRound] = {};
+  memcpy(padded, p, count * sizeof(T));
+  return load_round(padded, Whole{});
 }
 
 template <typename T>
 CURVEBALL_LANES void store_round(T* p, const Round<T>& round, Whole) {
-  write(p, round);
+  for (int64_t i = 0; i < Round<T>::kRegisters; i++) write(p + i * kWidth<T>, round.registers[i]);
 }
 
 template <typename T>
 CURVEBALL_LANES void store_round(T* p, const Round<T>& round, int64_t count) {
-  memcpy(p, &round, count * sizeof(T));
+  T padded[kRound];
+  store_round(padded, round, Whole{});
+  memcpy(p, padded, count * sizeof(T));
 }
 
 // Calls step(i, count) for elements begin to end, a round at a time.

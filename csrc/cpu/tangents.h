@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activations.h"
+#include "attention_tangent.h"
 #include "batch_norm_tangent.h"
 #include "kernels.h"
 #include "layer_norm_tangent.h"
@@ -24,6 +25,8 @@ constexpr Kernels with_tangents(Kernels k) {
   k.tangents.batch_norm_sums[kFloat64] = batch_norm_sums<double>;
   k.tangents.batch_norm_rows[kFloat32] = batch_norm_rows<float>;
   k.tangents.batch_norm_rows[kFloat64] = batch_norm_rows<double>;
+  k.tangents.attention[kFloat32] = attention_block<float>;
+  k.tangents.attention[kFloat64] = attention_block<double>;
   return k;
 }
 
