@@ -2,8 +2,8 @@
 
     S_ij = scale q_i.k_j + mask_ij,   P = softmax_j(S),   dS_ij = scale (dq_i.k_j + q_i.dk_j)
     dout_i = Σ_j P_ij (dS_ij v_j + dv_j) - (Σ_j P_ij dS_ij) out_i
-A program has a block of queries and walks over blocks of keys once, with a running maximum of S as flash attention does:
-the three sums, of exp(S - maximum) and of its products with dS and with dS v + dv, are kept relative to it.
+A program has a block of queries and walks over blocks of keys once, with a running maximum of S as flash attention
+does: the three sums, of exp(S - maximum) and of its products with dS and with dS v + dv, are kept relative to it.
 
 Sums are in float32, products of float32 in full precision; all is in float64 for float64.
 """
@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .triton_solve import as_double
 from .triton_sums import TYPES, arithmetic
-
-WIDEST = 128  # of q and k at a time, and of v for a program
 
 
 @triton.jit
@@ -75,13 +73,19 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A program takes M queries of a head and BLOCK_E columns of its result, N keys and BLOCK_D of their D at a time."""
+    """A program takes M queries of a head and BLOCK_E columns of the result; N keys, and BLOCK_D of D, at a time."""
     program, blocks = tl.program_id(0), tl.cdiv(queries, M)
     first = (blocks - 1 - program % blocks) * M  # the last queries, which see the most keys, begin first
     head, piece = program // blocks // tl.cdiv(E, BLOCK_E), program // blocks % tl.cdiv(E, BLOCK_E)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    dq, q, dk, k = _head(dq, dq_strides, b, h), _head(q, q_strides, b, h), _head(dk, dk_strides, b, h), _head(k, k_strides, b, h)
-    dv, v, out, dout = _head(dv, dv_strides, b, h), _head(v, v_strides, b, h), _head(out, out_strides, b, h), _head(dout, dout_strides, b, h)
+    dq = _head(dq, dq_strides, b, h)
+    dk = _head(dk, dk_strides, b, h)
+    dv = _head(dv, dv_strides, b, h)
+    q = _head(q, q_strides, b, h)
+    k = _head(k, k_strides, b, h)
+    v = _head(v, v_strides, b, h)
+    out = _head(out, out_strides, b, h)
+    dout = _head(dout, dout_strides, b, h)
 
     i = first.to(tl.int64) + tl.arange(0, M)[:, None]
     lane, column = tl.arange(0, BLOCK_D)[None, :], piece * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
@@ -104,7 +108,7 @@ def attention_kernel(
         dk_block = tl.trans(_load(dk, dk_strides[2], rows, keys, lane, D, PADDED_D))
         scores = _dot(q_block, k_block, tl.zeros((M, N), A))
         d_scores = _dot(q_block, dk_block, _dot(dq_block, k_block, tl.zeros((M, N), A)))
-        for begin in tl.static_range(BLOCK_D, D, BLOCK_D):
+        for begin in range(BLOCK_D, D, BLOCK_D):
             further = begin + lane
             q_more = _load(q, q_strides[2], i, queries, further, D, PADDED_D)
             dq_more = _load(dq, dq_strides[2], i, queries, further, D, PADDED_D)
@@ -153,9 +157,9 @@ def attention_tangent(
 ) -> Tensor:
     """dout [B, H, T, E], in memory [B, T, H, E], for out = F.scaled_dot_product_attention(q, k, v, mask).
 
-    q, dq [B, H, T, D]; k, dk [B, H, S, D]; v, dv [B, H, S, E]; out [B, H, T, E]; of one dtype, with any strides but 1 for
-    the last dimension. mask: None or added to the scores, floating-point, expanded to [B, H, T, S]. is_causal hides
-    keys j > i. A query for which all keys are masked gives zero.
+    q, dq [B, H, T, D]; k, dk [B, H, S, D]; v, dv [B, H, S, E]; out [B, H, T, E]; of one dtype, the last dimension
+    contiguous, the others of any strides. mask: None, or what is added to the scores, floating-point and expanded to
+    [B, H, T, S]. is_causal hides keys j > i. A query for which all keys are masked gives zero.
     """
     batch, heads, queries, d = q.shape
     dout = q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
@@ -183,7 +187,13 @@ def attention_tangent(
 
 
 def shape_of(d: int, e: int, bytes: int) -> dict[str, int]:
-    """Sizes of blocks, warps and stages by D, E and the size of an element."""
-    block_d, block_e = (min(max(triton.next_power_of_2(width), 16), WIDEST) for width in (d, e))
-    n = 64 if bytes == 2 else 32
-    return dict(M=64 if bytes == 2 else 32, N=n, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=4, num_stages=2)
+    """Sizes of blocks, warps and stages by D, E and the size of an element: what the registers hold, and the shared
+    memory of each GPU, at least 99 KiB."""
+    width_d, width_e = (max(triton.next_power_of_2(width), 16) for width in (d, e))
+    if bytes == 2:
+        block_d, block_e = width_d if width_d <= 128 else 64, min(width_e, 128)
+        warps = 4 if max(block_d, block_e) <= 64 else 8
+        return dict(M=64, N=32, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=warps, num_stages=2)
+    # Without tensor cores each thread holds its operands for the whole of the dimension that is summed over.
+    size, widest, warps = (32, 64, 8) if bytes == 4 else (16, 32, 4)
+    return dict(M=size, N=size, BLOCK_D=min(width_d, 32), BLOCK_E=min(width_e, widest), num_warps=warps, num_stages=2)
