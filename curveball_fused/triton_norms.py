@@ -23,6 +23,7 @@ from .triton_sums import SUM_BLOCK, SUM_WARPS, TYPES, arithmetic
 
 LONGEST = 8192  # elements of a row that is kept in registers
 TILE = 2048  # elements at a time of rows that are shorter or longer, and of channels
+WARPS = 4  # for one, at least
 COLUMNS = 64  # channels side by side, where the channel is the last dimension
 PROGRAMS = 1024  # over channels, unless that leaves them fewer tiles than
 STEPS = 8
@@ -32,11 +33,7 @@ TERMS = tl.constexpr(16)  # added up in the arithmetic's dtype before they join 
 @triton.jit
 def _load(tensor, offsets, mask, A: tl.constexpr):
     """Values in A, zero where the mask is not set; or None of None."""
-    if tensor is None:
-        values = None
-    else:
-        values = tl.load(tensor + offsets, mask, other=0.0).to(A)
-    return values
+    return None if tensor is None else tl.load(tensor + offsets, mask, other=0.0).to(A)
 
 
 @triton.jit
@@ -167,7 +164,7 @@ def rows_of(length: int) -> dict[str, int]:
     block = triton.next_power_of_2(length)
     if block > LONGEST:
         return dict(ROWS=1, BLOCK=TILE, WHOLE=False, num_warps=8)
-    return dict(ROWS=max(TILE // block, 1), BLOCK=block, WHOLE=True, num_warps=max(block // 512, 4))
+    return dict(ROWS=max(TILE // block, 1), BLOCK=block, WHOLE=True, num_warps=max(block // 512, WARPS))
 
 
 def _units(length: int, x: Tensor) -> dict[str, int]:
@@ -193,12 +190,9 @@ def _tile(tile, group, rows, planes, length, ROWS: tl.constexpr, COLS: tl.conste
 
 @triton.jit
 def _over_channel(lanes, LAST: tl.constexpr):
-    """[rows, columns] summed to [1, channels of a group]."""
-    if LAST:
-        result = tl.sum(lanes, 0)[None, :]
-    else:
-        result = tl.sum(tl.sum(lanes, 0)[None, :], 1)[:, None]
-    return result
+    """[rows, columns] summed to [1, channels of a group], in float64."""
+    sums = tl.sum(lanes.to(tl.float64), 0)[None, :]
+    return sums if LAST else tl.sum(sums, 1)[:, None]
 
 
 @triton.jit(do_not_specialize=["rows", "planes", "units", "tiles", "parts", "count"])
@@ -242,15 +236,16 @@ def batch_norm_kernel(
 
     t_mean, product_mean = None, None
     if TRAINING and sums is None:
-        t_sums, product_sums = tl.zeros((ROWS, COLS), tl.float64), tl.zeros((ROWS, COLS), tl.float64)
+        t_sum = tl.zeros(channel.shape, tl.float64)
+        product_sum = tl.zeros(channel.shape, tl.float64)
         for start in range(part, tiles, parts * TERMS):
             tangents, products = tl.zeros((ROWS, COLS), A), tl.zeros((ROWS, COLS), A)
             for tile in range(start, tl.minimum(start + parts * TERMS, tiles), parts):
                 offsets, inside = _tile(tile, group, rows, planes, length, ROWS, COLS, LAST)
                 x_hat, t = _normalised(x, dx, offsets, inside, m, r, A)
                 tangents, products = tangents + t, products + x_hat * t
-            t_sums, product_sums = t_sums + tangents.to(tl.float64), product_sums + products.to(tl.float64)
-        t_sum, product_sum = _over_channel(t_sums, LAST), _over_channel(product_sums, LAST)
+            t_sum += _over_channel(tangents, LAST)
+            product_sum += _over_channel(products, LAST)
         if dy is None:
             tl.store(partials + channel * parts + part, t_sum, known)
             tl.store(partials + (channels + channel) * parts + part, product_sum, known)
@@ -317,7 +312,7 @@ def batch_norm_tangent(
             COLS=columns,
             LAST=last,
             TRAINING=training,
-            num_warps=4,
+            num_warps=WARPS,
             enable_fp_fusion=True,
         )
 

@@ -1,0 +1,9 @@
+"""The tangent operators in Triton: what a map of the tape needs of a function in one fused pass."""
+
+from __future__ import annotations
+
+from .triton_activations import activation
+from .triton_attention import attention_tangent
+from .triton_norms import batch_norm_tangent, layer_norm_tangent
+
+__all__ = ["activation", "attention_tangent", "batch_norm_tangent", "layer_norm_tangent"]

@@ -1,0 +1,217 @@
+"""The Triton kernels as the launchers call them: types, constants, options; and what is asked of the machine code."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+from curveball_fused import (
+    triton_activations,
+    triton_attention,
+    triton_cross_entropy,
+    triton_kernels,
+    triton_losses,
+    triton_norms,
+    triton_rows,
+    triton_solve,
+    triton_sums,
+)
+
+TYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
+
+
+class Kernel(NamedTuple):
+    """What to compile: types by parameter (others are None), and the launcher's options.
+
+    The type of strides is a tuple, in which "1" stands for the number. `vectors` is how many 128-bit loads and stores a
+    thread needs for all operands of the hot loops, if there are any; or of the whole code, if that is `straight`.
+    """
+
+    name: str
+    function: Any
+    types: dict[str, str | tuple[str, ...]]
+    constants: dict[str, Any]
+    warps: int
+    vectors: tuple[int, int] = (0, 0)
+    straight: bool = False
+    stages: int = 3
+
+    @property
+    def registers(self) -> int:
+        """The bound. 80 lets a multiprocessor of 65536 registers run three programs of 8 warps at once, 128 two."""
+        if self.name.startswith(("update_", "dots")):
+            return 128 if "fp64" in self.name.split()[1] else 80
+        return 255 if "attention" in self.name or "_norm fp64" in self.name else 144
+
+    @property
+    def may_spill(self) -> bool:
+        """A few values, outside the hot loops: ptxas does so to fit one more warp."""
+        return any(name in self.name for name in ("mse", "bce", "cross_entropy", "batch_norm", "attention"))
+
+    @property
+    def fused(self) -> bool:
+        """Whether the launcher allows fused multiply-add: where many elements are worked on."""
+        return self.vectors != (0, 0) or "cross_entropy" in self.name
+
+
+def kernels() -> list[Kernel]:
+    """Every kernel, those over many elements in several dtypes."""
+    scalar = dict(scalars="*fp64", new="*fp64")
+    doubles = dict.fromkeys(("low", "high", "factor", "minimum", "maximum", "beta", "rho", "lr"), "fp64")
+    found = [
+        Kernel("solve", triton_solve.solve_kernel, scalar | doubles | dict(loss="*fp32", products="*fp64"),
+               dict(BETA_FIXED=False, RHO_FIXED=False), 1),
+        Kernel("adapt_damping", triton_solve.adapt_damping_kernel, scalar | doubles | dict(new_loss="*fp32"), {}, 1),
+        Kernel("finish update_", triton_kernels.finish_update_kernel,
+               scalar | dict(partials="*fp64", bounds="*i64", lr="*fp64", groups="i32"),
+               dict(BLOCK=triton_sums.SUM_BLOCK), triton_kernels.WARPS),
+        Kernel("finish dots", triton_kernels.finish_dots_kernel, dict(partials="*fp64", count="i32", result="*fp64"),
+               dict(BLOCK=triton_sums.SUM_BLOCK), triton_kernels.WARPS),
+        Kernel("finish loss", triton_sums.finish_kernel,
+               dict(partials="*fp64", count="i32", divisor="*fp64", sign="fp64", loss="*fp64", result="*fp64"),
+               dict(BLOCK=triton_sums.SUM_BLOCK), triton_sums.SUM_WARPS),
+        Kernel("cross_entropy D", triton_rows.divisor_kernel,
+               dict(target="*i64", divisors="*fp64", n="i64", classes="i32", ignore_index="i32"),
+               dict(A=tl.float32, BLOCK=1024), 4),
+    ]  # fmt: skip
+    for dtypes in ("fp32 fp32 fp32", "bf16 fp32 bf16", "fp16 fp32 fp32", "fp64 fp64 fp64"):
+        found.append(_update(*dtypes.split()))
+    for dtypes in ("fp32 fp32", "fp32 bf16", "fp64 fp64"):
+        found.append(_dots(*dtypes.split()))
+    for x in ("bf16", "fp32"):
+        for second in (False, True):
+            found += [_loss(x, second, bce) for bce in (False, True)]
+            found += [_cross_entropy(x, second, classes) for classes in (10, 50257)]
+    for x in ("bf16", "fp32"):
+        found += [_layer_norm(x, length) for length in (64, 768, 4096, 16384)]
+        found += [_batch_norm(x, what, last) for what in ("sums", "dy", "both") for last in (False, True)]
+        found += [_attention(x, width) for width in (64, 128, 256)]
+        found += [_activation(x, name) for name in ("gelu", "gelu_tanh", "silu")]
+    found += [_layer_norm("fp64", 768), _batch_norm("fp64", "both", False), _batch_norm("fp64", "both", True)]
+    return [*found, _attention("fp64", 64), _attention("fp64", 128), _activation("fp64", "gelu")]
+
+
+def _list_options() -> dict[str, Any]:
+    names = ("CHUNK", "BODY", "TAIL")
+    return {name: getattr(triton_kernels, name) for name in names}
+
+
+def _vectors(block: int, warps: int, *dtypes: str) -> int:
+    return sum(max(block // (32 * warps) * TYPES[dtype].primitive_bitwidth // 128, 1) for dtype in dtypes)
+
+
+def _update(w: str, z: str, r: str) -> Kernel:
+    types = dict(table="*i64", tensors="i32", scalars="*fp64", lr="*fp64", weight_decay="*fp64", partials="*fp64")
+    constants = dict(W=TYPES[w], Z=TYPES[z], R=TYPES[r], **_list_options())
+    body, warps = triton_kernels.BODY, triton_kernels.WARPS
+    vectors = _vectors(body, warps, w, z, r), _vectors(body, warps, w, z)
+    return Kernel(f"update_ {w} {z} {r}", triton_kernels.update_kernel, types, constants, warps, vectors)
+
+
+def _dots(z: str, r: str) -> Kernel:
+    types = dict(table="*i64", tensors="i32", partials="*fp64", slots="i32")
+    constants = dict(Z=TYPES[z], R=TYPES[r], **_list_options())
+    body, warps = triton_kernels.BODY, triton_kernels.WARPS
+    return Kernel(
+        f"dots {z} {r}", triton_kernels.dots_kernel, types, constants, warps, (_vectors(body, warps, z, r), 0)
+    )
+
+
+def _loss(x: str, second: bool, bce: bool) -> Kernel:
+    operands = ("x", "v", "u", "y") if second else ("x", "v", "y")
+    types = dict.fromkeys(operands, f"*{x}") | dict(partials="*fp64", divisor="*fp64", sign="fp64", n="i64")
+    types |= {} if second else {"c": f"*{x}"}
+    constants = dict(
+        weights=1,
+        pos_weights=1,
+        BCE=bce,
+        A=TYPES["fp64" if x == "fp64" else "fp32"],
+        BODY=triton_losses.BODY,
+        TAIL=triton_losses.TAIL,
+        VECTOR=128 // TYPES[x].primitive_bitwidth,
+    )
+    name = f"{'bce' if bce else 'mse'}_{'dots' if second else 'products'} {x}"
+    body, warps = triton_losses.BODY, triton_losses.WARPS
+    vectors = _vectors(body, warps, *[x] * len(operands)), 0 if second else _vectors(body, warps, x)
+    return Kernel(name, triton_losses.loss_kernel, types, constants, warps, vectors)
+
+
+def _cross_entropy(x: str, second: bool, classes: int) -> Kernel:
+    a = "fp64" if x == "fp64" else "fp32"
+    types = dict(x=f"*{x}", v=f"*{x}", target="*i64", rows=f"*{a}", divisors="*fp64", divisor="*fp64", partials="*fp64")
+    types |= dict(n="i64", classes="i32", ignore_index="i32", smoothing="fp64", sign="fp64")
+    types |= dict(u=f"*{x}") if second else dict(c=f"*{x}")
+    shape = triton_cross_entropy.shape_of(classes, TYPES[x].primitive_bitwidth // 8)
+    warps = shape.pop("num_warps")
+    function = triton_cross_entropy.dots_kernel if second else triton_cross_entropy.products_kernel
+    name = f"cross_entropy_{'dots' if second else 'products'} {x} C={classes}"
+    # The first sweep reads two operands, the second two or three.
+    each = _vectors(shape["BODY"], warps, x) if shape["ROWS"] == 1 else 0
+    vectors = (5 * each, 0) if second else (4 * each, each)
+    return Kernel(name, function, types, dict(A=TYPES[a], SMOOTH=False, **shape), warps, vectors)
+
+
+def _arithmetic(x: str) -> str:
+    return "fp64" if x == "fp64" else "fp32"
+
+
+def _unit(x: str) -> int:
+    return 128 // TYPES[x].primitive_bitwidth
+
+
+def _layer_norm(x: str, length: int) -> Kernel:
+    types = dict.fromkeys(("dx", "x", "weight", "dweight", "dbias", "dy"), f"*{x}") | dict(n="i32", units="i32")
+    types |= dict.fromkeys(("mean", "rstd"), f"*{_arithmetic(x)}")
+    shape = triton_norms.rows_of(length)
+    warps, whole = shape.pop("num_warps"), shape["WHOLE"]
+    each = _vectors(shape["ROWS"] * shape["BLOCK"], warps, x)
+    # x and dx, which a long row needs twice. Of the parameters a short row's may be loaded once for several rows.
+    vectors = (2 * each if whole else 7 * each, each)
+    constants = dict(UNIT=_unit(x), A=TYPES[_arithmetic(x)], **shape)
+    return Kernel(
+        f"layer_norm {x} D={length}", triton_norms.layer_norm_kernel, types, constants, warps, vectors, straight=whole
+    )
+
+
+def _batch_norm(x: str, what: str, last: bool) -> Kernel:
+    """Of 1024 numbers a channel and sample, or with the channel as the last dimension."""
+    types = dict.fromkeys(("dx", "x"), f"*{x}") | dict.fromkeys(("mean", "rstd"), f"*{_arithmetic(x)}")
+    types |= dict.fromkeys(("rows", "planes", "units", "tiles", "parts", "count"), "i32")
+    if what == "sums":
+        types |= dict(partials="*fp64")
+    else:
+        types |= dict.fromkeys(("weight", "dweight", "dbias", "dy"), f"*{x}")
+    if what == "dy":
+        types |= dict(sums="*fp64")
+    columns = triton_norms.COLUMNS if last else 1024
+    constants = dict(UNIT=_unit(x), A=TYPES[_arithmetic(x)], LAST=last, TRAINING=True)
+    constants |= dict(ROWS=triton_norms.TILE // columns, COLS=columns)
+    each, stores = _vectors(triton_norms.TILE, triton_norms.WARPS, x), what != "sums"
+    vectors = (4 * each if what == "both" else 2 * each, each if stores else 0)
+    name = f"batch_norm {x} {what}{' channels last' if last else ''}"
+    return Kernel(name, triton_norms.batch_norm_kernel, types, constants, triton_norms.WARPS, vectors)
+
+
+def _attention(x: str, width: int) -> Kernel:
+    tensors = ("dq", "dk", "dv", "q", "k", "v", "out", "dout")
+    types: dict[str, Any] = dict.fromkeys(tensors, f"*{x}")
+    types |= dict.fromkeys((f"{name}_strides" for name in tensors), ("i32", "i32", "i32", "1"))
+    types |= dict(heads="i32", queries="i32", keys="i32", scale="fp64")
+    shape = triton_attention.shape_of(width, width, TYPES[x].primitive_bitwidth // 8)
+    warps, stages = shape.pop("num_warps"), shape.pop("num_stages")
+    # The innermost loop loads k, dk, v and dv; or, over blocks of a wide D, q, dq, k and dk, none of them smaller.
+    vectors = 4 * _vectors(shape["N"] * min(shape["BLOCK_D"], shape["BLOCK_E"]), warps, x), 0
+    constants = dict(D=width, E=width, A=TYPES[_arithmetic(x)], CAUSAL=True, **shape)
+    return Kernel(
+        f"attention {x} D={width}", triton_attention.attention_kernel, types, constants, warps, vectors, stages=stages
+    )
+
+
+def _activation(x: str, name: str) -> Kernel:
+    types = dict.fromkeys(("x", "y", "derivative"), f"*{x}") | dict(n="i64")
+    block, warps = triton_activations.BLOCK, triton_activations.WARPS
+    each = _vectors(block, warps, x)
+    constants = dict(NAME=name, A=TYPES[_arithmetic(x)], BLOCK=block)
+    function = triton_activations.activation_kernel
+    return Kernel(f"{name} {x}", function, types, constants, warps, (each, 2 * each), straight=True)
