@@ -1,7 +1,7 @@
 """Multiply-adds of a training step, counted by torch on real runs: what of its cost is arithmetic, not overhead.
 
-Counted are matrix products, convolutions and attention. The native operators of curveball_fused are elementwise and
-count for nothing; one that multiplies matrices would need a formula below.
+Counted are matrix products, convolutions and attention. The other native operators of curveball_fused are elementwise
+and count for nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from nets import CASES
 from steps import INTERVAL, STEPS
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop_count
+
+import curveball_fused  # noqa: F401  # defines the operator that is counted below
 
 # torch has these formulas under other names: of the operators that don't write in place, of the GPU's attention.
 _aten = torch.ops.aten
@@ -27,6 +30,16 @@ flop_registry.update(
         ],
     }
 )
+
+
+@register_flop_formula(torch.ops.curveball_fused.attention_tangent, get_raw=True)
+def _attention_tangent(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
+) -> int:
+    """Five products, of scores with tangents and of them with values, where attention has two."""
+    return 5 * sdpa_flop_count(q.shape, k.shape, v.shape) // 2
+
+
 _BATCH = 2  # all counts are proportional to the batch
 
 

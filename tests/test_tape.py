@@ -88,8 +88,8 @@ def arrangements(net: Any) -> Tensor:
 
 def frozen() -> nn.Module:
     net = nn.Sequential(
-        nn.Conv2d(2, 3, 2), nn.ConvTranspose2d(3, 3, 2, bias=False), nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2), nn.Flatten(),
-        nn.Linear(50, 4), nn.LayerNorm(4), nn.Linear(4, 3),
+        nn.Conv2d(2, 3, 2), nn.ConvTranspose2d(3, 3, 2, bias=False), nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2),
+        nn.Flatten(), nn.Linear(50, 4), nn.LayerNorm(4), nn.Linear(4, 3),
     )  # fmt: skip
     for p in (net[0].weight, net[1].weight, net[2].bias, net[3].weight, net[5].weight, net[6].bias, net[7].bias):
         p.requires_grad_(False)

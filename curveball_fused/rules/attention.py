@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import tangent_ops
 from .call import Call, Rule, Tangents
 
 
@@ -24,43 +25,41 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """S = s Q Kᵀ + mask, P = softmax(S), O = P V;  Ṡ = s (Q̇ Kᵀ + Q K̇ᵀ), Ṗ = P (Ṡ - <P, Ṡ>), Ȯ = Ṗ V + P V̇.
+    """O = P V with P = softmax(s Q Kᵀ + mask); `tangent_ops.attention_tangent` has the equation.
 
-    P is computed anew by each map: it is larger than all else that the map reads.
+    P, larger than all else that the map would read, is computed anew, block by block.
     """
     at_q, at_k, at_v = call.at(query), call.at(key), call.at(value)
     if at_q is None or at_k is None or at_v is None or dropout_p > 0 or enable_gqa or call.at(attn_mask) is not None:
         return NotImplemented
-    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+    if query.dim() < 3 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         return NotImplemented
-    s = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
-    q, k, v = (call.keep(t) for t in (query, key, value))
-    given = None if attn_mask is None else call.keep(attn_mask)
+    q, k, v, out = (_heads(call.keep(t)) for t in (query, key, value, output))
+    mask = None if attn_mask is None else _additive(call.keep(attn_mask), query, key)
+    options: dict[str, Any] = dict(is_causal=is_causal, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    shape = output.shape
 
     def tangent_map(tangents: Tangents) -> Tensor:
-        dq, dk, dv = tangents[at_q], tangents[at_k], tangents[at_v]
-        q3, dq3, k3, dk3, v3, dv3 = (t.reshape(-1, *t.shape[-2:]) for t in (q, dq, k, dk, v, dv))  # type: ignore[union-attr]
-        scores = torch.baddbmm(_additive_mask(q, k, given, is_causal), q3, k3.mT, alpha=s)
-        # torch's kernels give zero for a row that is masked throughout, which only a given mask can bring about.
-        p = torch.softmax(scores, -1) if given is None else torch._safe_softmax(scores, -1)
-        d_scores = torch.baddbmm(scores, dq3, k3.mT, beta=0, alpha=s, out=scores).baddbmm_(q3, dk3.mT, alpha=s)
-        dp = torch._softmax_backward_data(d_scores, p, -1, p.dtype)
-        return torch.bmm(dp, v3).baddbmm_(p, dv3).view(*q.shape[:-1], v.shape[-1])
+        dq, dk, dv = (_heads(tangents[place]) for place in (at_q, at_k, at_v))  # type: ignore[arg-type]
+        tangent = tangent_ops.attention_tangent(dq, dk, dv, q, k, v, out, mask, backend=call.backend, **options)
+        return tangent.view(shape)
 
     return output, tangent_map
 
 
-def _additive_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """What is added to the scores, broadcast to (batch, rows, columns)."""
-    shape = (*q.shape[:-1], k.shape[-2])
-    if is_causal:
-        mask = torch.full(shape[-2:], -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    elif mask is None:
-        mask = q.new_zeros(())
-    elif mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-    return mask.expand(shape).reshape(-1, *shape[-2:])
+def _heads(t: Tensor) -> Tensor:
+    """As [batch, heads, rows, columns], the last dimension contiguous."""
+    t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t if t.dim() == 4 else t.unsqueeze(0) if t.dim() == 3 else t.flatten(0, -4)
+
+
+def _additive(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """What is added to the scores, expanded to [batch, heads, queries, keys]."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
+    mask = mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    return mask if mask.dim() == 4 else mask.unsqueeze(0) if mask.dim() == 3 else mask.flatten(0, -4)
 
 
 def written_out(
