@@ -45,6 +45,7 @@ class Tape(Decompose):
         self._maps: list[tuple[Map, list[int]]] = []  # and the places that the map reads
         self._kept: list[tuple[Tensor, int]] = []
         self._parameters = len(params)
+        self._device_type = params[0].device.type
         self.seen: set[int] = set()
 
     def __torch_function__(
@@ -112,8 +113,6 @@ class Tape(Decompose):
         return None
 
     def _refuse(self, func: Any) -> None:
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise Untaped("autocast")
         if torch._C._are_functorch_transforms_active():
             raise Untaped("a transform of torch.func")
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
@@ -142,6 +141,8 @@ class Tape(Decompose):
 
     def _add(self, result: Tensor, tangent_map: Map, call: Call) -> None:
         if result.requires_grad:
+            if torch.is_autocast_enabled(self._device_type):
+                tangent_map = _under_autocast(tangent_map, self._device_type, result.dtype)
             self._known[id(result)] = (weakref.ref(result), self._parameters + len(self._maps), result._version)
             self._maps.append((tangent_map, [place for place in call.places.values() if place is not None]))
 
@@ -170,6 +171,17 @@ class Tape(Decompose):
             if isinstance(one, Tensor):
                 self._add(one, dual.map_of(None if isinstance(result, Tensor) else index), call)
         return result
+
+
+def _under_autocast(tangent_map: Map, device_type: str, dtype: torch.dtype) -> Map:
+    """The map, in the precision that autocast, as it is now, chooses for its function."""
+    lower = torch.get_autocast_dtype(device_type)
+
+    def tangent_map_under_autocast(tangents: Tangents) -> Tensor:
+        with torch.autocast(device_type, lower):
+            return tangent_map(tangents).to(dtype)
+
+    return tangent_map_under_autocast
 
 
 class _DualMaps:

@@ -236,15 +236,40 @@ def test_what_it_cannot_follow_is_refused_and_nothing_changes(run: Model, words:
     optimizer.step(lambda: net(X[:, : net.in_features]), lambda out: out.square().mean())
 
 
-def test_autocast_is_refused() -> None:
-    net = nn.Linear(6, 2)
+class Mixed(nn.Module):
+    """All that autocast treats in its own way: products in bfloat16, norms whose weights stay in float32, sums."""
 
-    def model() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return net(X.float())
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.batch_norm, self.group_norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+        self.linear, self.layer_norm, self.rms_norm = nn.Linear(16, 24), nn.LayerNorm(24), nn.RMSNorm(8)
 
-    with pytest.raises(RuntimeError, match="autocast"):
-        CurveBall(net.parameters(), curvature="linearize").step(model, lambda out: out.float().square().mean())
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.group_norm(F.relu(self.batch_norm(self.conv(x))))).flatten(2)
+        q, k, v = self.layer_norm(self.linear(x)).chunk(3, -1)
+        x = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0] + self.rms_norm(q)
+        return torch.log_softmax(x.mean(1) + (x @ x.mT).exp().sum((1, 2))[:, None].tanh(), -1)
+
+
+def test_autocast_rounds_as_the_dual_numbers_do() -> None:
+    """Both against float32: the tape's error is no more than twice that of dual numbers, or of one rounding."""
+    stats = {}
+    for curvature, mixed in (("forward", False), ("forward", True), ("linearize", True)):
+        torch.manual_seed(2)
+        net, x = Mixed(), IMAGES.float()
+        optimizer = CurveBall(net.parameters(), curvature=curvature, lambda_interval=1)
+
+        def model(net: nn.Module = net, x: Tensor = x, mixed: bool = mixed) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                return net(x)
+
+        for _ in range(3):
+            _, outputs = optimizer.step(model, lambda out: F.nll_loss(out.float(), torch.tensor([0, 3, 1, 2])))
+        assert outputs.dtype == (torch.bfloat16 if mixed else torch.float32)
+        products = [optimizer.stats()[key] for key in ("loss", "beta", "rho", "predicted_change")]
+        stats[curvature, mixed] = torch.stack(products)
+    exact, dual, ours = stats.values()
+    assert ((ours - exact).abs() <= 2 * (dual - exact).abs() + 2**-8 * exact.abs()).all(), (exact, dual, ours)
 
 
 def test_outputs_without_parameters() -> None:

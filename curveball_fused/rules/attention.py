@@ -35,13 +35,16 @@ def scaled_dot_product_attention(
     if query.dim() < 3 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         return NotImplemented
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
-    q, k, v, out = (_heads(call.keep(t)) for t in (query, key, value, output))
-    mask = None if attn_mask is None else _additive(call.keep(attn_mask), query, key)
-    options: dict[str, Any] = dict(is_causal=is_causal, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    dtype = output.dtype  # which autocast may have chosen
+    q, k, v, out = (_heads(call.keep(t).to(dtype)) for t in (query, key, value, output))
+    mask = None if attn_mask is None else _additive(call.keep(attn_mask), query, key).to(dtype)
+    options: dict[str, Any] = dict(
+        is_causal=is_causal, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    )
     shape = output.shape
 
     def tangent_map(tangents: Tangents) -> Tensor:
-        dq, dk, dv = (_heads(tangents[place]) for place in (at_q, at_k, at_v))  # type: ignore[arg-type]
+        dq, dk, dv = (_heads(tangents[place].to(dtype)) for place in (at_q, at_k, at_v))  # type: ignore[union-attr]
         tangent = tangent_ops.attention_tangent(dq, dk, dv, q, k, v, out, mask, backend=call.backend, **options)
         return tangent.view(shape)
 

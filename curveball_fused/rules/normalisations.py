@@ -29,8 +29,6 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Over all but the second dimension, by the statistics of the batch (training) or by given ones."""
-    if weight is not None and input.dtype != weight.dtype:
-        return NotImplemented
     at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
     output, mean, rstd = torch.native_batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps
@@ -38,7 +36,8 @@ def batch_norm(
     x, w = _dense_kept(call, input), _kept(call, weight)
     if not training:
         mean, rstd = _kept(call, running_mean), (_kept(call, running_var) + eps).rsqrt()
-    mean, rstd = _statistics(mean, x), _statistics(rstd, x)
+    mean, rstd, dtype = _statistics(mean, x), _statistics(rstd, x), output.dtype
+    wide = x.dtype if w is None else w.dtype  # weights may be wider than what they normalise
 
     def tangent_map(tangents: Tangents) -> Tensor:
         dx, dw, db = (tangent_at(tangents, place) for place in (at_x, at_w, at_b))
@@ -46,9 +45,10 @@ def batch_norm(
             variance = rstd.pow(-2).sub_(eps)
             return torch.native_batch_norm(x, *_filled(dw, db), mean, variance, False, momentum, eps)[0]
         dx = dx if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx)
+        vectors = (w, _contiguous(dw), _contiguous(db))
         return tangent_ops.batch_norm_tangent(
-            dx, x, mean, rstd, w, _contiguous(dw), _contiguous(db), training=training, backend=call.backend
-        )
+            dx.to(wide), x.to(wide), mean, rstd, *vectors, training=training, backend=call.backend
+        ).to(dtype)
 
     return output, tangent_map
 
@@ -62,12 +62,15 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Over the last dimensions."""
-    if weight is not None and input.dtype != weight.dtype:
-        return NotImplemented
     shape = list(normalized_shape)
-    output, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
+    if weight is None or weight.dtype == input.dtype:
+        output, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
+    else:  # autocast may choose the output's dtype
+        output = F.layer_norm(input, shape, weight, bias, eps)
+        variance, mean = torch.var_mean(input.detach().to(weight.dtype).flatten(-len(shape)), -1, correction=0)
+        rstd = (variance + eps).rsqrt()
     return output, _row_map(
-        call, input, shape, mean, rstd, weight, bias, lambda x, dw, db: F.layer_norm(x, shape, dw, db, eps)
+        call, input, output, shape, mean, rstd, weight, bias, lambda x, dw, db: F.layer_norm(x, shape, dw, db, eps)
     )
 
 
@@ -75,21 +78,21 @@ def rms_norm(
     call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
     """x̂ = x / rms(x) over the last dimensions."""
-    if weight is not None and input.dtype != weight.dtype:
-        return NotImplemented
     shape = list(normalized_shape)
     small = torch.finfo(input.dtype).eps if eps is None else eps
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     squares = torch.linalg.vector_norm(input.detach().flatten(-len(shape)), dim=-1, dtype=wide).square_()
     rstd = (squares / math.prod(shape) + small).rsqrt_()
-    return F.rms_norm(input, shape, weight, eps), _row_map(
-        call, input, shape, None, rstd, weight, None, lambda x, dw, _: F.rms_norm(x, shape, dw, eps)
+    output = F.rms_norm(input, shape, weight, eps)
+    return output, _row_map(
+        call, input, output, shape, None, rstd, weight, None, lambda x, dw, _: F.rms_norm(x, shape, dw, eps)
     )
 
 
 def _row_map(
     call: Call,
     input: Tensor,
+    output: Tensor,
     shape: list[int],
     mean: Tensor | None,
     rstd: Tensor,
@@ -100,7 +103,8 @@ def _row_map(
     """For a normalisation of rows: what the last dimensions hold is one row."""
     at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
     x, w = call.keep(input).contiguous(), _kept(call, weight)
-    rows = (-1, math.prod(shape))
+    rows, dtype = (-1, math.prod(shape)), output.dtype
+    wide = x.dtype if w is None else w.dtype  # weights may be wider than what they normalise
     mean = None if mean is None else _statistics(mean.flatten(), x)
     rstd = _statistics(rstd.flatten(), x)
 
@@ -109,9 +113,9 @@ def _row_map(
         if dx is None:
             return of_constant(x, *_filled(dw, db))
         flat = (None if t is None else t.contiguous().view(-1) for t in (w, dw, db))
-        return tangent_ops.layer_norm_tangent(
-            dx.contiguous().view(rows), x.view(rows), mean, rstd, *flat, backend=call.backend
-        ).view(x.shape)
+        dx_, x_ = (t.to(wide).contiguous().view(rows) for t in (dx, x))
+        tangent = tangent_ops.layer_norm_tangent(dx_, x_, mean, rstd, *flat, backend=call.backend)
+        return tangent.view(x.shape).to(dtype)
 
     return tangent_map
 

@@ -28,8 +28,11 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
         if dx is None:
             return F.linear(x, dw, db)  # type: ignore[arg-type]
         tangent = F.linear(dx, w, db)
-        if dw is not None:
-            tangent.view(-1, w.shape[0]).addmm_(x.reshape(-1, w.shape[1]), dw.t())
+        if dw is None:
+            return tangent
+        if not tangent.dtype == x.dtype == dw.dtype:  # under autocast
+            return tangent.add_(F.linear(x, dw))
+        tangent.view(-1, w.shape[0]).addmm_(x.reshape(-1, w.shape[1]), dw.t())
         return tangent
 
     return F.linear(input, weight, bias), tangent_map
