@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -276,3 +277,21 @@ def test_outputs_without_parameters() -> None:
     net = nn.Linear(6, 2).double()
     with pytest.raises(RuntimeError, match="does not depend on any parameter"):
         CurveBall(net.parameters(), curvature="linearize").step(lambda: net(X).detach(), lambda out: out.sum())
+
+
+def test_nothing_outlives_a_step() -> None:
+    """Without the help of the garbage collector: tape, maps and graph hang together without a cycle."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.GELU(), nn.Flatten(), nn.Linear(75, 3)).double()
+    optimizer = CurveBall(net.parameters())
+
+    def tensors_after_a_step() -> int:
+        optimizer.step(lambda: net(IMAGES), lambda out: out.square().mean())
+        return sum(isinstance(t, Tensor) for t in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        counts = [tensors_after_a_step() for _ in range(4)]
+    finally:
+        gc.enable()
+    assert counts[1:] == counts[1:2] * 3
