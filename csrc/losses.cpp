@@ -27,8 +27,25 @@ const cpu::LossKernels& loss_kernels() {
   return kernels->losses;
 }
 
-Tensor new_doubles(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Double);
+// Contiguous and uninitialised. By torch's C interface: torch::stable::new_empty looks its operator up by name, which
+// takes longer than the loops over a small loss.
+Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes[d]);
+  }
+  const int32_t number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), number,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor new_like(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return new_tensor({sizes.begin(), sizes.end()}, x.scalar_type());
 }
 
 // Memory for `count` numbers of the type that x is computed in, and the padding that the loops want.
@@ -40,6 +57,8 @@ Numbers new_numbers(DType x, int64_t count) {
 
 struct Sums {
   double of[3];
+
+  Sums times(double first, double others) const { return {first * of[0], others * of[1], others * of[2]}; }
 };
 
 // work(begin, end, memory of this thread, sums) for blocks of at most `size` of n things. The sums are added in the
@@ -60,16 +79,16 @@ Sums sum_blocks(int64_t n, int64_t size, const Memory& memory, const Work& work)
 }
 
 // The loss, and the two products of before the pull-back.
-std::pair<Tensor, Tensor> first_results(const Tensor& x, const Sums& sums) {
-  Tensor loss = new_doubles(x, {}), products = new_doubles(x, {2});
+std::pair<Tensor, Tensor> first_results(const Sums& sums) {
+  Tensor loss = new_tensor({}, ScalarType::Double), products = new_tensor({2}, ScalarType::Double);
   *loss.mutable_data_ptr<double>() = sums.of[0];
   std::copy(sums.of + 1, sums.of + 3, products.mutable_data_ptr<double>());
   return {loss, products};
 }
 
 // All five products.
-Tensor all_products(const Tensor& x, const double* first, const Sums& sums) {
-  Tensor five = new_doubles(x, {5});
+Tensor all_products(const double* first, const Sums& sums) {
+  Tensor five = new_tensor({5}, ScalarType::Double);
   double* const result = five.mutable_data_ptr<double>();
   std::copy(first, first + 2, result);
   std::copy(sums.of, sums.of + 3, result + 2);
@@ -101,7 +120,7 @@ void find_weights(cpu::CrossEntropy& a, const Tensor& x, const std::optional<Ten
 }
 
 // Either operator; `a` has what only that one knows.
-Sums cross_entropy(cpu::CrossEntropy a, const cpu::CrossEntropyBlock (&blocks)[kDTypeCount], const Tensor& x,
+Sums cross_entropy(cpu::CrossEntropy& a, const cpu::CrossEntropyBlock (&blocks)[kDTypeCount], const Tensor& x,
                    const Tensor& v, const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
                    bool mean, double label_smoothing, double sign) {
   const DType dtype = dtype_of(x, "x", 0);
@@ -125,13 +144,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_products(Tensor x, Tens
                                                                   std::optional<Tensor> weight, int64_t ignore_index,
                                                                   bool mean, double label_smoothing, double sign) {
   check_cross_entropy(x, v, target, weight);
-  Tensor c = torch::stable::new_empty(x, x.sizes());
-  Tensor rows = torch::stable::new_empty(x, {x.size(0), 3}, arithmetic_of(x));
+  Tensor c = new_like(x);
+  Tensor rows = new_tensor({x.size(0), 3}, arithmetic_of(x));
   cpu::CrossEntropy a{};
   a.c = c.mutable_data_ptr();
   a.rows = rows.mutable_data_ptr();
-  const auto [loss, products] = first_results(x, cross_entropy(a, loss_kernels().cross_entropy_products, x, v, target,
-                                                               weight, ignore_index, mean, label_smoothing, sign));
+  const Sums sums = cross_entropy(a, loss_kernels().cross_entropy_products, x, v, target, weight, ignore_index, mean,
+                                  label_smoothing, sign);
+  const auto [loss, products] = first_results(sums.times(a.inverse, a.sign * a.inverse));  // D = 0: 0 * inf = NaN
   return {loss, c, products, rows};
 }
 
@@ -145,9 +165,9 @@ Tensor cross_entropy_dots(Tensor x, Tensor v, Tensor u, Tensor target, std::opti
   cpu::CrossEntropy a{};
   a.u = u.const_data_ptr();
   a.rows = const_cast<void*>(rows.const_data_ptr());
-  return all_products(x, first,
-                      cross_entropy(a, loss_kernels().cross_entropy_dots, x, v, target, weight, ignore_index, mean,
-                                    label_smoothing, sign));
+  const Sums sums = cross_entropy(a, loss_kernels().cross_entropy_dots, x, v, target, weight, ignore_index, mean,
+                                  label_smoothing, sign);
+  return all_products(first, sums.times(sign, sign));  // 1/D is in `rows`
 }
 
 // ---------------------------------------------------------------------------------------------- elementwise losses
@@ -204,11 +224,10 @@ struct ElementsCall {
 };
 
 Products element_products(ElementsCall call, const cpu::ElementsBlock (&blocks)[kDTypeCount], const Tensor& x) {
-  Tensor c = torch::stable::new_empty(x, x.sizes());
+  Tensor c = new_like(x);
   call.arguments.c = c.mutable_data_ptr();
-  const Sums sums = call.sum(blocks, x);
-  const double scale = call.arguments.scale, factor = call.arguments.sign * scale;
-  const auto [loss, products] = first_results(x, {scale * sums.of[0], factor * sums.of[1], factor * sums.of[2]});
+  const double scale = call.arguments.scale;
+  const auto [loss, products] = first_results(call.sum(blocks, x).times(scale, call.arguments.sign * scale));
   return {loss, c, products};
 }
 
@@ -218,9 +237,8 @@ Tensor element_dots(ElementsCall call, const cpu::ElementsBlock (&blocks)[kDType
   check_place(x, u, "u");
   const double* first = products_of(x, products);
   call.arguments.u = u.const_data_ptr();
-  const Sums sums = call.sum(blocks, x);
   const double factor = call.arguments.sign * call.arguments.scale;
-  return all_products(x, first, {factor * sums.of[0], factor * sums.of[1], factor * sums.of[2]});
+  return all_products(first, call.sum(blocks, x).times(factor, factor));
 }
 
 Products mse_products(Tensor x, Tensor v, Tensor target, bool mean, double sign) {

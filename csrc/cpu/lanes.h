@@ -1,8 +1,7 @@
 // Several elements at a time: loading, storing and converting float16, bfloat16, float32 and float64.
 //
 // The vector types are GCC's and Clang's own extension, so the text is the same for every instruction set. Every
-// instruction set must give the same bits. Never included before a source file
-// has chosen its instruction set.
+// instruction set must give the same bits. Never included before a source file has chosen its instruction set.
 #pragma once
 
 #include <cstdint>

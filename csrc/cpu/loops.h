@@ -1,7 +1,7 @@
 // The loops over one block: update, dots and squares, for every offered combination of dtypes.
 //
-// loops_*.cpp include this after choosing an instruction set. Everything has internal linkage: the linker
-// must never merge a function compiled for AVX-512 with its namesake for older processors.
+// loops_*.cpp include this after choosing an instruction set. Everything has internal linkage: the linker must never
+// merge a function compiled for AVX-512 with its namesake for older processors.
 #pragma once
 
 #include "../math.h"
@@ -43,8 +43,8 @@ double update_block(void* w_, void* z_, const void* r_, int64_t n, const UpdateA
     Padded<Z> last_z(z + i, n - i);
     const Padded<R> last_r(r + i, n - i);
     update_round(last_w.data, last_z.data, last_r.data, factors, sum);
-    memcpy(w + i, last_w.data, (n - i) * sizeof(W));
-    memcpy(z + i, last_z.data, (n - i) * sizeof(Z));
+    copy_some(w + i, last_w.data, n - i);
+    copy_some(z + i, last_z.data, n - i);
   }
   return sum.total();
 }

@@ -102,7 +102,7 @@ void element_products_block(const Elements& a, int64_t begin, int64_t end, doubl
     T last_c[kRound];
     round(Padded<T>(x + i, n).data, Padded<T>(v + i, n).data, Padded<T>(y + i, n).data, weight.last_round(n).data,
           pos_weight.last_round(n).data, last_c);
-    memcpy(c + i, last_c, n * sizeof(T));
+    copy_some(c + i, last_c, n);
   }
   sums[0] = loss.total();
   sums[1] = gv.total();

@@ -26,8 +26,8 @@ struct CrossEntropy {
   double sign;
 };
 
-// Rows [begin, end). `scratch` has room for C + kLossPadding numbers. Three sums: loss, g.v', v'.Hv', or g.u', v'.Hu',
-// u'.Hu'.
+// Rows [begin, end). `scratch` has room for C + kLossPadding numbers. Three sums: D times the loss, g.v' and v'.Hv', or
+// g.u', v'.Hu' and u'.Hu'; without the sign.
 using CrossEntropyBlock = void (*)(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums);
 
 // A loss that is a sum over elements, of x and targets y.
@@ -40,7 +40,7 @@ struct Elements {
   double scale, sign;  // scale: 1/n for the mean
 };
 
-// Elements [begin, end). Sums as above.
+// Elements [begin, end). Three sums: loss, g.v, v.Hv, or g.u, v.Hu, u.Hu; without scale and sign.
 using ElementsBlock = void (*)(const Elements& a, int64_t begin, int64_t end, double* sums);
 
 // By the dtype of x.

@@ -35,34 +35,49 @@ CURVEBALL_LANES void fill(T* p, int64_t n, Arithmetic<T> value) {
   for (int64_t i = 0; i < n; i++) set_number(p + i, value);
 }
 
+template <typename Vector>
+CURVEBALL_LANES Vector larger(Vector a, Vector b) {
+  return a > b ? a : b;
+}
+
+// Halves against halves, as a chain would take longer than the rest of a short row.
+template <typename Vector, typename C>
+CURVEBALL_LANES C largest(Vector m, C) {
+  C top[kLanes];
+  memcpy(top, &m, sizeof(m));
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < half; i++) top[i] = top[i] > top[i + half] ? top[i] : top[i + half];
+  }
+  return top[0];
+}
+
 // Copies a row to `e`, which it pads with -inf to a full round, and returns the maximum. As that begins at the lowest
 // finite number, x = -inf simply adds nothing later. A NaN or +inf in x will make the sums NaN.
 template <typename T, typename C>
 CURVEBALL_LANES C copy_row(const T* x, int64_t n, C* e) {
   using Vector = decltype(load(x));
   constexpr C kLowest = sizeof(C) == 8 ? -1.7976931348623157e308 : -3.4028234663852886e38f;
-  Vector maxima = Vector{} + kLowest;
+  Vector maxima = Vector{} + kLowest, lane{};
+  for (int64_t k = 0; k < kLanes; k++) lane[k] = static_cast<C>(k);
   int64_t i = 0;
   for (; i + kRound <= n; i += kRound) {
     prefetch(x + i);
     for (int64_t k = i; k < i + kRound; k += kLanes) {
       const Vector logits = load(x + k);
-      maxima = logits > maxima ? logits : maxima;
+      maxima = larger(logits, maxima);
       store(e + k, logits);
     }
   }
   if (i < n) {
     const Padded<T> last(x + i, n - i);
-    for (int64_t k = 0; k < kRound; k += kLanes) store(e + i + k, load(last.data + k));
-    for (int64_t k = n; k < i + kRound; k++) e[k] = static_cast<C>(-INFINITY);
-    for (int64_t k = i; k < i + kRound; k += kLanes) {
-      const Vector logits = load(e + k);
-      maxima = logits > maxima ? logits : maxima;
+    for (int64_t k = 0; k < kRound; k += kLanes) {
+      const Vector logits = lane < static_cast<C>(n - i - k) ? load(last.data + k) : Vector{} - C(INFINITY);
+      maxima = larger(logits, maxima);
+      store(e + i + k, logits);
     }
   }
-  C maximum = maxima[0];
-  for (int64_t k = 1; k < kLanes; k++) maximum = maxima[k] > maximum ? maxima[k] : maximum;
-  return maximum;
+  return largest(maxima, C{});
 }
 
 struct SoftmaxSums {
@@ -148,7 +163,7 @@ void cross_entropy_products_rows(const CrossEntropy& a, int64_t begin, int64_t e
       T last_c[kRound];
       round(e + i, Padded<T>(x + i, smoothed ? rest : 0).data, Padded<T>(v + i, rest).data,
             Padded<C>(weight + i, smoothed ? rest : 0).data, last_c);
-      memcpy(c + i, last_c, rest * sizeof(T));
+      copy_some(c + i, last_c, rest);
     }
     // As in `round`, and less what belongs to the target, before it is rounded.
     C own_c = scale * (own_e + own_e * own_v);
@@ -167,10 +182,9 @@ void cross_entropy_products_rows(const CrossEntropy& a, int64_t begin, int64_t e
     row[1] = mean_v;
     row[2] = static_cast<C>(s * a.inverse);
   }
-  // D = 0: 0 * inf = NaN.
-  sums[0] = loss * a.inverse;
-  sums[1] = a.sign * gv * a.inverse;
-  sums[2] = a.sign * vhv * a.inverse;
+  sums[0] = loss;
+  sums[1] = gv;
+  sums[2] = vhv;
 }
 
 // The logits are normalised again, so that the rounding of their normaliser, which grows with |x|, does not matter.
@@ -220,9 +234,9 @@ void cross_entropy_dots_rows(const CrossEntropy& a, int64_t begin, int64_t end, 
     gu -= (smoothed ? a.keep * weight[y] * a.inverse : share) * (number(u + y) - mean_u);
     if (smoothed) gu -= a.smooth * a.inverse * smooth_u.total();
   }
-  sums[0] = a.sign * gu;
-  sums[1] = a.sign * vhu;
-  sums[2] = a.sign * uhu;
+  sums[0] = gu;
+  sums[1] = vhu;
+  sums[2] = uhu;
 }
 
 template <typename T>

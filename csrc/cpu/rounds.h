@@ -43,13 +43,26 @@ struct Sum {
   }
 };
 
+// Copies n < kRound elements in pieces of fixed sizes: a call of memcpy would cost as much as a short row.
+template <typename T>
+CURVEBALL_LANES void copy_some(T* target, const T* source, int64_t n) {
+#pragma GCC unroll 4
+  for (int64_t size = kRound / 2; size > 0; size /= 2) {
+    if (n & size) {
+      memcpy(target, source, size * sizeof(T));
+      target += size;
+      source += size;
+    }
+  }
+}
+
 // The last elements of a block, padded with zeros to a full round. Zeros add nothing to the sums.
 template <typename T>
 struct Padded {
   T data[kRound];
   Padded(const T* source, int64_t n) {
     memset(data, 0, sizeof(data));
-    memcpy(data, source, n * sizeof(T));
+    copy_some(data, source, n);
   }
 };
 
