@@ -107,13 +107,13 @@ def kernels(chosen: str) -> Any:
 
 
 def loss_kernels(chosen: str) -> Any:
-    """What holds a chosen backend's loss operators. Those of the CPU are not fused."""
-    return _holder(chosen, {"triton": "triton_losses", "torch": "reference_losses", "cpu": "reference_losses"})
+    """What holds a chosen backend's loss operators, called by position."""
+    return _holder(chosen, {"triton": "triton_losses", "torch": "reference_losses"})
 
 
 def has_fused_losses(chosen: str) -> bool:
     """Whether the loss operators of a chosen backend are fused kernels."""
-    return chosen in ("cuda", "triton")
+    return chosen != "torch"
 
 
 def _holder(chosen: str, modules: dict[str, str]) -> Any:

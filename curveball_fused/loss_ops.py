@@ -2,7 +2,7 @@
 
 x are the model's outputs, v = Jz and u = Jr their tangents along z and r. The first call reads x and v and gives the
 loss, the cotangent c = Hv + g and `[g·v, v·Hv]`; the second reads x, v and u and gives `[g·v, v·Hv, g·u, v·Hu, u·Hu]`,
-all that the 2x2 system needs. `reference_losses` says in plain torch what they compute, and is what runs on the CPU.
+all that the 2x2 system needs. `reference_losses` says in plain torch what they compute.
 
 All tensors lie contiguous on one device. x is float16, bfloat16, float32 or float64; v, u, c share its shape and dtype.
 Arithmetic is in float64 for float64, else in float32, sums are float64. `mean` says whether the loss is a mean or a

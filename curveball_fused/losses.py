@@ -48,19 +48,18 @@ class LossModel:
         self._leaf = outputs.detach().requires_grad_()
         with torch.enable_grad(), _Recogniser(self._leaf) as seen:
             returned = _in_place_explained(loss_fn, self._leaf)
-        with torch.enable_grad():
-            loss = checked_loss(returned)
+        call = seen.recognised(returned)
+        form = None if call is None else _closed_form(call, sign, backend)
+        # What has a closed form is a scalar, and sees no other tensor that requires a gradient.
+        loss = _general(returned, params) if form is None else returned
         if not loss.requires_grad:
             raise RuntimeError(
                 "loss_fn returned a value that does not depend on the outputs it was given: compute the loss from its "
                 "argument, without detach() or torch.no_grad()."
             )
-        _refuse_parameters(loss, {id(p) for p in params})
         self.loss = loss.detach()
         self._view = self._leaf
         self._steps: tuple[Map, ...] = ()
-        call = seen.recognised(returned)
-        form = None if call is None else _closed_form(call, sign, backend)
         if call is not None and form is not None:
             self._view, self._steps = call.view, call.steps
         self._form: Products = form or products(_by_autograd(loss, self._leaf), sign)
@@ -97,6 +96,14 @@ def checked_loss(loss: Any) -> Tensor:
             "with .mean()."
         )
     return loss.reshape(())
+
+
+def _general(returned: Any, params: Iterable[Tensor]) -> Tensor:
+    """A loss of unknown origin, checked."""
+    with torch.enable_grad():
+        loss = checked_loss(returned)
+    _refuse_parameters(loss, {id(p) for p in params})
+    return loss
 
 
 def _in_place_explained(loss_fn: LossFn, outputs: Tensor) -> Tensor:

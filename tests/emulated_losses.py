@@ -1,24 +1,20 @@
-"""What the tests of the emulated loss kernels share: arguments, right results in float64, comparison."""
+"""What the tests of the emulated loss kernels share: the device, and `loss_truth` for its operators."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+import loss_truth
 import pytest
 import torch
-import torch.nn.functional as F
 from emulated import load, operators
-from hypothesis import strategies as st
-from torch import Tensor
-
-from curveball_fused import closed_forms
 
 device: Any = load()
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-signs = st.sampled_from([1.0, -1.0])
-places = st.one_of(st.sampled_from([(0, 0, 0), (1, 1, 1)]), st.tuples(*[st.integers(0, 8)] * 3))
+cross_entropy = functools.partial(loss_truth.cross_entropy, operators)
+check_cross_entropy = functools.partial(loss_truth.check_cross_entropy, operators)
+check_elements = functools.partial(loss_truth.check_elements, operators)
 
 
 @pytest.fixture(autouse=True)
@@ -29,80 +25,3 @@ def fresh_device() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-class Result(NamedTuple):
-    loss: Tensor
-    c: Tensor
-    products: Tensor  # all five
-
-
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def draw(shape: tuple[int, ...], dtype: torch.dtype, place: int = 0, scale: float = 1.0) -> Tensor:
-    """Random numbers, `place` elements behind an aligned address."""
-    flat = (scale * torch.randn(torch.Size(shape).numel() + place, dtype=torch.float64)).to(dtype)
-    return flat[place:].view(shape)
-
-
-def triple(shape: tuple[int, ...], dtype: torch.dtype, where: tuple[int, int, int] = (0, 0, 0)) -> tuple[Tensor, ...]:
-    """x, v and u. v has a mean that must be taken off."""
-    x, v, u = (draw(shape, dtype, place) for place in where)
-    return x.mul_(2), v.add_(3), u.sub_(1)
-
-
-# ---------------------------------------------------------------------------------------------- what is right
-
-
-def quadratic(loss: Tensor, closed: Any, v: Tensor, u: Tensor, sign: float) -> tuple[Result, Tensor, Tensor]:
-    """The results in the precision of the arguments; and the magnitude of what c and the products add up."""
-    g, centre, product = closed
-    v, u = v.to(g.dtype), u.to(g.dtype)
-    cv, cu = centre(v), centre(u)
-    hv, hu = product(cv), product(cu)
-    terms = (g * cv, cv * hv, g * cu, cv * hu, cu * hu)
-    exact = Result(loss, sign * (g + hv), sign * torch.stack([t.sum(dtype=torch.float64) for t in terms]))
-    # What is taken off v by its mean counts too.
-    wide_v, wide_u = v.abs() + (v - cv).abs(), u.abs() + (u - cu).abs()
-    h = product(torch.ones_like(v)).abs()
-    slope = g.abs() + h
-    sums = (slope * wide_v, h * wide_v**2, slope * wide_u, h * wide_v * wide_u, h * wide_u**2)
-    return exact, slope + h * wide_v, torch.stack([t.sum(dtype=torch.float64) for t in sums])
-
-
-def compare(ours: Result, dtype: torch.dtype, exact: Any, composed: Result) -> None:
-    """Sums to 1e-12 or 1e-5 of their terms' magnitude; c in half precision as good as torch's composition."""
-    expected, c_size, sizes = exact
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    assert ours.loss.dtype == ours.products.dtype == torch.float64 and ours.loss.shape == () and ours.c.dtype == dtype
-    torch.testing.assert_close(ours.loss, expected.loss, rtol=tolerance, atol=tolerance, equal_nan=True)
-    off = (ours.products - expected.products).abs()
-    assert (off <= tolerance * sizes + 1e-300).all(), (ours.products, expected.products, sizes)
-    c_off = (ours.c.double() - expected.c).abs()
-    if dtype in (torch.float32, torch.float64):
-        assert (c_off <= tolerance * c_size + 1e-37).all()
-    else:
-        tiny = torch.finfo(dtype).smallest_normal
-        assert c_off.max() <= 2 * (composed.c.to(dtype).double() - expected.c).abs().max() + tiny
-        assert (c_off <= (torch.finfo(dtype).eps + 1e-5) * c_size + tiny).all()
-
-
-def cross_entropy(x: Tensor, v: Tensor, u: Tensor, target: Tensor, sign: float = 1.0, **options: Any) -> Result:
-    weight, ignore_index = options.get("weight"), options.get("ignore_index", -100)
-    rest = ignore_index, options.get("reduction", "mean") == "mean", options.get("label_smoothing", 0.0), sign
-    loss, c, products, rows = operators.cross_entropy_products(x, v, target, weight, *rest)
-    return Result(loss, c, operators.cross_entropy_dots(x, v, u, target, weight, rows, products, *rest))
-
-
-def check_cross_entropy(x: Tensor, v: Tensor, u: Tensor, target: Tensor, sign: float = 1.0, **options: Any) -> Result:
-    wide = {k: value.double() if isinstance(value, Tensor) else value for k, value in options.items()}
-    before = [t.clone() for t in (x, v, u)]
-    ours = cross_entropy(x, v, u, target, sign, **options)
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, v, u)))
-    loss = F.cross_entropy(x.double(), target, **wide)
-    exact = quadratic(loss, closed_forms.cross_entropy(x.double(), target, **wide), v.double(), u.double(), sign)
-    composed = quadratic(loss, closed_forms.cross_entropy(x, target, **options), v, u, sign)[0]
-    compare(ours, x.dtype, exact, composed)
-    return ours

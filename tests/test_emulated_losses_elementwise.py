@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from emulated import operators
-from emulated_losses import (
-    DTYPES,
-    Result,
-    arithmetic,
-    compare,
-    device,
-    draw,
-    every_dtype,
-    fresh_device,  # noqa: F401
-    places,
-    quadratic,
-    signs,
-    triple,
-)
+from emulated_losses import check_elements, device, fresh_device  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-from curveball_fused import closed_forms
-
-
-def check_elements(shape: tuple[int, ...], dtype: torch.dtype, where: Any, sign: float, **options: Any) -> None:
-    """Both losses, against closed_forms; `weight` and `pos_weight` belong to the binary cross-entropy."""
-    x, v, u = triple(shape, dtype, where)
-    mean = options["reduction"] == "mean"
-    for name in ("mse", "bce"):
-        function = F.mse_loss if name == "mse" else F.binary_cross_entropy_with_logits
-        chosen = {k: value for k, value in options.items() if name == "bce" or k == "reduction"}
-        weights = () if name == "mse" else (options.get("weight"), options.get("pos_weight"))
-        wide = {k: value.double() if isinstance(value, Tensor) else value for k, value in chosen.items()}
-        y = draw(shape, dtype, where[0]) if name == "mse" else torch.rand(shape).to(dtype)
-        loss, c, products = getattr(operators, f"{name}_products")(x, v, y, *weights, mean, sign)
-        five = getattr(operators, f"{name}_dots")(x, v, u, y, *weights, products, mean, sign)
-        closed, expected_loss = closed_forms.CLOSED_FORMS[function], function(x.double(), y.double(), **wide)
-        exact = quadratic(expected_loss, closed(x.double(), y.double(), **wide), v.double(), u.double(), sign)
-        composed = quadratic(expected_loss, closed(x, y, **chosen), v, u, sign)[0]
-        compare(Result(loss, c, five), dtype, exact, composed)
+from loss_truth import DTYPES, arithmetic, check_errors, every_dtype, places, signs
 
 
 @settings(deadline=None, max_examples=80)
@@ -120,37 +85,4 @@ def test_no_elements() -> None:
 
 
 def test_errors() -> None:
-    x, y = torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
-    options = -100, True, 0.0, 1.0
-    for message, arguments in {
-        r"x must be \[rows, classes\]": (x[0], x[0], y, None),
-        "x is not contiguous": (x.t(), x.t(), y, None),
-        "convert it to float16": (x.long(), x.long(), y, None),
-        "v and x have different sizes": (x, x[:2], y, None),
-        "v has dtype": (x, x.double(), y, None),
-        "v is not contiguous": (x, torch.zeros(6, 4).t(), y, None),
-        "target has dtype": (x, x, y.int(), None),
-        "target must have one class": (x, x, y[:3], None),
-        "weight must have one element": (x, x, y, torch.ones(5)),
-        "weight has dtype": (x, x, y, torch.ones(6).double()),
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            operators.cross_entropy_products(*arguments, *options)
-    rows, products = torch.zeros(4, 3), torch.zeros(2, dtype=torch.float64)
-    for message, (u, given_rows, given_products) in {
-        "u and x have different sizes": (x[:2], rows, products),
-        "rows must be": (x, rows.double(), products),
-        "products has dtype": (x, rows, products.float()),
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            operators.cross_entropy_dots(x, x, u, y, None, given_rows, given_products, *options)
-    for message, (target, weight) in {
-        "target and x have different sizes": (x[:2], None),
-        "target has dtype": (x.half(), None),
-        "can't be divided": (x, torch.ones(5)),
-        "weight has dtype": (x, torch.ones(6).half()),
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
-            operators.bce_products(x, x, target, weight, None, True, 1.0)
-    with pytest.raises(RuntimeError, match="target has dtype"):
-        operators.mse_products(x, x, x.half(), True, 1.0)
+    check_errors(operators)

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../dtypes.h"
+#include "loss_kernels.h"
 #include "tangent_kernels.h"
 
 namespace curveball::cpu {
@@ -27,6 +28,7 @@ struct Kernels {
   UpdateBlock update[kDTypeCount][kDTypeCount];  // [dtype of w][dtype of r]; null: not offered
   DotsBlock dots[kDTypeCount][kDTypeCount];      // [dtype of z][dtype of r]; null: not offered
   SquaresBlock squares[kDTypeCount];             // [dtype of z]; null: not offered
+  LossKernels losses;
   TangentKernels tangents = {};
 };
 

@@ -1,8 +1,7 @@
 // Several elements at a time: loading, storing and converting float16, bfloat16, float32 and float64.
 //
 // The vector types are GCC's and Clang's own extension, so the text is the same for every instruction set. Every
-// instruction set must give the same bits. Included by loops.h, never before a source
-// file has chosen its instruction set.
+// instruction set must give the same bits. Never included before a source file has chosen its instruction set.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +34,18 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// What each dtype is computed in: float64 for itself, float32 for all others.
+template <typename T>
+struct ArithmeticType {
+  using type = float;
+};
+template <>
+struct ArithmeticType<double> {
+  using type = double;
+};
+template <typename T>
+using Arithmetic = typename ArithmeticType<T>::type;
+
 #define CURVEBALL_LANES static inline __attribute__((always_inline))
 
 // Memory need not be aligned: memcpy compiles to one unaligned move.
@@ -56,9 +67,10 @@ CURVEBALL_LANES void store(float* p, Floats v) { write(p, v); }
 CURVEBALL_LANES void store(double* p, Doubles v) { write(p, v); }
 
 CURVEBALL_LANES Doubles widen(Doubles v) { return v; }
-// GCC 12 makes two conversions and a merge of the builtin, where one instruction does it.
+// GCC 12 makes two conversions and a merge of the builtin, where one instruction does it. (Of the intrinsic without a
+// mask it warns that something is uninitialised; a mask of ones costs nothing.)
 #if defined(CURVEBALL_AVX512)
-CURVEBALL_LANES Doubles widen(Floats v) { return (Doubles)_mm512_cvtps_pd((__m256)v); }
+CURVEBALL_LANES Doubles widen(Floats v) { return (Doubles)_mm512_maskz_cvtps_pd(0xff, (__m256)v); }
 #elif defined(CURVEBALL_AVX2)
 CURVEBALL_LANES Doubles widen(Floats v) { return (Doubles)_mm256_cvtps_pd((__m128)v); }
 #else

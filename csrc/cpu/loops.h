@@ -1,56 +1,17 @@
 // The loops over one block: update, dots and squares, for every offered combination of dtypes.
 //
-// loops_*.cpp include this after choosing an instruction set. Sums run in kRound double accumulators, in an
-// order that the text fixes, so all instruction sets give the same bits. Everything has internal linkage: the linker
-// must never merge a function compiled for AVX-512 with its namesake for older processors.
+// loops_*.cpp include this after choosing an instruction set. Everything has internal linkage: the linker must never
+// merge a function compiled for AVX-512 with its namesake for older processors.
 #pragma once
 
 #include "../math.h"
 #include "kernels.h"
-#include "lanes.h"
+#include "loss_elements.h"
+#include "loss_rows.h"
+#include "sums.h"
 
 namespace curveball::cpu {
 namespace {
-
-// Elements a round: several registers, to hide the latency of the additions.
-constexpr int64_t kRound = 16;
-constexpr int64_t kGroups = kRound / kLanes;
-
-// Asks for the memory of a coming round, 2 KiB ahead. The processor's own prefetchers stop at every 4 KiB page; this
-// does not, which makes the loops up to a third faster on large tensors. An address past the end is harmless.
-template <typename... Pointer>
-CURVEBALL_LANES void prefetch(const Pointer*... p) {
-  constexpr size_t kAhead = 2048, kCacheLine = 64;
-  const auto prefetch_one = [](uintptr_t address, size_t size) __attribute__((always_inline)) {
-    for (size_t i = 0; i < size; i += kCacheLine) __builtin_prefetch(reinterpret_cast<void*>(address + kAhead + i));
-  };
-  (prefetch_one(reinterpret_cast<uintptr_t>(p), kRound * sizeof(Pointer)), ...);
-}
-
-// kRound partial sums, side by side; element i of a block goes to number i % kRound, however wide the registers are.
-struct Sum {
-  Doubles groups[kGroups] = {};
-
-  // Halves onto halves: a fixed tree.
-  double total() const {
-    double sums[kRound];
-    memcpy(sums, groups, sizeof(sums));
-    for (int64_t half = kRound / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; i++) sums[i] += sums[i + half];
-    }
-    return sums[0];
-  }
-};
-
-// The last elements of a block, padded with zeros to a full round. Zeros add nothing to the sums.
-template <typename T>
-struct Padded {
-  T data[kRound];
-  Padded(const T* source, int64_t n) {
-    memset(data, 0, sizeof(data));
-    memcpy(data, source, n * sizeof(T));
-  }
-};
 
 template <typename W, typename Z, typename R>
 CURVEBALL_LANES void update_round(W* w, Z* z, const R* r, const UpdateFactors<Z>& factors, Sum& sum) {
@@ -82,8 +43,8 @@ double update_block(void* w_, void* z_, const void* r_, int64_t n, const UpdateA
     Padded<Z> last_z(z + i, n - i);
     const Padded<R> last_r(r + i, n - i);
     update_round(last_w.data, last_z.data, last_r.data, factors, sum);
-    memcpy(w + i, last_w.data, (n - i) * sizeof(W));
-    memcpy(z + i, last_z.data, (n - i) * sizeof(Z));
+    copy_some(w + i, last_w.data, n - i);
+    copy_some(z + i, last_z.data, n - i);
   }
   return sum.total();
 }
@@ -137,9 +98,23 @@ double squares_block(const void* z_, int64_t n) {
   return sum.total();
 }
 
+template <typename T>
+constexpr void add_losses(LossKernels& k, DType dtype) {
+  k.cross_entropy_products[dtype] = cross_entropy_products_block<T>;
+  k.cross_entropy_dots[dtype] = cross_entropy_dots_block<T>;
+  k.mse_products[dtype] = element_products_block<SquaredError, T>;
+  k.mse_dots[dtype] = element_dots_block<SquaredError, T>;
+  k.bce_products[dtype] = element_products_block<BinaryCrossEntropy, T>;
+  k.bce_dots[dtype] = element_dots_block<BinaryCrossEntropy, T>;
+}
+
 // z is float32 for weights of at most 32 bits and float64 for float64; r has the dtype of w or of z.
 constexpr Kernels make_kernels(const char* name) {
-  Kernels k{name, {}, {}, {}};
+  Kernels k{name, {}, {}, {}, {}};
+  add_losses<Float16>(k.losses, kFloat16);
+  add_losses<BFloat16>(k.losses, kBFloat16);
+  add_losses<float>(k.losses, kFloat32);
+  add_losses<double>(k.losses, kFloat64);
   k.update[kFloat16][kFloat16] = update_block<Float16, float, Float16>;
   k.update[kFloat16][kFloat32] = update_block<Float16, float, float>;
   k.update[kBFloat16][kBFloat16] = update_block<BFloat16, float, BFloat16>;

@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_products(Tensor x, Tens
   const DType dtype = dtype_of(x, "x", 0);
   const DeviceGuard guard(x.get_device_index());
   Tensor c = torch::stable::new_empty(x, x.sizes());
-  Tensor rows = torch::stable::new_empty(x, {x.size(0), 3}, dtype == kFloat64 ? ScalarType::Double : ScalarType::Float);
+  Tensor rows = torch::stable::new_empty(x, {x.size(0), 3}, arithmetic_of(x));
   Tensor loss, products;
   for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -120,11 +120,8 @@ Tensor cross_entropy_dots(Tensor x, Tensor v, Tensor u, Tensor target, std::opti
   check_cross_entropy(x, v, target, weight);
   check_like(x, u, "u");
   check_place(x, u, "u");
-  check_place(x, rows, "rows");
+  check_rows(x, rows);
   const DType dtype = dtype_of(x, "x", 0);
-  STD_TORCH_CHECK(rows.scalar_type() == (dtype == kFloat64 ? ScalarType::Double : ScalarType::Float) &&
-                      rows.numel() == 3 * x.size(0),
-                  "rows must be what cross_entropy_products returned for the same x.");
   const double* first = products_of(x, products);
   const DeviceGuard guard(x.get_device_index());
   Tensor five;

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "../loss_checks.h"
 #include "launch.h"
-#include "loss_checks.h"
 #include "loss_parts.cuh"
 
 #if !defined(CURVEBALL_LOSS_BLOCKS)

@@ -5,13 +5,17 @@
 #include <optional>
 #include <utility>
 
-#include "../checks.h"
-#include "types.cuh"
+#include "checks.h"
 
-namespace curveball::cuda {
+namespace curveball {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The dtype of what is computed and kept of x.
+inline ScalarType arithmetic_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 inline void check_like(const Tensor& x, const Tensor& tensor, const char* name) {
   const auto sizes = x.sizes(), other = tensor.sizes();
@@ -33,7 +37,7 @@ template <typename C>
 const C* weights_of(const Tensor& x, const std::optional<Tensor>& weight, const char* name) {
   if (!weight) return nullptr;
   check_place(x, *weight, name);
-  constexpr ScalarType wanted = sizeof(C) == 8 ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wanted = arithmetic_of(x);
   STD_TORCH_CHECK(weight->scalar_type() == wanted, name, " has dtype ",
                   torch::headeronly::toString(weight->scalar_type()), " beside x of dtype ",
                   torch::headeronly::toString(x.scalar_type()), ": convert it to ", torch::headeronly::toString(wanted),
@@ -62,6 +66,12 @@ inline void check_cross_entropy(const Tensor& x, const Tensor& v, const Tensor& 
                   "weight must have one element for each of the ", x.size(1), " classes.");
 }
 
+inline void check_rows(const Tensor& x, const Tensor& rows) {
+  check_place(x, rows, "rows");
+  STD_TORCH_CHECK(rows.scalar_type() == arithmetic_of(x) && rows.numel() == 3 * x.size(0),
+                  "rows must be what cross_entropy_products returned for the same x.");
+}
+
 inline void check_elements(const Tensor& x, const Tensor& v, const Tensor& target) {
   check_place(x, x, "x");
   check_like(x, v, "v");
@@ -72,7 +82,7 @@ inline void check_elements(const Tensor& x, const Tensor& v, const Tensor& targe
 
 // Weights that repeat over the elements of x.
 template <typename C>
-std::pair<const C*, int64> periodic(const Tensor& x, const std::optional<Tensor>& weight, const char* name) {
+std::pair<const C*, int64_t> periodic(const Tensor& x, const std::optional<Tensor>& weight, const char* name) {
   if (!weight) return {nullptr, 1};
   const int64_t length = weight->numel();
   STD_TORCH_CHECK(x.numel() == 0 || (length > 0 && x.numel() % length == 0), name, " has ", length,
@@ -81,4 +91,4 @@ std::pair<const C*, int64> periodic(const Tensor& x, const std::optional<Tensor>
   return {weights_of<C>(x, weight, name), length};
 }
 
-}  // namespace curveball::cuda
+}  // namespace curveball
