@@ -5,8 +5,9 @@
 //
 // As in flash attention, each query keeps the largest score m so far, and relative to e^m the sums
 //   total = sum_j e^(S_j),  weighted = sum_j e^(S_j) dS_j,  row = sum_j e^(S_j) (dS_j v_j + dv_j).
-// A block of keys is packed with keys side by side, so that a register holds one component of several keys; a tile of
-// queries meets it in two matrix products with all sums in registers.
+// A shift of all dS of a query changes nothing; that by their mean over the first block of keys keeps the last
+// difference from cancelling. A block of keys is packed with keys side by side, so that a register holds one component
+// of several keys; a tile of queries meets it in two matrix products with all sums in registers.
 #pragma once
 
 #include <cmath>
@@ -32,7 +33,7 @@ struct AttentionScratch {
   T* values;   // [kKeyBlock, 2, padded width]: v and dv
   T* queries;  // [kTile, depth, 2]: q and dq
   T* scores;   // [kTile, 2, kKeyBlock]: S and dS, then P and P dS
-  T *largest, *total, *weighted, *rows;
+  T *largest, *shift, *total, *weighted, *rows;
 
   AttentionScratch(T* memory, int64_t depth, int64_t padded) {
     const auto take = [&memory](int64_t count) {
@@ -46,6 +47,7 @@ struct AttentionScratch {
     keys = take(2 * kKeyBlock * depth);
     queries = take(2 * kTile * depth);
     largest = take(kQueryBlock);
+    shift = take(kQueryBlock);
     total = take(kQueryBlock);
     weighted = take(kQueryBlock);
   }
@@ -142,18 +144,24 @@ T weigh(const AttentionArguments& a, const AttentionScratch<T>& s, const TilePla
   T now = before;
   for (int64_t i = 0; i < kWidth<T>; i++) now = largest[i] > now ? largest[i] : now;
   const Register<T> base = splat<T>(now == -INFINITY ? 0 : now);
-  Register<T> total = {}, weighted = {};
+  Register<T> total = {}, mean = {}, weighted = {};
   for (int64_t j = 0; j < at.keys; j += kWidth<T>) {
     const Register<T> p = decay(read<Register<T>>(scores + j) - base);
-    const Register<T> p_tangent = p * (scale * read<Register<T>>(scores + kKeyBlock + j));
     total += p;
-    weighted += p_tangent;
+    mean += p * (scale * read<Register<T>>(scores + kKeyBlock + j));
     write(scores + j, p);
+  }
+  const T sum = sum_of<T>(total);
+  if (s.total[place] == 0) s.shift[place] = sum > 0 ? sum_of<T>(mean) / sum : 0;
+  for (int64_t j = 0; j < at.keys; j += kWidth<T>) {
+    const Register<T> tangent = scale * read<Register<T>>(scores + kKeyBlock + j) - s.shift[place];
+    const Register<T> p_tangent = read<Register<T>>(scores + j) * tangent;
+    weighted += p_tangent;
     write(scores + kKeyBlock + j, p_tangent);
   }
   const T factor = before == now ? T(1) : decay(splat<T>(before - now))[0];
   s.largest[place] = now;
-  s.total[place] = s.total[place] * factor + sum_of<T>(total);
+  s.total[place] = s.total[place] * factor + sum;
   s.weighted[place] = s.weighted[place] * factor + sum_of<T>(weighted);
   return factor;
 }
