@@ -82,9 +82,8 @@ def batch_norm_tangent(
         ẏ, laid out as x.
     """
     if x.dim() < 2 or not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
-        raise ValueError(
-            f"x must be [N, C, ...], contiguous or channels-last; it has shape {list(x.shape)} and strides {x.stride()}."
-        )
+        layout = f"shape {list(x.shape)} and strides {x.stride()}"
+        raise ValueError(f"x must be [N, C, ...], contiguous or channels-last; it has {layout}.")
     _check_like(x, dx=dx)
     _check_vectors(x, _statistics_dtype(x), x.shape[1], mean=mean, rstd=rstd)
     _check_vectors(x, x.dtype, x.shape[1], weight=weight, dweight=dweight, dbias=dbias)
@@ -109,8 +108,8 @@ def attention_tangent(
 ) -> Tensor:
     """The tangent of scaled dot-product attention, out = P v with P = softmax(S) and S = scale q kᵀ + mask.
 
-    Ȯ_i = Σ_j P_ij (Ṡ_ij v_j + v̇_j) - (Σ_j P_ij Ṡ_ij) out_i, with Ṡ = scale (q̇ kᵀ + q k̇ᵀ): one pass over the keys, and no
-    matrix of scores in memory. A row that is masked throughout is zero.
+    Ȯ_i = Σ_j P_ij (Ṡ_ij v_j + v̇_j) - (Σ_j P_ij Ṡ_ij) out_i, with Ṡ = scale (q̇ kᵀ + q k̇ᵀ). A row that is masked
+    throughout is zero. The kernels go over the keys once and never hold a matrix of scores.
 
     Args:
         dq, q: `[B, H, T, D]`; dk, k: `[B, H, S, D]`; dv, v: `[B, H, S, E]`; any strides, the last dimension contiguous.

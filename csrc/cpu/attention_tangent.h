@@ -5,8 +5,9 @@
 //
 // As in flash attention, each query keeps the largest score m so far, and relative to e^m the sums
 //   total = sum_j e^(S_j),  weighted = sum_j e^(S_j) dS_j,  row = sum_j e^(S_j) (dS_j v_j + dv_j).
-// A block of keys is packed with keys side by side, so that a register holds one component of several keys; a tile of
-// queries meets it in two matrix products with all sums in registers.
+// A shift of all dS of a query changes nothing; that by their mean over the first block of keys keeps the last
+// difference from cancelling. A block of keys is packed with keys side by side, so that a register holds one component
+// of several keys; a tile of queries meets it in two matrix products with all sums in registers.
 #pragma once
 
 #include <cmath>
@@ -32,7 +33,7 @@ struct AttentionScratch {
   T* values;   // [kKeyBlock, 2, padded width]: v and dv
   T* queries;  // [kTile, depth, 2]: q and dq
   T* scores;   // [kTile, 2, kKeyBlock]: S and dS, then P and P dS
-  T *largest, *total, *weighted, *rows;
+  T *largest, *shift, *total, *weighted, *rows;
 
   AttentionScratch(T* memory, int64_t depth, int64_t padded) {
     const auto take = [&memory](int64_t count) {
@@ -46,6 +47,7 @@ struct AttentionScratch {
     keys = take(2 * kKeyBlock * depth);
     queries = take(2 * kTile * depth);
     largest = take(kQueryBlock);
+    shift = take(kQueryBlock);
     total = take(kQueryBlock);
     weighted = take(kQueryBlock);
   }
@@ -142,18 +144,24 @@ T weigh(const AttentionArguments& a, const AttentionScratch<T>& s, const TilePla
   T now = before;
   for (int64_t i = 0; i < kWidth<T>; i++) now = largest[i] > now ? largest[i] : now;
   const Register<T> base = splat<T>(now == -INFINITY ? 0 : now);
-  Register<T> total = {}, weighted = {};
+  Register<T> total = {}, mean = {}, weighted = {};
   for (int64_t j = 0; j < at.keys; j += kWidth<T>) {
     const Register<T> p = decay(read<Register<T>>(scores + j) - base);
-    const Register<T> p_tangent = p * (scale * read<Register<T>>(scores + kKeyBlock + j));
     total += p;
-    weighted += p_tangent;
+    mean += p * (scale * read<Register<T>>(scores + kKeyBlock + j));
     write(scores + j, p);
+  }
+  const T sum = sum_of<T>(total);
+  if (s.total[place] == 0) s.shift[place] = sum > 0 ? sum_of<T>(mean) / sum : 0;
+  for (int64_t j = 0; j < at.keys; j += kWidth<T>) {
+    const Register<T> tangent = scale * read<Register<T>>(scores + kKeyBlock + j) - s.shift[place];
+    const Register<T> p_tangent = read<Register<T>>(scores + j) * tangent;
+    weighted += p_tangent;
     write(scores + kKeyBlock + j, p_tangent);
   }
   const T factor = before == now ? T(1) : decay(splat<T>(before - now))[0];
   s.largest[place] = now;
-  s.total[place] = s.total[place] * factor + sum_of<T>(total);
+  s.total[place] = s.total[place] * factor + sum;
   s.weighted[place] = s.weighted[place] * factor + sum_of<T>(weighted);
   return factor;
 }
@@ -229,10 +237,25 @@ void transpose(const AttentionTensor& t, const T* from, int64_t rows, int64_t co
   }
 }
 
+// Asks for the rows of one head, which lie apart in memory, so that the processor does not guess them.
+template <typename T>
+void prefetch_rows(const AttentionTensor& t, int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t columns) {
+  constexpr int64_t kCacheLine = 64 / sizeof(T);
+  for (int64_t row = begin; row < end; row++) {
+    const T* const p = row_of<T>(t, batch, head, row);
+    for (int64_t i = 0; i < columns; i += kCacheLine) __builtin_prefetch(p + i, 0, 2);
+  }
+}
+
 // A register of keys side by side, values in rows, with zeros up to whole registers.
 template <typename T>
 void pack(const AttentionArguments& a, const AttentionScratch<T>& s, const TilePlace& at) {
   const int64_t padded = padded_width(a.width);
+  const int64_t key_end = at.key + at.keys;
+  prefetch_rows<T>(a.k, at.batch, at.head, at.key, key_end, a.depth);
+  prefetch_rows<T>(a.dk, at.batch, at.head, at.key, key_end, a.depth);
+  prefetch_rows<T>(a.v, at.batch, at.head, at.key, key_end, a.width);
+  prefetch_rows<T>(a.dv, at.batch, at.head, at.key, key_end, a.width);
   for (int64_t j = 0; j < at.keys; j += kWidth<T>) {
     T* const keys = s.keys + 2 * j * a.depth;
     transpose(a.k, row_of<T>(a.k, at.batch, at.head, at.key + j), at.keys - j, a.depth, keys);
@@ -263,6 +286,9 @@ void attention_block(const AttentionArguments& a, int64_t batch, int64_t head, i
                      void* memory) {
   const AttentionScratch<T> s(static_cast<T*>(memory), a.depth, padded_width(a.width));
   for (int64_t i = 0; i < kQueryBlock; i++) s.largest[i] = -INFINITY, s.total[i] = 0, s.weighted[i] = 0;
+  prefetch_rows<T>(a.q, batch, head, begin, end, a.depth);
+  prefetch_rows<T>(a.dq, batch, head, begin, end, a.depth);
+  prefetch_rows<T>(a.out, batch, head, begin, end, a.width);
   memset(s.rows, 0, kQueryBlock * padded_width(a.width) * sizeof(T));
   const int64_t last_key = a.is_causal && end < a.keys ? end : a.keys;
   const int64_t tiles = (end - begin + kTile - 1) / kTile;  // of almost equal size

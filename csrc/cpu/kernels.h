@@ -33,7 +33,7 @@ struct Kernels {
 };
 
 // The best table this processor can run. The environment variable CURVEBALL_INSTRUCTION_SET names another one (all
-// give the same bits); null if that one was not compiled or the processor lacks it.
+// give the same bits, but for the tangent of attention); null if that one was not compiled or the processor lacks it.
 const Kernels* kernels();
 
 // The names of all compiled tables, best first, separated by commas.

@@ -52,10 +52,10 @@ struct AttentionArguments {
 constexpr int64_t kQueryBlock = 128, kKeyBlock = 128, kMostTiled = 8;
 constexpr int64_t padded_width(int64_t width) { return (width + 15) / 16 * 16; }
 // How many elements of memory a block needs: its packed keys, values and a few queries, scores, and the state of the
-// queries, which are three numbers and a row each.
+// queries, which are four numbers and a row each.
 constexpr int64_t attention_scratch(int64_t depth, int64_t width) {
   return 2 * kKeyBlock * (depth + padded_width(width)) + 2 * kMostTiled * (depth + kKeyBlock) +
-         kQueryBlock * (3 + padded_width(width));
+         kQueryBlock * (4 + padded_width(width));
 }
 // The tangent of queries `begin` to `end`, at most kQueryBlock, of one head of one element of the batch.
 using AttentionBlock = void (*)(const AttentionArguments& arguments, int64_t batch, int64_t head, int64_t begin,
