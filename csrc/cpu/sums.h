@@ -43,11 +43,11 @@ struct Sum {
   }
 };
 
-// Copies n < kRound elements in pieces of fixed sizes: a call of memcpy would cost as much as a short row.
+// Copies n <= kRound elements in pieces of fixed sizes: a call of memcpy would cost as much as a short row.
 template <typename T>
 CURVEBALL_LANES void copy_some(T* target, const T* source, int64_t n) {
-#pragma GCC unroll 4
-  for (int64_t size = kRound / 2; size > 0; size /= 2) {
+#pragma GCC unroll 5
+  for (int64_t size = kRound; size > 0; size /= 2) {
     if (n & size) {
       memcpy(target, source, size * sizeof(T));
       target += size;
