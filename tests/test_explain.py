@@ -172,6 +172,7 @@ def written_to(net: nn.Module) -> Tensor:
 def test_refusals(run: Callable[[Any], Tensor], function: str, reason: str, way: str) -> None:
     """All are told, not just the first, and "auto" does as is said."""
     net = nn.Linear(6, 6)
+    modes._announced.clear()
     found = explain(lambda: run(net), squares, net.parameters())
     refused = {f.name: f.reason for f in found.functions if f.followed == "refused"}
     assert reason in refused[function]
@@ -180,7 +181,6 @@ def test_refusals(run: Callable[[Any], Tensor], function: str, reason: str, way:
     assert f'"linearize" cannot be had: {found.ways[0].refusal}' in str(found)
     optimizer = CurveBall(net.parameters())
     with pytest.warns(UserWarning, match="curveball_fused"):  # which explain has left to the training
-        modes._announced.clear()
         optimizer.step(lambda: run(net), squares)
     assert optimizer.state["curveball"]["way"] == way
 
@@ -217,6 +217,7 @@ def test_a_model_that_no_way_can_follow() -> None:
         CurveBall(net.parameters()).step(lambda: Hidden.apply(net(X)), squares)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_model() -> None:
     """From which "auto" does not retreat to the way that works."""
     net = torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.Tanh()))
@@ -284,7 +285,7 @@ def fails(_: Any = None) -> Tensor:
 def test_bad_input_gets_the_errors_of_a_step(model_fn: Any, loss_fn: Any, params: Callable[[Any], Any]) -> None:
     net = nn.Linear(6, 3)
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(Exception) as expected:  # noqa: B017
+    with pytest.raises(Exception) as expected:
         CurveBall(params(net)).step(lambda: model_fn(net), loss_fn)
     with pytest.raises(expected.type) as got:
         explain(lambda: model_fn(net), loss_fn, params(net))
