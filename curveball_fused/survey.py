@@ -130,8 +130,9 @@ def _what_lacks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str
             return {key: dual(v) for key, v in value.items()}
         return type(value)([dual(v) for v in value]) if type(value) in (list, tuple) else value
 
+    substitute = Substitute({})
     try:
-        with torch.enable_grad(), fwAD.dual_level(), Substitute({}):
+        with torch.enable_grad(), fwAD.dual_level(), substitute:
             func(*dual(args), **dual(kwargs))
     except Exception as error:  # whatever copies lead to is no news but for the one thing that is asked
         first_line = str(error).split("\n")[0]

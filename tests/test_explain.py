@@ -163,7 +163,6 @@ def written_to(net: nn.Module) -> Tensor:
     [
         (lambda net: Double.apply(Double.apply(net(X)).tanh()), "DoubleBackward", "cannot see into", "double_backward"),
         (lambda net: checkpoint(net, X, use_reentrant=False).tanh(), "torch.nn.functional.linear", "checkp", "forward"),
-        (in_autocast, "torch.nn.functional.relu", "autocast", "forward"),
         (written_to, "torch.Tensor.mul_", "writes to its argument", "forward"),
         (written_to, "torch.Tensor.exp_", "writes to its argument", "forward"),
         (lambda net: F.rrelu(net(X), training=True), "torch.rrelu", "random", "forward"),
@@ -183,6 +182,18 @@ def test_refusals(run: Callable[[Any], Tensor], function: str, reason: str, way:
     with pytest.warns(UserWarning, match="curveball_fused"):  # which explain has left to the training
         optimizer.step(lambda: run(net), squares)
     assert optimizer.state["curveball"]["way"] == way
+
+
+def test_autocast() -> None:
+    """Whatever the tape makes of it, functions and ways agree."""
+    net = nn.Linear(6, 6)
+    found = explain(lambda: in_autocast(net), squares, net.parameters())
+    assert {f.name.rpartition(".")[2] for f in found.functions} >= {"linear", "relu"}
+    refused = [f.followed == "refused" for f in found.functions]
+    assert any(refused) == all(refused) == (found.ways[0].cost is None)
+    optimizer = CurveBall(net.parameters())
+    optimizer.step(lambda: in_autocast(net), squares)
+    assert optimizer.state["curveball"]["way"] == found.way
 
 
 def test_custom_functions_are_counted() -> None:
