@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import loss_ops, ops
 from .backends import build_info
+from .explanation import Explanation, explain
 from .optimizer import CurveBall
 
 try:
@@ -16,4 +17,4 @@ try:
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["CurveBall", "build_info", "loss_ops", "ops"]
+__all__ = ["CurveBall", "Explanation", "build_info", "explain", "loss_ops", "ops"]

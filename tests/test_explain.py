@@ -1,0 +1,363 @@
+"""What `explain` says is so, and nothing changes by asking."""
+
+from __future__ import annotations
+
+import copy
+import random
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from curveball_fused import CurveBall, explain, modes
+from curveball_fused.cost import counted
+
+CPU = torch.device("cpu")
+X = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
+
+
+def squares(outputs: Tensor) -> Tensor:
+    return (outputs.float() - 0.3).square().mean()
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One round of times is enough where they are not looked at."""
+
+    def once(functions: Any, prepare: Callable[[], None], device: torch.device) -> list[float]:
+        for function in functions:
+            prepare()
+            function()
+        return [1e-3 * (i + 1) for i in range(len(functions))]
+
+    monkeypatch.setattr("curveball_fused.explanation.median_seconds", once)
+
+
+@pytest.mark.parametrize("name", list(nets.NETS))
+def test_nets(name: str) -> None:
+    net, x = nets.make(name)
+    found = explain(lambda: net(x), squares, net.parameters())
+    assert found.way == "linearize"
+    assert {f.followed for f in found.functions} == {"own rule"}
+    assert not any(f.lacks for f in found.functions)
+    assert [way.name for way in found.ways if way.cost] == ["linearize", "forward", "double_backward"]
+    linears = sum(isinstance(m, nn.Linear) for m in net.modules())
+    assert [f.calls for f in found.functions if f.name == "torch.nn.functional.linear"] == [linears]
+    text = str(found)
+    assert 'curvature="auto" takes "linearize"' in text
+    assert "Loss: none of those that are recognised; its curvature by autograd, twice." in text
+
+
+def test_multiply_adds_of_an_mlp() -> None:
+    """A layer of B x n x m costs once that forwards, for each gradient (not that of the data), and for each of the two
+    terms of a tangent (not that of the data)."""
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)), X
+    first, rest = 7 * 6 * 8, 7 * (8 * 5 + 5 * 3)
+    target = torch.randint(0, 3, (7,))
+    found = explain(lambda: net(x), lambda out: F.cross_entropy(out, target), net.parameters())
+    linearised, forward, double = (way.cost for way in found.ways)
+    assert found.backward and linearised and forward and double
+    assert found.forward.multiply_adds == first + rest
+    assert found.backward.multiply_adds == 2 * first + 3 * rest
+    assert linearised.multiply_adds == 4 * first + 7 * rest
+    assert forward.multiply_adds == 6 * first + 9 * rest
+    assert double.multiply_adds > linearised.multiply_adds
+    equivalents = found.forward_equivalents(linearised)
+    assert equivalents == pytest.approx((4 * first + 7 * rest) / (first + rest))
+    assert f"{equivalents:.2f}" in str(found)
+    assert (found.loss, found.loss_products) == ("F.cross_entropy", "closed form")
+    assert found.parameters == sum(p.numel() for p in net.parameters())
+    assert found.parameter_bytes == found.state_bytes == 4 * found.parameters
+
+
+def test_multiply_adds_of_convolution_and_attention() -> None:
+    conv = nn.Conv2d(2, 4, 3, bias=False)
+    images = torch.randn(3, 2, 8, 8)
+    found = explain(lambda: conv(images).flatten(1), squares, conv.parameters())
+    assert found.forward.multiply_adds == 3 * 4 * 6 * 6 * 2 * 9
+    # Of seven, less the gradient of the data and the tangents' terms for it.
+    assert found.ways[0].cost and found.forward_equivalents(found.ways[0].cost) == 4
+    q = nn.Parameter(torch.randn(2, 3, 5, 4))
+    found = explain(lambda: F.scaled_dot_product_attention(q, q, q), squares, [q])
+    assert found.forward.multiply_adds == 2 * 2 * 3 * 5 * 5 * 4
+
+
+def test_peak_memory_by_hand() -> None:
+    given = torch.zeros(100)
+
+    def run() -> None:
+        a, b = given + 1, given + 1  # 800 bytes
+        del a
+        c = b.repeat(3)  # 400 + 1200
+        view = c.view(3, -1)
+        del b, c
+        given.add_(1)
+        view.add_(1)  # 1200 still: neither views nor what was given count
+        del view
+        given + 1
+
+    assert counted(run, CPU) == (0, 1600)
+
+    x, w = torch.randn(10, 30), torch.randn(20, 30, requires_grad=True)
+
+    def train() -> None:
+        torch.autograd.grad(F.linear(x, w).sum(), w)
+
+    # The result (800 bytes) dies; the sum, its gradient (4 each, the latter expanded) and w's gradient remain.
+    multiply_adds, peak = counted(train, CPU)
+    assert multiply_adds == 2 * 10 * 20 * 30
+    assert 2400 <= peak <= 2400 + 800 + 16
+
+
+def test_memory_of_the_ways() -> None:
+    """The tape keeps what autograd's graph keeps, double backward a second graph, dual numbers a few tensors."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[layer for _ in range(20) for layer in (nn.Linear(16, 16), nn.Tanh())])
+    x = torch.randn(500, 16)
+    found = explain(lambda: net(x), squares, net.parameters())
+    linearised, forward, double = (way.cost for way in found.ways)
+    assert found.backward and linearised and forward and double
+    assert found.forward.peak_bytes <= found.backward.peak_bytes <= linearised.peak_bytes < double.peak_bytes
+    assert forward.peak_bytes < 1.3 * found.backward.peak_bytes
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+class Hidden(Double):
+    """Whose backward pass cannot be differentiated, either."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def in_autocast(net: nn.Module) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.relu(net(X))
+
+
+def written_to(net: nn.Module) -> Tensor:
+    return (net(X).mul_(net(X)) + 1).exp_()
+
+
+@pytest.mark.parametrize(
+    ("run", "function", "reason", "way"),
+    [
+        (lambda net: Double.apply(Double.apply(net(X)).tanh()), "DoubleBackward", "cannot see into", "double_backward"),
+        (lambda net: checkpoint(net, X, use_reentrant=False).tanh(), "torch.nn.functional.linear", "checkp", "forward"),
+        (written_to, "torch.Tensor.mul_", "writes to its argument", "forward"),
+        (written_to, "torch.Tensor.exp_", "writes to its argument", "forward"),
+        (lambda net: F.rrelu(net(X), training=True), "torch.rrelu", "random", "forward"),
+    ],
+)
+def test_refusals(run: Callable[[Any], Tensor], function: str, reason: str, way: str) -> None:
+    """All are told, not just the first, and "auto" does as is said."""
+    net = nn.Linear(6, 6)
+    modes._announced.clear()
+    found = explain(lambda: run(net), squares, net.parameters())
+    refused = {f.name: f.reason for f in found.functions if f.followed == "refused"}
+    assert reason in refused[function]
+    assert found.way == way
+    assert reason in found.ways[0].refusal and found.ways[0].cost is None
+    assert f'"linearize" cannot be had: {found.ways[0].refusal}' in str(found)
+    optimizer = CurveBall(net.parameters())
+    with pytest.warns(UserWarning, match="curveball_fused"):  # which explain has left to the training
+        optimizer.step(lambda: run(net), squares)
+    assert optimizer.state["curveball"]["way"] == way
+
+
+def test_autocast() -> None:
+    """Whatever the tape makes of it, functions and ways agree."""
+    net = nn.Linear(6, 6)
+    found = explain(lambda: in_autocast(net), squares, net.parameters())
+    assert {f.name.rpartition(".")[2] for f in found.functions} >= {"linear", "relu"}
+    refused = [f.followed == "refused" for f in found.functions]
+    assert any(refused) == all(refused) == (found.ways[0].cost is None)
+    optimizer = CurveBall(net.parameters())
+    optimizer.step(lambda: in_autocast(net), squares)
+    assert optimizer.state["curveball"]["way"] == found.way
+
+
+def test_custom_functions_are_counted() -> None:
+    net = nn.Linear(6, 6)
+    found = explain(lambda: Double.apply(Double.apply(net(X)).tanh()), squares, net.parameters())
+    assert {f.name: f.calls for f in found.functions if f.followed == "refused"} == {"DoubleBackward": 2}
+
+
+def test_lstm() -> None:
+    net, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    found = explain(lambda: net(x)[0], squares, net.parameters())
+    assert [(f.name, f.followed, f.calls) for f in found.functions] == [("torch.lstm", "dual numbers", 1)]
+    assert found.way == "linearize"
+    assert found.forward.multiply_adds == 5 * 2 * 4 * 4 * (3 + 4)  # the fused layer's, which torch does not count
+
+
+def test_without_forward_mode() -> None:
+    net, index = nn.EmbeddingBag(5, 3), torch.tensor([[0, 1], [2, 3]])
+    found = explain(lambda: net(index), squares, net.parameters())
+    assert {f.name for f in found.functions if f.lacks} == {"torch.nn.functional.embedding_bag", "torch.embedding_bag"}
+    assert found.way in ("double_backward", None)
+    assert "No forward mode for torch.embedding_bag: " in str(found)
+    assert found.forward_equivalents(found.forward) is None  # it has no multiply-adds
+
+
+def test_a_model_that_no_way_can_follow() -> None:
+    net = nn.Linear(6, 3)
+    found = explain(lambda: Hidden.apply(net(X)), squares, net.parameters())
+    assert found.way is None and not any(way.cost for way in found.ways) and found.backward is not None
+    assert "CurveBall cannot train this model" in str(found) and "HiddenBackward" in str(found)
+    with pytest.raises(RuntimeError):
+        CurveBall(net.parameters()).step(lambda: Hidden.apply(net(X)), squares)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model() -> None:
+    """From which "auto" does not retreat to the way that works."""
+    net = torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.Tanh()))
+    found = explain(lambda: net(X), squares, net.parameters())
+    assert found.way is None and found.ways[2].cost is not None
+    assert 'Construct CurveBall with curvature="double_backward", which works.' in str(found)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "name", "by"),
+    [
+        (lambda out: F.mse_loss(out, torch.zeros(7, 3)), "F.mse_loss", "closed form"),
+        (lambda out: F.cross_entropy(out[1:], torch.ones(6).long()), "F.cross_entropy", "closed form"),
+        (lambda out: F.mse_loss(out, torch.zeros(3)), "F.mse_loss", "autograd"),  # a broadcast target
+        (lambda out: F.huber_loss(out, torch.zeros(7, 3)), "", "autograd"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_losses(loss_fn: Callable[[Tensor], Tensor], name: str, by: str) -> None:
+    net = nn.Linear(6, 3)
+    found = explain(lambda: net(X), loss_fn, net.parameters())
+    assert (found.loss, found.loss_products) == (name, by)
+
+
+def test_nothing_changes() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[0].bias.fill_(-0.0)
+    own = torch.Generator().manual_seed(5)
+    net[3].weight.grad = torch.ones(3, 8)
+    before = copy.deepcopy(net.state_dict())
+    states = torch.get_rng_state(), random.getstate(), own.get_state()
+    found = explain(lambda: net(X + torch.rand(7, 6, generator=own)) * random.random(), squares, net.parameters())
+    assert found.way == "linearize"
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]) and torch.equal(value.signbit(), before[key].signbit()), key
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert torch.equal(own.get_state(), states[2])
+    assert torch.equal(net[3].weight.grad, torch.ones(3, 8)) and net[0].weight.grad is None
+
+
+def fails(_: Any = None) -> Tensor:
+    raise KeyError("of the user")
+
+
+@pytest.mark.parametrize(
+    ("model_fn", "loss_fn", "params"),
+    [
+        (lambda net: net(X), squares, lambda net: []),
+        (lambda net: net(X), squares, lambda net: net.weight),
+        (lambda net: net(X), squares, lambda net: [net.weight.detach()]),
+        (lambda net: net(X), None, nn.Module.parameters),
+        (lambda net: (net(X), 1), squares, nn.Module.parameters),
+        (lambda net: net(X).long(), squares, nn.Module.parameters),
+        (lambda net: net(X).detach(), squares, nn.Module.parameters),
+        (lambda net: nn.DataParallel(net)(X), squares, nn.Module.parameters),
+        (lambda net: fails(), squares, nn.Module.parameters),
+        (lambda net: net(X), fails, nn.Module.parameters),
+        (lambda net: net(X), lambda out: out, nn.Module.parameters),
+        (lambda net: net(X), lambda out: torch.zeros(()), nn.Module.parameters),
+        (lambda net: net(X), lambda out: out.relu_().sum(), nn.Module.parameters),
+    ],
+)
+def test_bad_input_gets_the_errors_of_a_step(model_fn: Any, loss_fn: Any, params: Callable[[Any], Any]) -> None:
+    net = nn.Linear(6, 3)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(Exception) as expected:
+        CurveBall(params(net)).step(lambda: model_fn(net), loss_fn)
+    with pytest.raises(expected.type) as got:
+        explain(lambda: model_fn(net), loss_fn, params(net))
+    assert str(got.value) == str(expected.value)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+TASK = """
+import torch, torch.nn.functional as F
+from neighbour import width
+
+def task():
+    net, x, y = torch.nn.Linear(width, 3), torch.randn(5, width), torch.tensor([0, 1, 2, 0, 1])
+    return lambda: net(x), lambda outputs: F.cross_entropy(outputs, y), net.parameters()
+
+def half():
+    return task()[:2]
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.py").write_text(TASK)
+    (tmp_path / "neighbour.py").write_text("width = 4")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_command_line(job: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    line = [sys.executable, "-m", "curveball_fused", "explain"]
+    for target in ("job.py:task", "job:task"):
+        done = subprocess.run([*line, target], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert 'curvature="auto" takes "linearize"' in done.stdout and "Loss: F.cross_entropy" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("job.py:half", "must return (model_fn, loss_fn, params)"),
+        ("job.py:other", "has no function 'other'"),
+        ("job.py", "names no function"),
+        ("missing.py:task", "there is no file missing.py"),
+        ("missing:task", "No module named 'missing'; a file needs its .py"),
+    ],
+)
+def test_wrong_command_lines(
+    target: str, words: str, job: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["curveball_fused", "explain", target])
+    monkeypatch.setattr("sys.path", list(sys.path))
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("curveball_fused", run_name="__main__")
+    assert words in capsys.readouterr().err
+
+
+def test_times_are_medians_of_runs_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    from curveball_fused.cost import median_seconds
+
+    log: list[str] = []
+    seconds = median_seconds([lambda: log.append("a"), lambda: log.append("b")], lambda: log.append("-"), CPU)
+    assert log[:4] == ["-", "a", "-", "b"] and len(log) >= 12
+    assert all(0 < s < 1 for s in seconds)
