@@ -195,5 +195,5 @@ def shape_of(d: int, e: int, bytes: int) -> dict[str, int]:
         warps = 4 if max(block_d, block_e) <= 64 else 8
         return dict(M=64, N=32, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=warps, num_stages=2)
     # Without tensor cores each thread holds its operands for the whole of the dimension that is summed over.
-    size, widest, warps = (32, 64, 8) if bytes == 4 else (16, 32, 4)
-    return dict(M=size, N=size, BLOCK_D=min(width_d, 32), BLOCK_E=min(width_e, widest), num_warps=warps, num_stages=2)
+    size, widest = (32, 64) if bytes == 4 else (16, 32)
+    return dict(M=size, N=size, BLOCK_D=min(width_d, 32), BLOCK_E=min(width_e, widest), num_warps=8, num_stages=2)

@@ -45,6 +45,7 @@ TRIAL = "import torch; torch.ones(1, device='cuda').add_(1).item()"
 BENCHMARKS = {
     "parameters": "test_gpu_parameters.py",
     "losses": "test_gpu_loss_kernels.py",
+    "tangents": "test_gpu_tangents.py",
     "steps": "test_gpu_steps.py",
 }
 TESTS = {
