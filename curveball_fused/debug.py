@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .curvature import DoubleBackward, Forward, run_plain
-from .debug_calls import CallChecks, difference_quotients, relative
+from .debug_calls import CallChecks
+from .debug_differences import difference_quotients, dot, relative
 from .losses import checked_loss
 from .modes import announce
 from .replay import Replay
@@ -25,7 +26,7 @@ ModelFn = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """What a step has computed, before it changes anything, in the letters of the README; `sign` is that of the loss."""
+    """What a step has computed before it changes anything, in the letters of the README; `sign` is the loss's."""
 
     way: str
     model_fn: ModelFn
@@ -68,7 +69,7 @@ def check(step: Step) -> None:
 def _check_adjoint(step: Step, eps: float, about: str) -> None:
     """z·r = Jz·c and r·r = Jr·c, for r = Jᵀc."""
     for name, v, jv in (("z·Jᵀc = Jz·c", step.z, step.jz), ("r·Jᵀc = Jr·c", step.r, step.jr)):
-        left, right = sum(_dot(a, b) for a, b in zip(v, step.r, strict=True)), _dot(jv, step.c)
+        left, right = sum(dot(a, b) for a, b in zip(v, step.r, strict=True)), dot(jv, step.c)
         scale = max(abs(left), abs(right), 0.1 * _norm([jv]) * _norm([step.c]))
         _judge(f"the adjoint identity {name}", abs(left - right) / scale if scale else 0.0, 2 * eps**0.5, about)
 
@@ -76,7 +77,7 @@ def _check_adjoint(step: Step, eps: float, about: str) -> None:
 def _check_by_differences(
     step: Step, name: str, direction: Sequence[Tensor], jv: Tensor, eps: float, about: str
 ) -> None:
-    """Against (f(w + hv) - f(w - hv)) / 2h, for several h, of which one must do: rounding bounds h below, bends above."""
+    """Against (f(w + hv) - f(w - hv)) / 2h. One of several h must do: rounding bounds h below, bends above."""
     length = _norm(direction)
     if length == 0:
         return _judge(f"{name}, of the zero vector,", _norm([jv]), 0.0, about)
@@ -91,7 +92,7 @@ def _check_by_differences(
             return None
     first, second = sorted(range(len(errors)), key=errors.__getitem__)[:2]
     if relative(quotients[first] - quotients[second], quotients[first]) > 0.5 * min(1.0, errors[first]):
-        return announce(name, f"curveball_fused: {name} could not be checked: finite differences of this model disagree.")
+        return announce(name, f"curveball_fused: {name} is unchecked: finite differences of this model disagree.")
     return _judge(f"{name}, against a finite difference of the model,", min(errors), tolerance, about)
 
 
@@ -104,23 +105,21 @@ def _check_by_another_way(
         with torch.enable_grad():
             _, expected = other(model_fn, step.params, replay).jvp(direction)
     except (RuntimeError, NotImplementedError) as error:
-        return announce(name, f"curveball_fused: {name} could not be checked: {str(error).splitlines()[0]}")
+        return announce(name, f"curveball_fused: {name} is unchecked: {str(error).splitlines()[0]}")
     difference = relative(jv.double() - expected, expected.double())
     return _judge(f"{name}, against {other.__name__},", difference, 4 * eps**0.5, about)
 
 
 def _check_loss(step: Step) -> None:
     """c = H_o Jz + g_o and the products of the 2x2 system, with H_o by differences of the loss's gradient."""
-    exact = True
+    x, dtype = step.outputs.double(), step.outputs.dtype
     try:
-        x = step.outputs.double()
         g = _gradient(step, x)
     except (RuntimeError, TypeError):  # a loss of one precision only
-        exact, x = False, step.outputs
+        x = step.outputs
         g = _gradient(step, x)
-    rounding = (_gradient(step, step.outputs).double() - g).double()
-    tolerance = 1e-6 if exact and step.outputs.dtype == torch.float64 else max(1e-3, 4 * torch.finfo(x.dtype).eps ** 0.5)
-    tolerance = max(tolerance, 2 * torch.finfo(step.outputs.dtype).eps)
+    rounding = _gradient(step, step.outputs).double() - g.double()
+    tolerance = max(1e-6 if dtype == torch.float64 else 2e-3, 2 * torch.finfo(dtype).eps)
     scale = float(x.square().mean().sqrt()) or 1.0
     curved = []
     for v in (step.jz.to(x.dtype), step.jr.to(x.dtype)):
@@ -139,7 +138,7 @@ def _check_loss(step: Step) -> None:
     for name, (a, b, margin), found in zip(names, pairs, step.products.tolist(), strict=True):
         slack = 10 * _norm([margin]) * _norm([b])
         size = _norm([a]) * _norm([b])
-        _judge(name, max(abs(found - _dot(a, b)) - slack, 0.0) / size if size else abs(found), tolerance, blame)
+        _judge(name, max(abs(found - dot(a, b)) - slack, 0.0) / size if size else abs(found), tolerance, blame)
 
 
 def _gradient(step: Step, at: Tensor) -> Tensor:
@@ -172,7 +171,7 @@ def _moved(params: Sequence[Tensor], direction: Sequence[Tensor], h: float) -> I
 
 
 def _trimmed(error: Tensor, reference: Tensor, slack: float) -> float:
-    """|error| / |reference| without the tenth of the elements that is worst: units at a kink, tokens on another route."""
+    """|error| / |reference| without the worst tenth of the elements: units at a kink, tokens on another route."""
     squares = error.flatten().square().nan_to_num(nan=math.inf).sort().values
     kept = float(squares[: len(squares) - len(squares) // 10].sum().sqrt())
     return max(kept - slack, 0.0) / max(float(reference.norm()), 1e-300)
@@ -181,8 +180,8 @@ def _trimmed(error: Tensor, reference: Tensor, slack: float) -> float:
 def _judge(what: str, error: float, tolerance: float, about: str) -> None:
     if not error <= tolerance:
         raise RuntimeError(
-            f"debug=True: {what} is off by {error:.1e}, relatively (tolerance {tolerance:.1e}). Nothing has been changed. "
-            f"{about}."
+            f"debug=True: {what} has a relative error of {error:.1e} (tolerance {tolerance:.1e}). Nothing has been "
+            f"changed. {about}."
         )
 
 
@@ -199,7 +198,8 @@ def _about(calls: CallChecks, custom: Sequence[str]) -> str:
 
 def _custom_functions(outputs: Tensor) -> list[str]:
     """Names of the torch.autograd.Function classes in the graph, whose derivative is what their author says."""
-    nodes, seen, names = [outputs.grad_fn], set(), set()
+    nodes, seen = [outputs.grad_fn], set()
+    names: set[str] = set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -213,7 +213,3 @@ def _custom_functions(outputs: Tensor) -> list[str]:
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a.double() * b.double()).sum())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from . import dual_rules, rules
+from .debug_differences import differences, dot, real, relative, size
+from .frozen_call import FrozenCall, generators_kept, name_of, results_of
 from .modes import Decompose
-from .rules import Call, tensors
+from .rules import tensors
 
-# A result of these is not meant to have the derivative of what they compute.
-_BY_DEFINITION = ("fake_quant", "moving_avg_obs")
+# These don't have the derivative of what they compute: it passes straight through what rounds, or supposes that a matrix
+# of which one triangle is read stays symmetric or triangular.
+_BY_DEFINITION = ("fake_quant", "moving_avg_obs", "cholesky", "eigh", "eigvalsh", "triangular_solve", "ldl")
 # Failures to compute a call once more on copies of its arguments, or to differentiate it; the call goes unchecked.
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
 
@@ -80,12 +83,12 @@ class CallChecks(Decompose):
             self._note_stop(func, result)
         elif not all(any(t is known and t.is_leaf for known in inputs) for t in results):
             self.eps = max([self.eps, *(torch.finfo(t.dtype).eps for t in results)])
-            with _generators_kept(call.device), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+            with generators_kept(call.device), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
                 self._check(call)
         return result
 
     def _check(self, call: FrozenCall) -> None:
-        if any(word in call.name for word in _BY_DEFINITION):
+        if any(word in call.name for word in _BY_DEFINITION) or call.kwargs.get("hermitian"):
             self.stops[call.name] += 1
             return
         try:
@@ -109,21 +112,22 @@ class CallChecks(Decompose):
 
         def along(step: float) -> list[Tensor]:
             found = results_of(*call.moved(moved, step, dtype))
-            return [_real(found[i]) for i in which]
+            return [real(found[i]) for i in which]
 
         middle = along(0.0)
         # What rounding does to the function itself, as it is when it is badly conditioned, it may do to its derivative.
         exact = own[which[0]].dtype in (torch.float64, torch.complex128)
-        rounding = max(relative(_real(own[i]) - m, m) for i, m in zip(which, middle, strict=True))
+        rounding = max(relative(real(own[i]) - m, m) for i, m in zip(which, middle, strict=True))
         tolerance = (1e-6 if exact else 1e-3) + 10 * rounding
-        changed = max(relative(_real(results[i]) - _real(own[i]), _real(own[i])) for i in which)
+        changed = max(relative(real(results[i]) - real(own[i]), real(own[i])) for i in which)
         if not changed <= tolerance:
             return changed, tolerance, "its rule returns another value than the function does"
-        smallest = 1e-6 * max((float(t.double().square().mean().sqrt()) for t in map(_real, v) if t.numel()), default=0)
-        error = differences([_real(jvs[i]) for i in which], along, middle, smallest)
+        # A derivative much smaller than the function, where terms cancel, is as inexact as these terms are.
+        floors = [1e-3 * min(max(map(size, v)), size(m)) for m in middle]
+        error = differences([real(jvs[i]) for i in which], along, middle, floors)
         if not error <= tolerance:
             return error, tolerance, "its Jacobian-vector product disagrees with a finite difference"
-        error = _adjoint_error([results[i] for i in which], [jvs[i] for i in which], leaves, v)
+        error = _adjoint_error([results[i] for i in which], [jvs[i] for i in which], leaves, v, floors)
         return error, tolerance, "its backward pass is not the transpose of its Jacobian-vector product"
 
     def _has_rule(self, call: FrozenCall) -> bool:
@@ -131,7 +135,7 @@ class CallChecks(Decompose):
             return call.func in dual_rules.RULES
         if self.way == "double_backward" or (call.func not in rules.RULES and call.func not in rules.IN_PLACE):
             return False
-        with _generators_kept(call.device), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+        with generators_kept(call.device), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
             return call.by_rule() is not None
 
     def _products(self, call: FrozenCall, v: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -178,11 +182,14 @@ class CallChecks(Decompose):
         names = [name for name, module in self._modules[0].named_modules() if module is self._modules[-1] and name]
         return f" in {' '.join([type(self._modules[-1]).__name__, *names[:1]])}"
 
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        self._modules.pop()
+
     @contextmanager
     def _located(self) -> Iterator[None]:
         hooks = (
             register_module_forward_pre_hook(lambda module, _: self._modules.append(module)),
-            register_module_forward_hook(lambda *_: self._modules.pop() and None, always_call=True),
+            register_module_forward_hook(self._leave, always_call=True),
         )
         try:
             yield
@@ -191,201 +198,9 @@ class CallChecks(Decompose):
                 hook.remove()
 
 
-class FrozenCall:
-    """A call that can be made again and again, as the same function, without touching anything of the model.
-
-    Attributes:
-        active: copies of the arguments that require gradients.
-    """
-
-    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.func, self.name = func, name_of(func)
-        self.device = next(tensors((args, list(kwargs.values())))).device
-        self.active: list[Tensor] = []
-        self._generators = generator_states(self.device)
-        self.args, self.kwargs = _mapped((args, kwargs), self._frozen)
-        self._places = {id(t): place for place, t in enumerate(self.active)}
-        self._random: bool | None = None
-
-    def _frozen(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        copy = value.detach().clone()
-        if value.requires_grad:
-            self.active.append(copy)
-        return copy
-
-    def __call__(self, function: Any, replace: Callable[[Any], Any] | None = None) -> tuple[Any, tuple[Any, ...]]:
-        """What `function` returns, and the arguments it got: copies of those of the call, changed by `replace`."""
-        args, kwargs = _mapped((self.args, self.kwargs), replace or _copied)
-        set_generators(self._generators, self.device)
-        return function(*args, **kwargs), args
-
-    @property
-    def is_random(self) -> bool:
-        """Whether the call draws random numbers, which would be others in another precision."""
-        if self._random is None:
-            with torch.no_grad():
-                self(self.func)
-            now = generator_states(self.device)
-            self._random = not all(map(torch.equal, now, self._generators))
-        return self._random
-
-    def directions(self) -> list[Tensor]:
-        """Random tangents of the arguments' own size; the same for the same call."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        found = []
-        for t in self.active:
-            sizes = t[t.isfinite() & (t != 0)].abs().double()
-            # A low quantile, as a mask may have put huge numbers among the elements.
-            scale = float(sizes.kthvalue(1 + sizes.numel() // 4).values) if sizes.numel() else 1.0
-            v = torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device)
-            found.append(v * min(scale, 1e6))
-        return found
-
-    def without_padding(self, v: list[Tensor]) -> list[Tensor]:
-        """An embedding's row of padding is a constant, although the function reads it."""
-        if self.name != "embedding" or len(v) != 1:
-            return v
-        padding = self.kwargs.get("padding_idx", self.args[2] if len(self.args) > 2 else None)
-        if padding is None or (self.func is torch.embedding and padding < 0):
-            return v
-        (rows,) = v
-        return [rows.index_fill(0, torch.tensor([padding % len(rows)], device=rows.device), 0)]
-
-    def moved(self, v: list[Tensor], step: float, dtype: torch.dtype | None) -> tuple[Any, tuple[Any, ...]]:
-        """The call at x + step · v, in float64 if `dtype` says so."""
-
-        def replace(value: Any) -> Any:
-            place = self._places.get(id(value))
-            wide = _widened(value) if dtype is torch.float64 else _copied(value)
-            return wide if place is None else wide.add_(v[place].to(wide.dtype), alpha=step)
-
-        with torch.no_grad():
-            return self(self.func, replace)
-
-    def leaves(self) -> tuple[list[Tensor], Callable[[Any], Any]]:
-        """Leaves of a graph for the active arguments, and what puts copies of them in place, which may be written to."""
-        leaves = [t.clone().requires_grad_() for t in self.active]
-
-        def replace(value: Any) -> Any:
-            place = self._places.get(id(value))
-            return _copied(value) if place is None else leaves[place].clone()
-
-        return leaves, replace
-
-    def dual(self, v: list[Tensor]) -> Callable[[Any], Any]:
-        """What puts dual numbers of tangent `v` in place."""
-
-        def replace(value: Any) -> Any:
-            place = self._places.get(id(value))
-            return _copied(value) if place is None else fwAD.make_dual(value.clone(), v[place].clone())
-
-        return replace
-
-    def by_rule(self) -> tuple[list[Tensor], list[Any], list[Tensor]] | None:
-        """Results, the map of each and the leaves; None where the tape has no rule that takes the call."""
-        rule = rules.RULES.get(self.func) or rules.IN_PLACE.get(self.func)
-        if rule is None:
-            return None
-        places: dict[int, int | None] = {}
-        leaves, put = self.leaves()
-
-        def replace(value: Any) -> Any:
-            copy = put(value)
-            if isinstance(copy, Tensor):
-                places[id(copy)] = self._places.get(id(value))
-            return copy
-
-        try:
-            recorded, _ = self(lambda *args, **kwargs: rule(Call(places), *args, **kwargs), replace)
-        except TypeError:
-            return None
-        if recorded is NotImplemented:
-            return None
-        result, maps = recorded
-        return ([result], [maps], leaves) if isinstance(result, Tensor) else (list(result), list(maps), leaves)
-
-
-def differences(
-    jvs: Sequence[Tensor], along: Callable[[float], Sequence[Tensor]], middle: Sequence[Tensor], smallest: float = 0.0
+def _adjoint_error(
+    results: list[Tensor], jvs: list[Tensor], leaves: list[Tensor], v: list[Tensor], floors: list[float]
 ) -> float:
-    """The largest relative distance of the tangents `jvs` from what lies between the difference quotients.
-
-    Args:
-        along: the results at a distance on the way.
-        middle: those at distance 0.
-        smallest: a root mean square below which a result counts as constant.
-    """
-    coarse, fine = (difference_quotients(along, middle, factor) for factor in (1.0, 0.125))
-    worst = 0.0
-    for jv, (first, wide), (second, narrow) in zip(jvs, coarse, fine, strict=True):
-        error = min(_excess(jv, first, wide, smallest), _excess(jv, second, narrow, smallest))
-        # Difference quotients that disagree among themselves, as at a jump, tell nothing.
-        if relative(first - second, second) < 0.5 * min(1.0, error):
-            worst = max(worst, error)
-    return worst
-
-
-def _excess(jv: Tensor, derivative: Tensor, margin: Tensor, smallest: float) -> float:
-    judged = derivative.isfinite() & margin.isfinite()
-    excess = ((jv.to(derivative.dtype) - derivative).abs() - margin).nan_to_num(nan=math.inf).clamp(min=0)
-    return relative(excess[judged], derivative[judged], smallest * math.sqrt(int(judged.sum())))
-
-
-def difference_quotients(
-    along: Callable[[float], Sequence[Tensor]], middle: Sequence[Tensor], factor: float
-) -> list[tuple[Tensor, Tensor]]:
-    """For each result the central difference quotient, and half the distance of the one-sided ones, with rounding."""
-    eps = max(torch.finfo(m.dtype).eps for m in middle)
-    step = factor * eps ** (1 / 3)
-    found = []
-    for before, here, after in zip(along(-step), middle, along(step), strict=True):
-        kink = (after - 2 * here + before).abs() / (2 * step)
-        found.append(((after - before) / (2 * step), kink + 8 * eps * here.abs() / step))
-    return found
-
-
-def relative(error: Tensor, reference: Tensor, floor: float = 0.0) -> float:
-    """|error| / |reference|, of the elements that are finite in the reference; 0 where both are 0."""
-    judged = reference.isfinite() & (error.isfinite() | error.isinf())
-    size, scale = (float(t[judged].double().norm()) for t in (error, reference))
-    scale = max(scale, floor)
-    return size / scale if scale > 0 else (math.inf if size > 0 else 0.0)
-
-
-def results_of(result: Any, args: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors among the results; the first argument, for a call that writes to it and returns nothing."""
-    found = [t for t in tensors((result,)) if t.is_floating_point() or t.is_complex()]
-    return [args[0]] if result is None and args and isinstance(args[0], Tensor) else found
-
-
-def name_of(func: Any) -> str:
-    name = str(getattr(func, "__name__", func))
-    return str(func.__self__.__name__) if name == "__get__" else name
-
-
-def generator_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def set_generators(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
-@contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    states = generator_states(device)
-    try:
-        yield
-    finally:
-        set_generators(states, device)
-
-
-def _adjoint_error(results: list[Tensor], jvs: list[Tensor], leaves: list[Tensor], v: list[Tensor]) -> float:
     """|<u, Jv> - <Jᵀu, v>| / |u| |Jv|, for a u that lies along Jv in part, so that the products are not small."""
     us = []
     for jv in jvs:
@@ -393,9 +208,12 @@ def _adjoint_error(results: list[Tensor], jvs: list[Tensor], leaves: list[Tensor
         u = torch.randn(jv.shape, generator=generator, dtype=jv.dtype, device=jv.device)
         us.append(u + jv * (math.sqrt(max(jv.numel(), 1)) / max(float(jv.norm()), 1e-30)))
     gradients = torch.autograd.grad(results, leaves, us, allow_unused=True)
-    left = sum(_dot(u, jv) for u, jv in zip(us, jvs, strict=True))
-    right = sum(_dot(g, t) for g, t in zip(gradients, v, strict=True) if g is not None)
-    scale = sum(math.sqrt(_dot(u, u) * _dot(jv, jv)) for u, jv in zip(us, jvs, strict=True))
+    left = sum(dot(u, jv) for u, jv in zip(us, jvs, strict=True))
+    right = sum(dot(g, t) for g, t in zip(gradients, v, strict=True) if g is not None)
+    scale = sum(
+        math.sqrt(dot(u, u) * max(dot(jv, jv), floor**2 * jv.numel()))
+        for u, jv, floor in zip(us, jvs, floors, strict=True)
+    )
     if not math.isfinite(left) or not math.isfinite(right):
         return 0.0  # at a pole
     return abs(left - right) / scale if scale else 0.0
@@ -426,44 +244,6 @@ def _dual_function(func: Any) -> Callable[..., Any]:
         return func(*args, **kwargs) if result is NotImplemented else result
 
     return function
-
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested tuples, lists and dictionaries with each leaf changed; a tensor that occurs twice is changed once."""
-    made: dict[int, tuple[Any, Any]] = {}
-
-    def walk(value: Any) -> Any:
-        if type(value) is dict:
-            return {key: walk(v) for key, v in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)([walk(v) for v in value])
-        if id(value) not in made:
-            made[id(value)] = (value, change(value))
-        return made[id(value)][1]
-
-    return walk(value)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _widened(value: Any) -> Any:
-    """Tensors and names of dtypes in double precision."""
-    dtype = value if isinstance(value, torch.dtype) else getattr(value, "dtype", None)
-    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
-        return _copied(value)
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    return wide if isinstance(value, torch.dtype) else value.to(wide, copy=True)
-
-
-def _real(t: Tensor) -> Tensor:
-    t = t.detach()
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float((_real(a).double() * _real(b).double()).sum())
 
 
 def _itself(t: Tensor) -> Tensor:

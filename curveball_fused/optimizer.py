@@ -111,8 +111,8 @@ class CurveBall(Optimizer):
 
         Raises:
             TypeError, RuntimeError: the model or the loss cannot be used, or, with `debug`, a product is wrong; nothing
-                has been changed then. (An error of
-                the model at the new weights, in a look at λ, leaves a complete step without that look.)
+                has been changed then. (An error of the model at the new weights, in a look at λ, leaves a complete step
+                without that look.)
         """
         if model_fn is None or loss_fn is None or closure is not None:
             checks.explain_call()
@@ -193,8 +193,7 @@ class CurveBall(Optimizer):
         jr = linear.jvp(r)[1]
         products = products_of(jr)
         if self.defaults["debug"]:
-            made = dict(outputs=outputs, jz=jz, c=cotangent, r=r, jr=jr, products=products)
-            check(Step(way, model_fn, loss_fn, self._sign, params, replay, z, **made))
+            check(Step(way, model_fn, loss_fn, self._sign, params, replay, z, outputs, jz, cotangent, r, jr, products))
         # z·r = Jz·c and r·r = Jr·c, unless tangents or gradients are rounded to a lower precision or altered by a hook.
         exact = all(p.dtype in (torch.float32, torch.float64) and not p._backward_hooks for p in params)
         dots = None if exact else ops.dots(z, r, backend=backend)

@@ -28,7 +28,7 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Over all but the second dimension, by the statistics of the batch (training) or by given ones."""
-    if weight is not None and input.dtype != weight.dtype:
+    if (weight is not None and input.dtype != weight.dtype) or input.numel() == 0:
         return NotImplemented
     at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
     output, mean, inverse = torch.native_batch_norm(
