@@ -216,7 +216,7 @@ def _reason(error: Exception | None) -> str:
 
 def _survey(model_fn: ModelFn, loss_fn: LossFn, params: Sequence[Tensor]) -> tuple[tuple[Function, ...], str, str]:
     """The functions of the model, the name of the loss, and how its products are computed."""
-    survey = Survey(params)
+    survey = Survey(params, "auto")
     with torch.enable_grad(), survey:
         outputs = _checked(model_fn())
     functions = survey.functions(outputs)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from . import backends, checks, ops, reference
 from .checks import SHARED
 from .curvature import WAYS, linearise, run_plain
+from .debug import Step, check
 from .losses import LossModel, checked_loss
 from .modes import uncompiled
 from .reference import LAMBD, LOSS, SCALARS, Z_DOT_Z
@@ -43,6 +44,9 @@ class CurveBall(Optimizer):
             "double_backward" (any model that autograd can differentiate twice), or "auto": the first of these that
             can follow the model.
         backend: "cpu" (native kernels), "torch" (no compiler needed), or "auto".
+        debug: whether each step checks its products, and each torch call of the model, against finite differences and
+            adjoint identities, before it changes anything. Slow (tens of steps' time), and reads values back to the
+            host; for a few steps on a new model. The steps are the same, bit for bit.
 
     Raises:
         TypeError, ValueError: a parameter or hyper-parameter cannot be used; the message says what to do.
@@ -68,6 +72,7 @@ class CurveBall(Optimizer):
         maximize: bool = False,
         curvature: str = "auto",
         backend: str = "auto",
+        debug: bool = False,
     ) -> None:
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         checks.hyper_parameters(defaults)
@@ -105,8 +110,9 @@ class CurveBall(Optimizer):
             The loss and the predictions at the weights before the step, both detached.
 
         Raises:
-            TypeError, RuntimeError: the model or the loss cannot be used; nothing has been changed then. (An error of
-                the model at the new weights, in a look at λ, leaves a complete step without that look.)
+            TypeError, RuntimeError: the model or the loss cannot be used, or, with `debug`, a product is wrong; nothing
+                has been changed then. (An error of the model at the new weights, in a look at λ, leaves a complete step
+                without that look.)
         """
         if model_fn is None or loss_fn is None or closure is not None:
             checks.explain_call()
@@ -184,7 +190,10 @@ class CurveBall(Optimizer):
         model = LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params, backend)
         cotangent, products_of = model.cotangent(jz)
         r = linear.vjp(cotangent)
-        products = products_of(linear.jvp(r)[1])
+        jr = linear.jvp(r)[1]
+        products = products_of(jr)
+        if self.defaults["debug"]:
+            check(Step(way, model_fn, loss_fn, self._sign, params, replay, z, outputs, jz, cotangent, r, jr, products))
         # z·r = Jz·c and r·r = Jr·c, unless tangents or gradients are rounded to a lower precision or altered by a hook.
         exact = all(p.dtype in (torch.float32, torch.float64) and not p._backward_hooks for p in params)
         dots = None if exact else ops.dots(z, r, backend=backend)

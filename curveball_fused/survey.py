@@ -46,8 +46,8 @@ class Survey(Tape):
     The tape that it leaves is of no use otherwise.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        super().__init__(params)
+    def __init__(self, params: Sequence[Tensor], backend: str) -> None:
+        super().__init__(params, backend)
         self._calls: dict[tuple[str, str, str, str], int] = {}
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._lacks = ""
@@ -111,7 +111,7 @@ class Survey(Tape):
     def _adopted(self, result: Any) -> Any:
         """`result` of a call that the tape refused, known to it from now on."""
         for tensor in tensors((result,)):
-            self._add(tensor, _no_map, Call({}))
+            self._add(tensor, _no_map, Call({}, self._backend))
         return result
 
     def _note(self, name: str, followed: str, reason: str = "") -> None:
@@ -130,7 +130,7 @@ def _what_lacks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str
             return {key: dual(v) for key, v in value.items()}
         return type(value)([dual(v) for v in value]) if type(value) in (list, tuple) else value
 
-    substitute = Substitute({})
+    substitute = Substitute({}, "auto")
     try:
         with torch.enable_grad(), fwAD.dual_level(), substitute:
             func(*dual(args), **dual(kwargs))

@@ -122,9 +122,14 @@ def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, in
     )
 
 
-def channel_dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    """y = m x with one number m for each channel, which is what torch makes of a channel's one."""
-    if not training or inplace or input.dim() < 2:
+def channel_dropout(
+    unbatched: int, call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    """y = m x with one number m for each channel, which is what torch makes of a channel's one.
+
+    `unbatched` is the number of dimensions at which torch takes the first one for the channels.
+    """
+    if not training or inplace or input.dim() < 2 or input.dim() == unbatched:
         return NotImplemented
     at, shape = call.at(input), (*input.shape[:2], *[1] * (input.dim() - 2))
     mask = torch.feature_dropout(input.new_ones(shape), p, True)
@@ -150,7 +155,8 @@ RULES: dict[Any, Rule] = {
     torch.sigmoid: sigmoid, torch.Tensor.sigmoid: sigmoid,
     F.softmax: softmax, torch.softmax: softmax, torch.Tensor.softmax: softmax, torch._safe_softmax: safe_softmax,
     F.dropout: dropout,
-    F.dropout1d: channel_dropout, F.dropout2d: channel_dropout, F.dropout3d: channel_dropout,
+    F.dropout1d: partial(channel_dropout, 2), F.dropout2d: partial(channel_dropout, 1),
+    F.dropout3d: partial(channel_dropout, 4),
     torch.masked_fill: masked, torch.Tensor.masked_fill: masked,
 }  # fmt: skip
 IN_PLACE: dict[Any, Rule] = {function: partial(relu, inplace=True) for function in (torch.relu_, torch.Tensor.relu_)}

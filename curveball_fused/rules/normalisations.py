@@ -29,6 +29,8 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Over all but the second dimension, by the statistics of the batch (training) or by given ones."""
+    if input.numel() == 0:
+        return NotImplemented
     at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
     output, mean, rstd = torch.native_batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps
