@@ -32,44 +32,36 @@ TERMS = tl.constexpr(16)  # added up in the arithmetic's dtype before they join 
 
 @triton.jit
 def _load(tensor, offsets, mask, A: tl.constexpr):
-    """Values in A, zero where the mask is not set; or None of None."""
-    return None if tensor is None else tl.load(tensor + offsets, mask, other=0.0).to(A)
+    return tl.load(tensor + offsets, mask, other=0.0).to(A)
 
 
 @triton.jit
 def _normalised(x, dx, offsets, inside, mean, rstd, A: tl.constexpr):
     """x̂, and dx, which is zero outside."""
-    x_hat = _load(x, offsets, inside, A)
-    if mean is not None:
-        x_hat -= mean
-    return x_hat * rstd, _load(dx, offsets, inside, A)
-
-
-@triton.jit
-def _tangent(x_hat, t, t_mean, product_mean, rstd, weight, dweight, dbias):
-    """dy. The means, and the parameters, may be None: 0, and weight 1."""
-    dy = t
-    if t_mean is not None:
-        dy -= t_mean
-    if product_mean is not None:
-        dy -= x_hat * product_mean
-    dy *= rstd
-    if weight is not None:
-        dy *= weight
-    if dweight is not None:
-        dy += dweight * x_hat
-    if dbias is not None:
-        dy += dbias
-    return dy
+    return (_load(x, offsets, inside, A) - mean) * rstd, _load(dx, offsets, inside, A)
 
 
 @triton.jit
 def _row_means(products, tangents, length, CENTRED: tl.constexpr):
-    """<dx>, None unless the rows are centred, and <x̂ dx>."""
-    t_mean = None
+    """<x̂ dx>, and <dx>, which counts for nothing unless the rows are centred."""
+    product_mean = (tl.sum(products, 1) / length)[:, None]
+    t_mean = tl.zeros_like(product_mean)
     if CENTRED:
         t_mean = (tl.sum(tangents, 1) / length)[:, None]
-    return t_mean, (tl.sum(products, 1) / length)[:, None]
+    return product_mean, t_mean
+
+
+@triton.jit
+def _row_tangent(x_hat, t, product_mean, t_mean, rstd, weight, dweight, dbias, column, known, A: tl.constexpr):
+    """dy of a part of rows; weight, dweight and dbias may be None."""
+    dy = (t - t_mean - x_hat * product_mean) * rstd
+    if weight is not None:
+        dy *= _load(weight, column, known, A)
+    if dweight is not None:
+        dy += _load(dweight, column, known, A) * x_hat
+    if dbias is not None:
+        dy += _load(dbias, column, known, A)
+    return dy
 
 
 @triton.jit(do_not_specialize=["n", "units"])
@@ -93,32 +85,29 @@ def layer_norm_kernel(
     """A program takes ROWS rows of at most BLOCK elements (WHOLE), or one of any length, which it reads twice."""
     length = units * UNIT
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    r, m = _load(rstd, row, row < n, A), _load(mean, row, row < n, A)
+    r = _load(rstd, row, row < n, A)
+    m = tl.zeros_like(r)
+    if mean is not None:
+        m = _load(mean, row, row < n, A)
     lane = tl.arange(0, BLOCK)[None, :]
     if WHOLE:
-        inside, known, offsets = (row < n) & (lane < length), lane < length, row * length + lane
+        offsets, inside = row * length + lane, (row < n) & (lane < length)
         x_hat, t = _normalised(x, dx, offsets, inside, m, r, A)
-        t_mean, product_mean = _row_means(x_hat * t, t, length, mean is not None)
-        w, dw, db = _load(weight, lane, known, A), _load(dweight, lane, known, A), _load(dbias, lane, known, A)
-        value = _tangent(x_hat, t, t_mean, product_mean, r, w, dw, db)
+        product_mean, t_mean = _row_means(x_hat * t, t, length, mean is not None)
+        value = _row_tangent(x_hat, t, product_mean, t_mean, r, weight, dweight, dbias, lane, lane < length, A)
         tl.store(dy + offsets, value.to(dy.dtype.element_ty), inside)
     else:
-        tangents, products = tl.zeros((ROWS, BLOCK), A), tl.zeros((ROWS, BLOCK), A)
+        products, tangents = tl.zeros((ROWS, BLOCK), A), tl.zeros((ROWS, BLOCK), A)
         for begin in range(0, length, BLOCK):
             column = begin + lane
             x_hat, t = _normalised(x, dx, row * length + column, column < length, m, r, A)
-            tangents, products = tangents + t, products + x_hat * t
-        t_mean, product_mean = _row_means(products, tangents, length, mean is not None)
+            products, tangents = products + x_hat * t, tangents + t
+        product_mean, t_mean = _row_means(products, tangents, length, mean is not None)
         for begin in range(0, length, BLOCK):
             column = begin + lane
-            inside, offsets = column < length, row * length + column
+            offsets, inside = row * length + column, column < length
             x_hat, t = _normalised(x, dx, offsets, inside, m, r, A)
-            w, dw, db = (
-                _load(weight, column, inside, A),
-                _load(dweight, column, inside, A),
-                _load(dbias, column, inside, A),
-            )
-            value = _tangent(x_hat, t, t_mean, product_mean, r, w, dw, db)
+            value = _row_tangent(x_hat, t, product_mean, t_mean, r, weight, dweight, dbias, column, inside, A)
             tl.store(dy + offsets, value.to(dy.dtype.element_ty), inside)
 
 
@@ -234,10 +223,11 @@ def batch_norm_kernel(
     known = channel < channels
     m, r = _load(mean, channel, known, A), _load(rstd, channel, known, A)
 
-    t_mean, product_mean = None, None
-    if TRAINING and sums is None:
-        t_sum = tl.zeros(channel.shape, tl.float64)
-        product_sum = tl.zeros(channel.shape, tl.float64)
+    t_sum, product_sum = tl.zeros(channel.shape, tl.float64), tl.zeros(channel.shape, tl.float64)
+    if sums is not None:
+        t_sum += tl.load(sums + channel, known, other=0.0)
+        product_sum += tl.load(sums + channels + channel, known, other=0.0)
+    elif TRAINING:
         for start in range(part, tiles, parts * TERMS):
             tangents, products = tl.zeros((ROWS, COLS), A), tl.zeros((ROWS, COLS), A)
             for tile in range(start, tl.minimum(start + parts * TERMS, tiles), parts):
@@ -246,21 +236,24 @@ def batch_norm_kernel(
                 tangents, products = tangents + t, products + x_hat * t
             t_sum += _over_channel(tangents, LAST)
             product_sum += _over_channel(products, LAST)
-        if dy is None:
-            tl.store(partials + channel * parts + part, t_sum, known)
-            tl.store(partials + (channels + channel) * parts + part, product_sum, known)
-        t_mean, product_mean = (t_sum / count).to(A), (product_sum / count).to(A)
-    elif TRAINING:
-        t_mean = (tl.load(sums + channel, known, other=0.0) / count).to(A)
-        product_mean = (tl.load(sums + channels + channel, known, other=0.0) / count).to(A)
 
-    if dy is not None:
-        w, dw, db = _load(weight, channel, known, A), _load(dweight, channel, known, A), _load(dbias, channel, known, A)
+    if dy is None:
+        tl.store(partials + channel * parts + part, t_sum, known)
+        tl.store(partials + (channels + channel) * parts + part, product_sum, known)
+    else:
+        # dy = gain dx + slope x̂ + shift
+        gain = r
+        if weight is not None:
+            gain *= _load(weight, channel, known, A)
+        slope, shift = -gain * (product_sum / count).to(A), -gain * (t_sum / count).to(A)
+        if dweight is not None:
+            slope += _load(dweight, channel, known, A)
+        if dbias is not None:
+            shift += _load(dbias, channel, known, A)
         for tile in range(part, tiles, parts):
             offsets, inside = _tile(tile, group, rows, planes, length, ROWS, COLS, LAST)
             x_hat, t = _normalised(x, dx, offsets, inside, m, r, A)
-            value = _tangent(x_hat, t, t_mean, product_mean, r, w, dw, db)
-            tl.store(dy + offsets, value.to(dy.dtype.element_ty), inside)
+            tl.store(dy + offsets, (gain * t + slope * x_hat + shift).to(dy.dtype.element_ty), inside)
 
 
 @torch.no_grad()
