@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import build_info, explain
+from . import build_info
 
 
 def main() -> None:
@@ -31,6 +31,8 @@ def main() -> None:
     task = _task(arguments.target, explaining)()
     if not isinstance(task, tuple) or len(task) != 3:
         explaining.error(f"{arguments.target} must return (model_fn, loss_fn, params).")
+    from .explanation import explain
+
     print(explain(*task))
 
 

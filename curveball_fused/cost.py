@@ -22,6 +22,8 @@ from torch.utils.flop_counter import (
     shape_wrapper,
 )
 
+from . import backends
+
 _aten = torch.ops.aten
 # torch's formulas, and some that it lacks. A multiply-add is two floating-point operations.
 _FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
@@ -36,6 +38,11 @@ _FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
         lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
     ),
 }
+if backends.has_operators():
+    # Five products, of scores with tangents and of them with values, where attention itself has two.
+    _FORMULAS[torch.ops.curveball_fused.attention_tangent] = shape_wrapper(
+        lambda dq, dk, dv, q, k, v, *_, **__: 5 * sdpa_flop_count(q, k, v) // 2
+    )
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_multiply_adds_of_an_mlp() -> None:
     equivalents = found.forward_equivalents(linearised)
     assert equivalents == pytest.approx((4 * first + 7 * rest) / (first + rest))
     assert f"{equivalents:.2f}" in str(found)
-    assert (found.loss, found.loss_products) == ("F.cross_entropy", "closed form")
+    assert (found.loss, found.loss_products) == ("F.cross_entropy", "fused kernels")
     assert found.parameters == sum(p.numel() for p in net.parameters())
     assert found.parameter_bytes == found.state_bytes == 4 * found.parameters
 
@@ -240,8 +240,8 @@ def test_a_scripted_model() -> None:
 @pytest.mark.parametrize(
     ("loss_fn", "name", "by"),
     [
-        (lambda out: F.mse_loss(out, torch.zeros(7, 3)), "F.mse_loss", "closed form"),
-        (lambda out: F.cross_entropy(out[1:], torch.ones(6).long()), "F.cross_entropy", "closed form"),
+        (lambda out: F.mse_loss(out, torch.zeros(7, 3)), "F.mse_loss", "fused kernels"),
+        (lambda out: F.cross_entropy(out[1:], torch.ones(6).long()), "F.cross_entropy", "fused kernels"),
         (lambda out: F.mse_loss(out, torch.zeros(3)), "F.mse_loss", "autograd"),  # a broadcast target
         (lambda out: F.huber_loss(out, torch.zeros(7, 3)), "", "autograd"),
     ],
