@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -19,6 +19,9 @@ from torch import Tensor
 from .modes import Decompose, ForwardModeUnsupported, Substitute, announce
 from .replay import Replay
 from .tape import Tape, Untaped
+
+if TYPE_CHECKING:
+    from .compiled import Compiled
 
 ModelFn = Callable[[], Tensor]
 
@@ -128,11 +131,16 @@ class DoubleBackward:
 
 def linearise(
     curvature: str, model_fn: ModelFn, params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
-) -> tuple[Forward | Linearised | DoubleBackward, tuple[Tensor, Tensor]]:
+) -> tuple[Forward | Linearised | DoubleBackward | Compiled, tuple[Tensor, Tensor]]:
     """The linear map by the way that `curvature` names, and its first product: outputs and Jz.
 
     "auto" tries forward mode, and where an operator lacks it announces double backward.
     """
+    if curvature == "compiled":
+        from .compiled import Compiled  # here, since torch's compiler takes seconds to import
+
+        compiled = Compiled(model_fn, params, replay)
+        return compiled, compiled.jvp(z)
     if curvature == "linearize":
         try:
             with _forward_mode_errors():

@@ -42,6 +42,8 @@ class CurveBall(Optimizer):
         curvature: "forward" (dual numbers; the memory of SGD), "double_backward" (any model that autograd can
             differentiate twice), "linearize" (the model runs once; faster, more memory; refuses what it cannot
             follow), or "auto": the first, and the second where the model needs it.
+        compile: whether torch.compile runs the model and its Jacobian products: fastest, after a first step that
+            compiles for up to minutes. For models that torch.compile can follow as one graph; an error otherwise.
         backend: "cpu" (native kernels), "torch" (no compiler needed), or "auto".
 
     Raises:
@@ -67,6 +69,7 @@ class CurveBall(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         curvature: str = "auto",
+        compile: bool = False,
         backend: str = "auto",
     ) -> None:
         defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
@@ -177,7 +180,7 @@ class CurveBall(Optimizer):
         params = [p for group in groups for p in group]
         z = [self.state[p]["z"] for p in params]
 
-        curvature = self.defaults["curvature"]
+        curvature = "compiled" if self.defaults["compile"] else self.defaults["curvature"]
         if curvature == "auto" and shared["double_backward"]:  # a model that needed it once will need it again
             curvature = "double_backward"
         linear, (outputs, jz) = linearise(curvature, model_fn, params, z, replay)
@@ -222,7 +225,10 @@ class CurveBall(Optimizer):
     ) -> Tensor:
         """A look at the loss at the new weights, on the same batch; returns scalars with the λ that follows from it."""
         settings = self.param_groups[0]
-        new_loss = checked_loss(replay.again(lambda: loss_fn(run_plain(model_fn)))).detach()
+        run = run_plain
+        if self.defaults["compile"]:
+            from .compiled import run_compiled as run
+        new_loss = checked_loss(replay.again(lambda: loss_fn(run(model_fn)))).detach()
         return ops.adapt_damping(
             scalars,
             self._sign * new_loss,
