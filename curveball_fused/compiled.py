@@ -18,7 +18,7 @@ import torch
 import torch._inductor.config as inductor_config
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx_inner
@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .curvature import ModelFn, _checked, _dense, _independent
 from .modes import announce
 from .replay import Replay
-from .transpose import Uncompilable, transpose
+from .transpose import SEVERAL, Uncompilable, transpose
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Sequence[Any]]]
 
@@ -76,12 +76,14 @@ class _Run:
         graph: the code that ran.
         inputs: what it read, the parameters among them.
         values: what its forward graph returned, residuals included, by name.
+        outputs: what it returned to the caller.
     """
 
     replay: Replay | None
     graph: _Graph | None = None
     inputs: Sequence[Any] = ()
     values: dict[str, Any] = field(default_factory=dict)
+    outputs: Tensor | None = None
 
 
 _current: ContextVar[_Run | None] = ContextVar("run", default=None)
@@ -94,14 +96,18 @@ def _run(model_fn: ModelFn, run: _Run) -> Tensor:
     try:
         with torch.enable_grad(), torch.compiler.set_stance("default"):
             outputs = _checked(torch.compile(function, backend=backend, fullgraph=True, dynamic=False)())
+    except FailOnRecompileLimitHit as error:
+        raise _refusal(
+            f"it has been compiled for {torch._dynamo.config.recompile_limit} combinations of shapes, modes and "
+            "modules (pad batches to few shapes, or raise torch._dynamo.config.recompile_limit)"
+        ) from error
     except (Uncompilable, TorchDynamoException) as error:
         cause = getattr(error, "inner_exception", error)
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        raise _refusal(reason) from error
+        raise _refusal(str(cause).strip().split("\n")[0] or type(cause).__name__) from error
     finally:
         _current.reset(token)
-    if run.graph is None:
-        raise _refusal("torch.compile left it as it is: it is switched off, or the model calls no torch function")
+    if outputs is not run.outputs:
+        raise _refusal("torch.compile left it, or a part of it, as it was: is the compiler switched off?")
     return outputs
 
 
@@ -109,16 +115,12 @@ class _Graph:
     """The forward graph of a model as torch.compile traced it once, and the transpose of its backward graph."""
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], compiler: Compiler) -> None:
-        (results,) = gm.graph.find_nodes(op="output")[0].args
-        if len(results) != 1:
-            raise Uncompilable(
-                "it returns more than one tensor, or keeps one beyond its run (assigns a new tensor to a buffer or "
-                "attribute, where it should write to it in place)"
-            )
-        # A copy of the output is never a view, of whose base AOTAutograd would ask a cotangent, nor an input.
-        with gm.graph.inserting_after(results[0]):
-            copied = gm.graph.call_method("clone", results)
-        gm.graph.find_nodes(op="output")[0].args = ((copied,),)
+        # The first result is the model's; others are what it keeps. A copy is never a view, for whose base AOTAutograd
+        # would ask a cotangent, nor an input.
+        output = gm.graph.find_nodes(op="output")[0]
+        first, *others = output.args[0]
+        with gm.graph.inserting_before(output):
+            output.args = ((gm.graph.call_method("clone", (first,)), *others),)
         gm.recompile()
 
         self.active: list[int] = []  # the inputs that backward graph and transpose know
@@ -148,12 +150,15 @@ class _Graph:
                 raise Uncompilable("it uses a tensor that was computed from parameters outside of model_fn")
         candidates = range(len(inputs)) if self._written is None else self._written
         before = {i: (inputs[i].detach().clone(), inputs[i]._version) for i in candidates if _is_plain(inputs[i])}
-        outputs = self._function(*inputs)
+        results = self._function(*inputs)
         self._written = [i for i, (_, version) in before.items() if inputs[i]._version != version]
         if run.replay is not None:
             for i in self._written:
                 run.replay.was_written(inputs[i], before[i][0])
-        return outputs
+        if any(all(result is not x for x in inputs) for result in results[1:]):
+            raise Uncompilable(SEVERAL)
+        run.outputs = results[0]
+        return results
 
     def jvp(self, values: dict[str, Any], directions: Sequence[Tensor]) -> Tensor:
         """J v, from a run's values and tangents of the active inputs."""
@@ -180,7 +185,7 @@ class _Graph:
         self._linear, self._residuals = transpose(backward)
         self._fake_mode = detect_fake_mode([gradients[i].meta["val"] for i in self.active])
         if not set(self._residuals) <= set(self._forward_names):
-            raise Uncompilable("its backward pass reads what its forward pass does not hand out")
+            raise Uncompilable("it draws random numbers inside a checkpointed part")
         return forward, backward
 
     def _compile_forward(self, graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[[list[Any]], Any]:

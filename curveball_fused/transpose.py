@@ -17,6 +17,11 @@ from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
+SEVERAL = (
+    "it returns more than one tensor, or keeps one beyond its run (assigns a new tensor to a buffer or attribute, "
+    "where it should write to it in place)"
+)
+
 
 class Uncompilable(Exception):
     """The model does what the compiled step cannot follow; the uncompiled one can."""
@@ -39,7 +44,7 @@ def transpose(backward: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
     residuals = [node for node in arguments if node not in cotangents]
     gradients = [node for node in backward.graph.find_nodes(op="output")[0].args[0] if node is not None]
     if len(cotangents) != 1:
-        raise Uncompilable("its backward pass has not one cotangent")
+        raise Uncompilable(SEVERAL)
 
     def pull_back(saved: Sequence[Any], u: Tensor, v: Sequence[Tensor]) -> tuple[Tensor, ...]:
         given = dict(zip(residuals, saved, strict=True)) | {cotangents[0]: u.detach().requires_grad_()}
