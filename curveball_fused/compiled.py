@@ -125,7 +125,9 @@ class _Graph:
 
         self.active: list[int] = []  # the inputs that backward graph and transpose know
         self._compiler = compiler
-        self._count = len(inputs)
+        self._results = 1 + len(others)
+        # Inputs that may move: buffers, and whatever else is not a parameter.
+        self._movable = [not isinstance(x, torch.nn.Parameter) for x in inputs]
         self._written: list[int] | None = None  # the inputs that a run writes to; known after the first
         self._forward_names: list[str] = []
         self._linear: fx.GraphModule | None = None
@@ -174,18 +176,27 @@ class _Graph:
         assert isinstance(tangent, Tensor)
         return tangent
 
-    def _partition(self, joint: fx.GraphModule, *args: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def _partition(
+        self, joint: fx.GraphModule, *args: Any, num_fwd_outputs: int, **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Forward and backward graph, with cheap residuals computed twice; takes the transpose of the second."""
-        forward, backward = min_cut_rematerialization_partition(joint, *args, **kwargs)
-        self._forward_names = [getattr(node, "name", "") for node in _results(forward)]
+        forward, backward = min_cut_rematerialization_partition(joint, *args, num_fwd_outputs=num_fwd_outputs, **kwargs)
         gradients = _results(backward)
-        if len(gradients) != self._count:
+        if len(gradients) != len(self._movable):
             raise Uncompilable("two of the tensors that it uses are views of the same memory, which it writes to")
         self.active = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self._linear, self._residuals = transpose(backward)
         self._fake_mode = detect_fake_mode([gradients[i].meta["val"] for i in self.active])
+        self._forward_names = [getattr(node, "name", "") for node in _results(forward)]
         if not set(self._residuals) <= set(self._forward_names):
             raise Uncompilable("it draws random numbers inside a checkpointed part")
+        if num_fwd_outputs > self._results:  # the run writes to inputs, new values of which come first
+            movable = {
+                node
+                for node, moves in zip(forward.graph.find_nodes(op="placeholder"), self._movable, strict=True)
+                if moves
+            }
+            _own_residuals(forward, movable, num_fwd_outputs)
         return forward, backward
 
     def _compile_forward(self, graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[[list[Any]], Any]:
@@ -232,6 +243,22 @@ def _refusal(reason: str) -> RuntimeError:
 
 def _results(graph: fx.GraphModule) -> Sequence[Any]:
     return tuple(graph.graph.find_nodes(op="output")[0].args[0])
+
+
+def _own_residuals(forward: fx.GraphModule, movable: set[fx.Node], first: int) -> None:
+    """Copies the residuals, from the output `first` on, that lie in the memory of a movable input."""
+    output = forward.graph.find_nodes(op="output")[0]
+    results = list(output.args[0])
+    for i, node in enumerate(results[first:], first):
+        source = node
+        while getattr(source.target, "is_view", False):
+            source = source.args[0]
+        if source in movable:
+            with forward.graph.inserting_before(output):
+                results[i] = forward.graph.call_function(torch.ops.aten.clone.default, (node,))
+            results[i].meta = dict(node.meta)
+    output.args = (tuple(results),)
+    forward.recompile()
 
 
 def _like(tangent: Tensor, p: Tensor) -> Tensor:
