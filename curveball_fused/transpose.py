@@ -7,7 +7,7 @@ that with its transpose, a sum by an expansion, a gather by a scatter), and read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,10 +75,16 @@ def transpose(backward: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
     return linear, [node.name for node in residuals]
 
 
+# Primitives that torch's compiler decomposes to, and that autograd has no formula for.
+_PRIMITIVES: dict[str, Callable[..., Tensor]] = {
+    "prims::convert_element_type": lambda x, dtype: x.to(dtype),
+    "prims::fma": lambda a, b, c: a * b + c,
+}
+
+
 class _Differentiable(fx.Interpreter):
     """Runs a graph with what autograd can differentiate."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.ops.prims.convert_element_type.default:
-            return torch.ops.aten._to_copy.default(args[0], dtype=args[1])
-        return super().call_function(target, args, kwargs)
+        name = target.name() if isinstance(target, torch._ops.OpOverload) else ""
+        return super().call_function(_PRIMITIVES.get(name, target), args, kwargs)

@@ -62,7 +62,6 @@ FOLLOWED = {
     "an autograd function": (lambda: nn.Linear(6, 2), lambda net: test_tape.Double.apply(net(X)).tanh()),
     "writing in place": (lambda: nn.Linear(6, 2), lambda net: net(X).mul_(2).tanh_()),
     "vmap": (lambda: nn.Linear(6, 2), lambda net: torch.func.vmap(net)(X)),
-    "random function": (lambda: nn.Linear(6, 2), lambda net: F.rrelu(net(X), training=True)),
 }
 
 
@@ -176,7 +175,6 @@ def test_another_path_is_traced_anew() -> None:
         torch.manual_seed(step)
         expected_loss, expected = theirs.step(lambda: model(other, x), square)
         torch.testing.assert_close((loss, outputs), (expected_loss, expected), rtol=1e-9, atol=1e-10)
-    assert len(TRACES) == 3 * 7
     for (key, value), expected in zip(net.state_dict().items(), other.state_dict().values()):
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
 
