@@ -102,8 +102,7 @@ def _run(model_fn: ModelFn, run: _Run) -> Tensor:
             "modules (pad batches to few shapes, or raise torch._dynamo.config.recompile_limit)"
         ) from error
     except (Uncompilable, TorchDynamoException) as error:
-        cause = getattr(error, "inner_exception", error)
-        raise _refusal(str(cause).strip().split("\n")[0] or type(cause).__name__) from error
+        raise _refusal(_reason(getattr(error, "inner_exception", error))) from error
     finally:
         _current.reset(token)
     if outputs is not run.outputs:
@@ -129,7 +128,7 @@ class _Graph:
         # Inputs that may move: buffers, and whatever else is not a parameter.
         self._movable = [not isinstance(x, torch.nn.Parameter) for x in inputs]
         self._written: list[int] | None = None  # the inputs that a run writes to; known after the first
-        self._forward_names: list[str] = []
+        self._copies: dict[str, str] = {}  # results of the forward graph that stand for a residual of another name
         self._linear: fx.GraphModule | None = None
         self._residuals: list[str] = []  # names of what the transpose reads
         self._fake_mode: Any = None
@@ -187,26 +186,24 @@ class _Graph:
         self.active = [i for i, gradient in enumerate(gradients) if gradient is not None]
         self._linear, self._residuals = transpose(backward)
         self._fake_mode = detect_fake_mode([gradients[i].meta["val"] for i in self.active])
-        self._forward_names = [getattr(node, "name", "") for node in _results(forward)]
-        if not set(self._residuals) <= set(self._forward_names):
+        if not set(self._residuals) <= {getattr(node, "name", None) for node in _results(forward)}:
             raise Uncompilable("it draws random numbers inside a checkpointed part")
         if num_fwd_outputs > self._results:  # the run writes to inputs, new values of which come first
-            movable = {
-                node
-                for node, moves in zip(forward.graph.find_nodes(op="placeholder"), self._movable, strict=True)
-                if moves
-            }
-            _own_residuals(forward, movable, num_fwd_outputs)
+            arguments = forward.graph.find_nodes(op="placeholder")[-len(self._movable) :]
+            movable = {node for node, moves in zip(arguments, self._movable, strict=True) if moves}
+            self._copies = _own_residuals(forward, movable, num_fwd_outputs)
         return forward, backward
 
     def _compile_forward(self, graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        names = [getattr(node, "name", "") for node in _results(graph)]
+        names = [self._copies.get(name, name) for name in names]
         compiled = self._compiler(graph, examples)
 
         def forward(inputs: list[Any]) -> Sequence[Any]:
             values = compiled(inputs)
             run = _current.get()
             assert run is not None
-            run.values = dict(zip(self._forward_names, values, strict=False))
+            run.values = dict(zip(names, values, strict=True))
             return values
 
         forward._boxed_call = True  # type: ignore[attr-defined]
@@ -241,14 +238,22 @@ def _refusal(reason: str) -> RuntimeError:
     return RuntimeError(f"compile=True cannot follow this model: {reason}. Change that, or leave compile=True off.")
 
 
+def _reason(error: BaseException) -> str:
+    """What happened, without the compiler's hints about itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    details = ("Explanation: ", "Developer debug context: ")
+    told = [lines[0], *(line.removeprefix(d) for line in lines[1:] for d in details if line.startswith(d))]
+    return "; ".join(line.rstrip(".") for line in told)
+
+
 def _results(graph: fx.GraphModule) -> Sequence[Any]:
     return tuple(graph.graph.find_nodes(op="output")[0].args[0])
 
 
-def _own_residuals(forward: fx.GraphModule, movable: set[fx.Node], first: int) -> None:
-    """Copies the residuals, from the output `first` on, that lie in the memory of a movable input."""
+def _own_residuals(forward: fx.GraphModule, movable: set[fx.Node], first: int) -> dict[str, str]:
+    """Copies the residuals, results from `first` on, that lie in the memory of a movable input; names of the copies."""
     output = forward.graph.find_nodes(op="output")[0]
-    results = list(output.args[0])
+    results, copies = list(output.args[0]), {}
     for i, node in enumerate(results[first:], first):
         source = node
         while getattr(source.target, "is_view", False):
@@ -257,8 +262,10 @@ def _own_residuals(forward: fx.GraphModule, movable: set[fx.Node], first: int) -
             with forward.graph.inserting_before(output):
                 results[i] = forward.graph.call_function(torch.ops.aten.clone.default, (node,))
             results[i].meta = dict(node.meta)
+            copies[results[i].name] = node.name
     output.args = (tuple(results),)
     forward.recompile()
+    return copies
 
 
 def _like(tangent: Tensor, p: Tensor) -> Tensor:
