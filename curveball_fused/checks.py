@@ -39,6 +39,22 @@ def hyper_parameters(given: dict[str, Any]) -> None:
     for name, allowed in (("curvature", CURVATURES), ("backend", BACKENDS)):
         if given[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {given[name]!r}.")
+    if not isinstance(given["compile"], bool):
+        raise TypeError(f"compile must be True or False; got {given['compile']!r}.")
+    if given["compile"]:
+        _compilable(given["curvature"])
+
+
+def _compilable(curvature: str) -> None:
+    if curvature not in ("auto", "linearize"):
+        raise ValueError(f'compile=True linearises the model in its own way: leave out curvature="{curvature}".')
+    try:
+        from . import compiled  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"compile=True needs torch's compiler, which this torch ({torch.__version__}) lacks or keeps elsewhere: "
+            f"{error}. Leave compile=True off."
+        ) from error
 
 
 def group_settings(group: Any, defaults: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -19,6 +19,9 @@ from torch import Tensor
 from .modes import Decompose, ForwardModeUnsupported, Substitute, announce
 from .replay import Replay
 from .tape import Tape, Untaped
+
+if TYPE_CHECKING:
+    from .compiled import Compiled
 
 ModelFn = Callable[[], Tensor]
 
@@ -137,8 +140,10 @@ def linearise(
     z: Sequence[Tensor],
     replay: Replay,
     backend: str = "auto",
-) -> tuple[str, Forward | Linearised | DoubleBackward, tuple[Tensor, Tensor]]:
-    """The linear map by the first of `ways`, out of `WAYS`, that can follow the model, and its first product.
+) -> tuple[str, Forward | Linearised | DoubleBackward | Compiled, tuple[Tensor, Tensor]]:
+    """The linear map by the first of `ways` that can follow the model, and its first product.
+
+    The ways are those of `WAYS`, or "compiled".
 
     Returns:
         The way; the map; outputs and Jz.
@@ -166,7 +171,11 @@ def linearise(
 
 def _start(
     way: str, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str
-) -> Forward | Linearised | DoubleBackward:
+) -> Forward | Linearised | DoubleBackward | Compiled:
+    if way == "compiled":
+        from .compiled import Compiled  # here, since torch's compiler takes seconds to import
+
+        return Compiled(model_fn, params, replay)
     if way == "double_backward":
         return DoubleBackward(model_fn, params, replay)
     return (Linearised if way == "linearize" else Forward)(model_fn, params, replay, backend)
@@ -184,6 +193,7 @@ _RETREATS = {
 # What torch says in errors about missing derivatives.
 _MISSING = {
     "linearize": ("forward AD", "forward mode AD", "jvp"),
+    "compiled": (),
     "forward": ("forward AD", "forward mode AD", "jvp"),
     "double_backward": ("derivative", "double backward", "differentiat"),
 }

@@ -43,6 +43,8 @@ class CurveBall(Optimizer):
         curvature: "linearize" (the model runs once), "forward" (dual numbers; slower, and the memory of SGD),
             "double_backward" (any model that autograd can differentiate twice), or "auto": the first of these that
             can follow the model.
+        compile: whether torch.compile runs the model and its Jacobian products: fastest, after a first step that
+            compiles for up to minutes. For models that torch.compile can follow as one graph; an error otherwise.
         backend: "cpu" (native kernels), "torch" (no compiler needed), or "auto".
         debug: whether each step checks its products, and each torch call of the model, against finite differences and
             adjoint identities, before it changes anything. Slow (tens of steps' time), and reads values back to the
@@ -71,6 +73,7 @@ class CurveBall(Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         curvature: str = "auto",
+        compile: bool = False,
         backend: str = "auto",
         debug: bool = False,
     ) -> None:
@@ -183,7 +186,8 @@ class CurveBall(Optimizer):
         params = [p for group in groups for p in group]
         z = [self.state[p]["z"] for p in params]
 
-        ways = list(WAYS) if self.defaults["curvature"] == "auto" else [self.defaults["curvature"]]
+        curvature = "compiled" if self.defaults["compile"] else self.defaults["curvature"]
+        ways = list(WAYS) if curvature == "auto" else [curvature]
         if shared["way"] in ways:  # a model that could not be followed by an earlier one will not be the next time
             ways = ways[ways.index(shared["way"]) :]
         way, linear, (outputs, jz) = linearise(ways, model_fn, params, z, replay, backend)
@@ -231,7 +235,10 @@ class CurveBall(Optimizer):
     ) -> Tensor:
         """A look at the loss at the new weights, on the same batch; returns scalars with the λ that follows from it."""
         settings = self.param_groups[0]
-        new_loss = checked_loss(replay.again(lambda: loss_fn(run_plain(model_fn)))).detach()
+        run = run_plain
+        if self.defaults["compile"]:
+            from .compiled import run_compiled as run
+        new_loss = checked_loss(replay.again(lambda: loss_fn(run(model_fn)))).detach()
         return ops.adapt_damping(
             scalars,
             self._sign * new_loss,

@@ -72,6 +72,11 @@ class Replay:
         self._mark_buffers()
         return result
 
+    def was_written(self, tensor: Tensor, before: Tensor) -> None:
+        """Notes that a run which this guard could not watch has written to `tensor`, whose value was `before`."""
+        self._before[id(tensor)] = (tensor, before)
+        self._after[id(tensor)] = (tensor, tensor.detach().clone())
+
     def again(self, function: Callable[[], Result]) -> Result:
         """Runs `function` from the state in which the first run began."""
         if self._generators_after is None:
