@@ -126,7 +126,8 @@ class CallChecks(Decompose):
         if not changed <= tolerance:
             return changed, tolerance, "its rule returns another value than the function does"
         # A derivative much smaller than the function, where terms cancel, is as inexact as these terms are.
-        floors = [1e-3 * min(max(map(size, v)), size(m)) for m in middle]
+        largest = max(map(size, v))
+        floors = [1e-3 * min(largest, size(m)) + 1e-12 * largest for m in middle]
         error = differences([real(jvs[i]) for i in which], along, middle, floors)
         if not error <= tolerance:
             return error, tolerance, "its Jacobian-vector product disagrees with a finite difference"
