@@ -244,7 +244,7 @@ def _dual_function(func: Any) -> Callable[..., Any]:
     rule = dual_rules.RULES.get(func)
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        result = NotImplemented if rule is None else rule(*args, **kwargs)
+        result = NotImplemented if rule is None else rule("auto", *args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
 
     return function

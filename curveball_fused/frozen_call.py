@@ -109,7 +109,7 @@ class FrozenCall:
     def by_rule(self) -> tuple[list[Tensor], list[Any], list[Tensor]] | None:
         """Results, the map of each and the leaves; None where the tape has no rule that takes the call."""
         rule = rules.RULES.get(self.func) or rules.IN_PLACE.get(self.func)
-        if rule is None:
+        if rule is None or any(t.is_complex() for t in self.active):
             return None
         places: dict[int, int | None] = {}
         leaves, put = self.leaves()
