@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checks, ops, reference
+from . import backends, checks, economy, ops, reference
 from .checks import SHARED
-from .curvature import DoubleBackward, linearise, run_plain
-from .losses import LossModel, checked_loss
+from .curvature import DoubleBackward, Forward, Linearised, ModelFn, linearise, run_plain
+from .losses import LossFn, LossModel, checked_loss
 from .modes import uncompiled
-from .reference import LAMBD, LOSS, SCALARS, Z_DOT_Z
+from .reference import LAMBD, LOSS, RHO, SCALARS, Z_DOT_Z
 from .replay import Replay
 
 
@@ -37,6 +38,8 @@ class CurveBall(Optimizer):
         lambda_high: λ falls where γ is above this.
         lambda_interval: steps between two looks at γ, each of which costs one more forward pass.
         lambda_min, lambda_max: bounds of an adapting λ.
+        average: how much of A and b is kept from step to step (exponential average); 0.8 to 0.9 suits large batches.
+        solve_interval: complete solves every so many steps; those between need no second product, see `economy`.
         weight_decay: decoupled: w shrinks by lr·weight_decay per step.
         maximize: whether to climb.
         curvature: "forward" (dual numbers; the memory of SGD), "double_backward" (any model that autograd can
@@ -64,6 +67,8 @@ class CurveBall(Optimizer):
         lambda_interval: int = 5,
         lambda_min: float = 1e-6,
         lambda_max: float = 1e6,
+        average: float = 0.0,
+        solve_interval: int = 1,
         weight_decay: float = 0.0,
         maximize: bool = False,
         curvature: str = "auto",
@@ -90,6 +95,7 @@ class CurveBall(Optimizer):
         model_fn: Callable[[], Tensor] | None = None,
         loss_fn: Callable[[Tensor], Tensor] | None = None,
         *,
+        curvature_batch: tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]] | None = None,
         closure: None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step.
@@ -99,6 +105,8 @@ class CurveBall(Optimizer):
                 called two to four times, with random numbers and buffers (batch-norm statistics) replayed, so that
                 they advance once.
             loss_fn: called with the predictions, returns the scalar loss.
+            curvature_batch: model_fn and loss_fn for a part of the batch, from which the curvature is taken; loss,
+                gradient and the look at λ stay those of the whole. Its run leaves no trace in buffers or generators.
             closure: torch's old way, which gets an error that tells the new one.
 
         Returns:
@@ -118,7 +126,7 @@ class CurveBall(Optimizer):
         replay = Replay(params, params[0].device)
         with uncompiled():
             try:
-                loss, outputs = self._advance(model_fn, loss_fn, groups, shared, replay)
+                loss, outputs = self._advance(model_fn, loss_fn, curvature_batch, groups, shared, replay)
             except BaseException:
                 replay.rewind()
                 raise
@@ -161,13 +169,15 @@ class CurveBall(Optimizer):
             if i in saved:
                 self.state[p]["z"] = _zeros_like(p).copy_(saved[i]["z"])
         if SHARED in saved:
-            scalars = saved[SHARED]["scalars"].to(self.param_groups[0]["params"][0].device, copy=True)
-            self._states[SHARED] = saved[SHARED] | {"scalars": scalars}
+            device = self.param_groups[0]["params"][0].device
+            own = {name: saved[SHARED][name].to(device, copy=True) for name in ("scalars", "system")}
+            self._states[SHARED] = saved[SHARED] | own
 
     def _advance(
         self,
-        model_fn: Callable[[], Tensor],
-        loss_fn: Callable[[Tensor], Tensor],
+        model_fn: ModelFn,
+        loss_fn: LossFn,
+        curvature_batch: tuple[ModelFn, LossFn] | None,
         groups: Sequence[list[Tensor]],
         shared: dict[str, Any],
         replay: Replay,
@@ -176,29 +186,33 @@ class CurveBall(Optimizer):
         settings, backend = self.param_groups[0], self.defaults["backend"]
         params = [p for group in groups for p in group]
         z = [self.state[p]["z"] for p in params]
+        if curvature_batch is None:
+            loss, outputs, r, products, dots = self._products(model_fn, loss_fn, None, params, z, shared, replay)
+        else:
+            checks.curvature_batch(curvature_batch, params)
+            whole = economy.Backward(model_fn, params, replay)
+            model = self._loss_model(loss_fn, whole.outputs, params, replay)
+            loss, outputs = model.loss, whole.outputs
+            gradient = whole.vjp(model.cotangent(torch.zeros_like(outputs))[0])
+            aside = Replay(params, params[0].device)
+            try:
+                _, _, r, products, dots = self._products(*curvature_batch, gradient, params, z, shared, aside)
+            finally:
+                aside.rewind()
 
-        curvature = self.defaults["curvature"]
-        if curvature == "auto" and shared["double_backward"]:  # a model that needed it once will need it again
-            curvature = "double_backward"
-        linear, (outputs, jz) = linearise(curvature, model_fn, params, z, replay)
-        model = LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params, backend)
-        cotangent, products_of = model.cotangent(jz)
-        r = linear.vjp(cotangent)
-        products = products_of(linear.jvp(r)[1])
-        # z·r = Jz·c and r·r = Jr·c, unless tangents or gradients are rounded to a lower precision or altered by a hook.
-        exact = all(p.dtype in (torch.float32, torch.float64) and not p._backward_hooks for p in params)
-        dots = None if exact else ops.dots(z, r, backend=backend)
-
-        scalars = ops.solve(
-            shared["scalars"],
-            self._sign * model.loss,
-            products,
-            dots,
-            beta=settings["beta"],
-            rho=settings["rho"],
-            lr=settings["lr"],
-            backend=backend,
-        )
+        solve = partial(ops.solve, shared["scalars"], self._sign * loss, beta=settings["beta"], lr=settings["lr"])
+        if settings["average"] == 0 and settings["solve_interval"] == 1 and curvature_batch is None:
+            scalars = solve(products, dots, rho=settings["rho"], backend=backend)
+        else:
+            if dots is None:
+                zz, (gz, z_hz, gr, z_hr, _) = shared["scalars"][Z_DOT_Z], products
+                dots = torch.stack((zz, gz + z_hz, gr + z_hr))
+            shared["system"], products, dots = economy.average(
+                shared["system"], loss, products, dots, settings["average"]
+            )
+            scalars = solve(products, dots, rho=settings["rho"], backend=backend)
+            bounded = solve(products, dots, rho=economy.RHO_MAX, backend=backend)
+            scalars = torch.where(scalars[RHO] > economy.RHO_MAX, bounded, scalars)
         shared["scalars"] = ops.update_groups_(
             params,
             z,
@@ -210,8 +224,53 @@ class CurveBall(Optimizer):
             backend=backend,
         )
         shared["step"] += 1
-        shared["double_backward"] = isinstance(linear, DoubleBackward)
-        return model.loss, outputs
+        return loss, outputs
+
+    def _products(
+        self,
+        model_fn: ModelFn,
+        loss_fn: LossFn,
+        gradient: list[Tensor] | None,
+        params: list[Tensor],
+        z: list[Tensor],
+        shared: dict[str, Any],
+        replay: Replay,
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor | None]:
+        """Loss, outputs, r, products and dots; with the gradient of another batch in r, where one is given."""
+        backend = self.defaults["backend"]
+        # z·r = Jz·c and r·r = Jr·c, unless tangents or gradients are rounded to a lower precision or altered by a hook.
+        precise = all(p.dtype in (torch.float32, torch.float64) for p in params)
+        hooked = any(p._backward_hooks for p in params)
+        complete = hooked or shared["step"] % self.param_groups[0]["solve_interval"] == 0
+        linear: Forward | Linearised | DoubleBackward | economy.Backward
+        if complete or not precise:
+            curvature = self.defaults["curvature"]
+            if curvature == "auto" and shared["double_backward"]:  # a model that needed it once will need it again
+                curvature = "double_backward"
+            linear, (outputs, jz) = linearise(curvature, model_fn, params, z, replay)
+            shared["double_backward"] = isinstance(linear, DoubleBackward)
+        else:
+            linear, jz = economy.difference(model_fn, params, z, replay)
+            outputs = linear.outputs
+        model = self._loss_model(loss_fn, outputs, params, replay)
+        cotangent, products_of = model.cotangent(jz)
+        if gradient is not None:
+            cotangent = cotangent - model.cotangent(torch.zeros_like(jz))[0]
+        r = linear.vjp(cotangent)
+        if gradient is not None:
+            r = [part + whole for part, whole in zip(r, gradient, strict=True)]
+        products = products_of(jz if isinstance(linear, economy.Backward) or not complete else linear.jvp(r)[1])
+        if complete and gradient is None:
+            return model.loss, outputs, r, products, None if precise and not hooked else ops.dots(z, r, backend=backend)
+        dots = ops.dots(z, r, backend=backend)
+        if not complete:
+            products = economy.lagged(shared["system"], products, dots)
+        return model.loss, outputs, r, economy.consistent(products, dots), dots
+
+    def _loss_model(self, loss_fn: LossFn, outputs: Tensor, params: list[Tensor], replay: Replay) -> LossModel:
+        return LossModel(
+            lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params, self.defaults["backend"]
+        )
 
     def _adapt(
         self,
@@ -242,9 +301,10 @@ class CurveBall(Optimizer):
                 self.state[p]["z"] = _zeros_like(p) if z is None else _zeros_like(p).copy_(z)
         if SHARED not in self._states:
             fresh = dict(scalars=self._initial_scalars(), step=0, active=[], double_backward=False)
-            self._states[SHARED] = fresh
+            self._states[SHARED] = fresh | dict(system=economy.unknown(params[0].device))
         shared: dict[str, Any] = self._states[SHARED]
-        shared["scalars"] = shared["scalars"].to(params[0].device)
+        for name in ("scalars", "system"):
+            shared[name] = shared[name].to(params[0].device)
         everything = [p for group in self.param_groups for p in group["params"]]
         active = [i for i, p in enumerate(everything) if p.requires_grad]
         if active != shared["active"]:
