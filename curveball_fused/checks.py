@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
+from .economy import SYSTEM_SIZE
 from .reference import SCALARS
 
 SHARED = "curveball"  # key of the state that belongs to no single parameter
@@ -33,9 +34,10 @@ def hyper_parameters(given: dict[str, Any]) -> None:
     if given["auto_lambda"]:
         hint = ", between lambda_min and lambda_max, since auto_lambda is on"
         _number("lambd", given["lambd"], given["lambda_min"], given["lambda_max"], hint)
-    interval = given["lambda_interval"]
-    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ValueError(f"lambda_interval must be a whole number of steps, at least 1; got {interval!r}.")
+    for name in ("lambda_interval", "solve_interval"):
+        if not isinstance(given[name], int) or isinstance(given[name], bool) or given[name] < 1:
+            raise ValueError(f"{name} must be a whole number of steps, at least 1; got {given[name]!r}.")
+    _number("average", given["average"], 0.0, 1.0 - 1e-6, ", the part of the old value that is kept")
     for name, allowed in (("curvature", CURVATURES), ("backend", BACKENDS)):
         if given[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {given[name]!r}.")
@@ -90,6 +92,14 @@ def explain_call() -> NoReturn:
     )
 
 
+def curvature_batch(given: Any, params: Sequence[Tensor]) -> None:
+    """Raises for a `curvature_batch` that is not two functions, or whose gradient would not add up."""
+    if not isinstance(given, tuple) or len(given) != 2 or not all(callable(f) for f in given):
+        raise TypeError("curvature_batch must be two functions, (model_fn, loss_fn), of a part of the batch.")
+    if any(p._backward_hooks for p in params):
+        raise RuntimeError("curvature_batch cannot be used with hooks that alter gradients: remove one of the two.")
+
+
 def parameters(params: Sequence[Any]) -> None:
     """Raises for parameters that the kernels cannot serve."""
     for i, p in enumerate(params):
@@ -114,7 +124,8 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
     if sizes != own:
         raise ValueError(f"the checkpoint has groups of {sizes} parameters, this optimizer of {own}.")
     shared = state_dict["state"].get(SHARED)
-    if shared is not None and getattr(shared.get("scalars"), "shape", None) != (len(SCALARS),):
+    sizes_of_shared = {"scalars": (len(SCALARS),), "system": (SYSTEM_SIZE,)}
+    if shared is not None and any(getattr(shared.get(k), "shape", None) != size for k, size in sizes_of_shared.items()):
         raise ValueError("the checkpoint's CurveBall scalars are missing or of another version of this package.")
     order = [i for group in saved for i in group["params"]]
     params = [p for group in param_groups for p in group["params"]]

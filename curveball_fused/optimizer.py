@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checks, ops, reference
+from . import backends, checks, economy, ops, reference
 from .checks import SHARED
-from .curvature import WAYS, linearise, run_plain
-from .debug import Step, check
-from .losses import LossModel, checked_loss
+from .curvature import WAYS, ModelFn, run_plain
+from .losses import LossFn, checked_loss
 from .modes import uncompiled
 from .reference import LAMBD, LOSS, SCALARS, Z_DOT_Z
 from .replay import Replay
+from .system import Problem
 
 
 class CurveBall(Optimizer):
@@ -38,6 +39,8 @@ class CurveBall(Optimizer):
         lambda_high: λ falls where γ is above this.
         lambda_interval: steps between two looks at γ, each of which costs one more forward pass.
         lambda_min, lambda_max: bounds of an adapting λ.
+        average: how much of A and b is kept from step to step (exponential average); 0.8 to 0.9 suits large batches.
+        solve_interval: complete solves every so many steps; those between need no second product, see `economy`.
         weight_decay: decoupled: w shrinks by lr·weight_decay per step.
         maximize: whether to climb.
         curvature: "linearize" (the model runs once), "forward" (dual numbers; slower, and the memory of SGD),
@@ -70,6 +73,8 @@ class CurveBall(Optimizer):
         lambda_interval: int = 5,
         lambda_min: float = 1e-6,
         lambda_max: float = 1e6,
+        average: float = 0.0,
+        solve_interval: int = 1,
         weight_decay: float = 0.0,
         maximize: bool = False,
         curvature: str = "auto",
@@ -98,6 +103,7 @@ class CurveBall(Optimizer):
         model_fn: Callable[[], Tensor] | None = None,
         loss_fn: Callable[[Tensor], Tensor] | None = None,
         *,
+        curvature_batch: tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]] | None = None,
         closure: None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step.
@@ -107,6 +113,8 @@ class CurveBall(Optimizer):
                 called two to four times, with random numbers and buffers (batch-norm statistics) replayed, so that
                 they advance once.
             loss_fn: called with the predictions, returns the scalar loss.
+            curvature_batch: model_fn and loss_fn for a part of the batch, from which the curvature is taken; loss,
+                gradient and the look at λ stay those of the whole. Its run leaves no trace in buffers or generators.
             closure: torch's old way, which gets an error that tells the new one.
 
         Returns:
@@ -127,7 +135,7 @@ class CurveBall(Optimizer):
         replay = Replay(params, params[0].device)
         with uncompiled():
             try:
-                loss, outputs = self._advance(model_fn, loss_fn, groups, shared, replay)
+                loss, outputs = self._advance(model_fn, loss_fn, curvature_batch, groups, shared, replay)
             except BaseException:
                 replay.rewind()
                 raise
@@ -170,13 +178,15 @@ class CurveBall(Optimizer):
             if i in saved:
                 self.state[p]["z"] = _zeros_like(p).copy_(saved[i]["z"])
         if SHARED in saved:
-            scalars = saved[SHARED]["scalars"].to(self.param_groups[0]["params"][0].device, copy=True)
-            self._states[SHARED] = saved[SHARED] | {"scalars": scalars}
+            device = self.param_groups[0]["params"][0].device
+            own = {name: saved[SHARED][name].to(device, copy=True) for name in ("scalars", "system")}
+            self._states[SHARED] = saved[SHARED] | own
 
     def _advance(
         self,
         model_fn: Callable[[], Tensor],
         loss_fn: Callable[[Tensor], Tensor],
+        curvature_batch: tuple[ModelFn, LossFn] | None,
         groups: Sequence[list[Tensor]],
         shared: dict[str, Any],
         replay: Replay,
@@ -185,33 +195,21 @@ class CurveBall(Optimizer):
         settings, backend = self.param_groups[0], self.defaults["backend"]
         params = [p for group in groups for p in group]
         z = [self.state[p]["z"] for p in params]
+        problem = Problem(params, z, self._ways(shared["way"]), self._sign, backend, self.defaults["debug"])
+        lagging = None if shared["step"] % settings["solve_interval"] == 0 else shared["system"]
+        if curvature_batch is None:
+            measured = problem.measure(model_fn, loss_fn, replay, lagging, None)
+        else:
+            measured = problem.measure_with_part(model_fn, loss_fn, curvature_batch, replay, lagging)
+        loss, outputs, r, products, dots = measured
 
-        curvature = "compiled" if self.defaults["compile"] else self.defaults["curvature"]
-        ways = list(WAYS) if curvature == "auto" else [curvature]
-        if shared["way"] in ways:  # a model that could not be followed by an earlier one will not be the next time
-            ways = ways[ways.index(shared["way"]) :]
-        way, linear, (outputs, jz) = linearise(ways, model_fn, params, z, replay, backend)
-        model = LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self._sign, params, backend)
-        cotangent, products_of = model.cotangent(jz)
-        r = linear.vjp(cotangent)
-        jr = linear.jvp(r)[1]
-        products = products_of(jr)
-        if self.defaults["debug"]:
-            check(Step(way, model_fn, loss_fn, self._sign, params, replay, z, outputs, jz, cotangent, r, jr, products))
-        # z·r = Jz·c and r·r = Jr·c, unless tangents or gradients are rounded to a lower precision or altered by a hook.
-        exact = all(p.dtype in (torch.float32, torch.float64) and not p._backward_hooks for p in params)
-        dots = None if exact else ops.dots(z, r, backend=backend)
-
-        scalars = ops.solve(
-            shared["scalars"],
-            self._sign * model.loss,
-            products,
-            dots,
-            beta=settings["beta"],
-            rho=settings["rho"],
-            lr=settings["lr"],
-            backend=backend,
-        )
+        solve = partial(ops.solve, shared["scalars"], self._sign * loss, beta=settings["beta"], lr=settings["lr"])
+        if settings["average"] == 0 and settings["solve_interval"] == 1 and curvature_batch is None:
+            scalars = solve(products, dots, rho=settings["rho"], backend=backend)
+        else:
+            shared["system"], scalars = economy.averaged_solve(
+                solve, shared, loss, products, dots, settings["average"], settings["rho"], backend
+            )
         shared["scalars"] = ops.update_groups_(
             params,
             z,
@@ -223,8 +221,14 @@ class CurveBall(Optimizer):
             backend=backend,
         )
         shared["step"] += 1
-        shared["way"] = way
-        return model.loss, outputs
+        shared["way"] = problem.ways[0]
+        return loss, outputs
+
+    def _ways(self, last: str | None) -> list[str]:
+        """The ways to linearise the model, without those that came before the one that could follow it last."""
+        curvature = "compiled" if self.defaults["compile"] else self.defaults["curvature"]
+        ways = list(WAYS) if curvature == "auto" else [curvature]
+        return ways[ways.index(last) :] if last and last in ways else ways
 
     def _adapt(
         self,
@@ -258,9 +262,10 @@ class CurveBall(Optimizer):
                 self.state[p]["z"] = _zeros_like(p) if z is None else _zeros_like(p).copy_(z)
         if SHARED not in self._states:
             fresh = dict(scalars=self._initial_scalars(), step=0, active=[], way=None)
-            self._states[SHARED] = fresh
+            self._states[SHARED] = fresh | dict(system=economy.unknown(params[0].device))
         shared: dict[str, Any] = self._states[SHARED]
-        shared["scalars"] = shared["scalars"].to(params[0].device)
+        for name in ("scalars", "system"):
+            shared[name] = shared[name].to(params[0].device)
         everything = [p for group in self.param_groups for p in group["params"]]
         active = [i for i, p in enumerate(everything) if p.requires_grad]
         if active != shared["active"]:
