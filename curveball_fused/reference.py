@@ -41,6 +41,7 @@ def update_(
 ) -> Tensor:
     """z ← (ρ - βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z, with the group's own lr and weight decay.
 
+    z that is nearly subnormal, as where r has been zero for long, becomes zero: CPUs multiply such numbers slowly.
     `group_sizes[g]` tensors of each list belong to group g; `lr_tensor`, one element per group, overrides `lr`. w and z
     stay untouched where β or ρ is not finite. Returns new scalars, with z·z and, for groups of unequal lr, with M.
     """
@@ -53,6 +54,7 @@ def update_(
         decay = 1 - rates[g] * weight_decay[g]
         b, m, d, s = (c.to(z_i.dtype) for c in (beta, momentum, decay, rates[g]))
         z_new = m * z_i - b * r_i.to(z_i.dtype)
+        z_new = z_new.masked_fill(z_new.abs() < torch.finfo(z_i.dtype).tiny / torch.finfo(z_i.dtype).eps, 0)
         w_new = d * w_i.to(z_i.dtype) + s * z_new
         z_i.copy_(torch.where(finite, z_new, z_i))
         w_i.copy_(torch.where(finite, w_new.to(w_i.dtype), w_i))

@@ -63,10 +63,12 @@ def _aligned(address, begin, TYPE: tl.constexpr):
 def _move(w, z, r, offsets, mask, keep, beta, shrink, lr, finite):
     """z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z;  both as they are if not finite.
 
-    Returns the squares of the new z. `mask` may be None.
+    z that is nearly subnormal becomes zero, as in math.h. Returns the squares of the new z. `mask` may be None.
     """
+    negligible: tl.constexpr = 2.0**-970 if z.dtype.element_ty == tl.float64 else 2.0**-103
     w_old, z_old, r_value = tl.load(w + offsets, mask), tl.load(z + offsets, mask), tl.load(r + offsets, mask)
-    z_new = tl.where(finite, keep * z_old - beta * r_value.to(z_old.dtype), z_old)
+    z_new = keep * z_old - beta * r_value.to(z_old.dtype)
+    z_new = tl.where(finite, tl.where(tl.abs(z_new) < negligible, 0.0, z_new), z_old)
     w_new = tl.where(finite, (shrink * w_old.to(z_old.dtype) + lr * z_new).to(w_old.dtype), w_old)
     tl.store(w + offsets, w_new, mask)
     tl.store(z + offsets, z_new, mask)

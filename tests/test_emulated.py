@@ -13,6 +13,7 @@ from emulated_lists import CHUNK, check_update, draw, state_dtype, update_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from vanishing import check_vanishing
 
 from curveball_fused import reference
 from curveball_fused.reference import PREDICTED_CHANGE, SCALARS, Z_DOT_Z
@@ -58,6 +59,11 @@ def test_update_of_long_tensors(dtype: torch.dtype, threads: int, offset: int) -
     w, z, r = (draw(n, d, offset) for d in (dtype, state_dtype(dtype), dtype))
     check_update([w], [z], [r], scalars(), [0.6], [0.05], lambda: update_([w], [z], [r], scalars()))
     assert device.launches() == [(3, threads, 0), (1, threads, 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_z_does_not_become_subnormal(dtype: torch.dtype) -> None:
+    check_vanishing(lambda w, z, r: update_(w, z, r, scalars()), dtype)
 
 
 @settings(deadline=None, max_examples=200)

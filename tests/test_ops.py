@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from vanishing import check_vanishing
 
 from curveball_fused import backends, ops, reference
 
@@ -73,6 +74,12 @@ def test_update(backend: str, specs: list, lr: float, decay: float, tensor_lr: b
     assert strides == [t.stride() for t in w + z]
     assert total.dtype == torch.float64 and total.shape == ()
     torch.testing.assert_close(total, sum((z_i.double().square().sum() for z_i in z), torch.zeros_like(total)))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_z_does_not_become_subnormal(backend: str, dtype: torch.dtype) -> None:
+    check_vanishing(lambda w, z, r: ops.update_(w, z, r, COEFFICIENTS, lr=0.6, backend=backend), dtype)
 
 
 @every_backend

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from torch import Tensor
+from vanishing import check_vanishing
 
 pytest.importorskip("triton", reason="Triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,6 +89,16 @@ def check_update(
 def test_update_over_sizes(dtype: torch.dtype) -> None:
     w, z, r = ([draw(n, d) for n in SIZES] for d in (dtype, state_dtype(dtype), dtype))
     check_update(w, z, r, [len(SIZES)], [0.6], [0.05])
+
+
+@every_dtype
+def test_z_does_not_become_subnormal(dtype: torch.dtype) -> None:
+    def update(*lists: list[Tensor]) -> None:
+        on_device = [[t.to(DEVICE) for t in tensors] for tensors in lists]
+        triton_kernels.update_(*on_device, scalars(), [1], [0.6], [0.05], None)
+        lists[1][0].copy_(on_device[1][0])
+
+    check_vanishing(update, dtype)
 
 
 @every_dtype
