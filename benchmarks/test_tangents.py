@@ -76,7 +76,6 @@ def test_attention(
     dq, dk, dv, q, k, v = (torch.randn(b, t, h, d).transpose(1, 2) for _ in range(6))
     s = 1 / math.sqrt(d)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-
     later = torch.full((t, t), -math.inf).triu_(1) if is_causal else torch.zeros(t, t)
 
     def composition() -> Tensor:
