@@ -22,7 +22,7 @@ from torch._inductor.utils import fresh_cache
 from curveball_fused import CurveBall
 
 INTERVAL = 5  # CurveBall looks at λ once in so many steps, so only a multiple of it has the average cost
-ROUNDS = {"mlp": 15, "gpt": 5, "basic_bn": 5, "resnet18": 3}
+ROUNDS = {"mlp": 15, "gpt": 5, "vit": 5, "basic_bn": 5, "resnet18": 3}
 
 
 def compiled_sgd(case: Case) -> Step:
