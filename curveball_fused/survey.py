@@ -111,7 +111,7 @@ class Survey(Tape):
     def _adopted(self, result: Any) -> Any:
         """`result` of a call that the tape refused, known to it from now on."""
         for tensor in tensors((result,)):
-            self._add(tensor, _no_map, Call({}, self._backend))
+            self._add("", tensor, _no_map, Call({}, self._backend))
         return result
 
     def _note(self, name: str, followed: str, reason: str = "") -> None:

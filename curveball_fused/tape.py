@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from .modes import Decompose
-from .rules import COMPOSITES, IN_PLACE, RULES, Call, Map, Tangents, tensors, without_override
+from .rules import COMPOSITES, IN_PLACE, RULES, Call, Map, Tangents, frozen, tensors, without_override
 
 _MOVES_STATISTICS = frozenset(("batch_norm", "instance_norm"))
 # What is read off a tensor without being computed from its elements.
@@ -41,8 +41,10 @@ class Tape(Decompose):
         super().__init__(every_call=False)
         self._backend = backend
         self._known = {id(p): (weakref.ref(p), place, p._version) for place, p in enumerate(params)}
-        self._constant: dict[int, weakref.ref[Tensor]] = {}  # requires a gradient, but of parameters that aren't ours
-        self._maps: list[tuple[Map, list[int]]] = []  # and the places that the map reads
+        self._constant: dict[
+            int, tuple[weakref.ref[Tensor], int]
+        ] = {}  # requires a gradient, but of parameters that aren't ours
+        self._maps: list[_Entry] = []
         self._kept: list[tuple[Tensor, int]] = []
         self._parameters = len(params)
         self._device_type = params[0].device.type
@@ -60,7 +62,7 @@ class Tape(Decompose):
         call = Call({id(t): self._place(t) for t in inputs}, self._backend)
         if not any(place is not None for place in call.places.values()):
             result = func(*args, **kwargs)
-            self._constant |= {id(t): weakref.ref(t) for t in tensors((result,)) if t.requires_grad}
+            self._constant |= {id(t): (weakref.ref(t), t._version) for t in tensors((result,)) if t.requires_grad}
             return result
         self._refuse(func)
         # Rules take derivatives for numbers, which complex ones need not have.
@@ -85,17 +87,26 @@ class Tape(Decompose):
         last = self._place(outputs)
         if last is None:
             raise Untaped("outputs that do not depend on a parameter")
-        last_use = {place: index for index, (_, reads) in enumerate(self._maps) for place in reads}
         values: Tangents = [*tangents, *[None] * len(self._maps)]
-        with torch.no_grad():
-            for index, (tangent_map, reads) in enumerate(self._maps[: last + 1 - self._parameters]):
-                values[self._parameters + index] = tangent_map(values)
-                for place in reads:  # a tangent that nobody reads any more makes room
-                    if last_use[place] == index and place != last:
-                        values[place] = None
+        with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
+            for place, entry, spent in self._order(last):
+                values[place] = entry.tangent(values)
+                for read in spent:  # a tangent that nobody reads any more makes room
+                    values[read] = None
         tangent = values[last]
         assert tangent is not None
         return tangent
+
+    def _order(self, last: int) -> list[tuple[int, _Entry, list[int]]]:
+        """What leads to the place `last`: places, their entries, and the places that are not read after them."""
+        needed, order = {last}, []
+        for place in range(last, self._parameters - 1, -1):
+            if place in needed:
+                entry = self._maps[place - self._parameters]
+                spent = [read for read in entry.reads if read not in needed]
+                needed.update(entry.reads)
+                order.append((place, entry, spent))
+        return order[::-1]
 
     def _place(self, tensor: Tensor) -> int | None:
         """Where the tangent of a tensor stands; None for a constant."""
@@ -108,8 +119,10 @@ class Tape(Decompose):
             return known[1]
         if tensor.requires_grad and not tensor.is_leaf:
             constant = self._constant.get(id(tensor))
-            if constant is None or constant() is not tensor:
+            if constant is None or constant[0]() is not tensor:
                 raise Untaped("a result of code that torch functions cannot see into")
+            if constant[1] != tensor._version:
+                raise Untaped("a tensor that was written to")
         return None
 
     def _refuse(self, func: Any) -> None:
@@ -133,24 +146,25 @@ class Tape(Decompose):
         result, maps = recorded
         self._kept += call.kept
         if isinstance(result, Tensor):
-            self._add(result, maps, call)
+            self._add(_name(func), result, maps, call)
         else:
             for one, tangent_map in zip(result, maps, strict=True):
-                self._add(one, tangent_map, call)
+                self._add(_name(func), one, tangent_map, call)
         return None if func is torch.Tensor.__setitem__ else result
 
-    def _add(self, result: Tensor, tangent_map: Map, call: Call) -> None:
+    def _add(self, name: str, result: Tensor, tangent_map: Map, call: Call) -> None:
         if result.requires_grad:
             if torch.is_autocast_enabled(self._device_type):
-                tangent_map = _under_autocast(tangent_map, self._device_type, result.dtype)
+                tangent_map = _under_autocast(tangent_map, self._device_type)
+            reads = list({place for place in call.places.values() if place is not None})
             self._known[id(result)] = (weakref.ref(result), self._parameters + len(self._maps), result._version)
-            self._maps.append((tangent_map, [place for place in call.places.values() if place is not None]))
+            self._maps.append(_Entry(name, tangent_map, reads, result.shape, result.dtype))
 
     def _by_dual_numbers(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], call: Call
     ) -> Any:
         """For a function without a rule: its map runs it again, on dual numbers."""
-        name = getattr(func, "__name__", "")
+        name = _name(func)
         if name in _MOVES_STATISTICS and kwargs.get("running_mean", args[1] if len(args) > 1 else None) is not None:
             raise Untaped(f"{name} with running statistics, in mixed precision or over instances")
         versions, generators = [t._version for t in inputs], _generator_states(inputs[0].device)
@@ -169,17 +183,39 @@ class Tape(Decompose):
         self._kept += call.kept
         for index, one in enumerate((result,) if isinstance(result, Tensor) else result):
             if isinstance(one, Tensor):
-                self._add(one, dual.map_of(None if isinstance(result, Tensor) else index), call)
+                self._add(name, one, dual.map_of(None if isinstance(result, Tensor) else index), call)
         return result
 
 
-def _under_autocast(tangent_map: Map, device_type: str, dtype: torch.dtype) -> Map:
+class _Entry(NamedTuple):
+    """How one tangent comes about: the name of the function, the map, the places that it reads; shape and dtype."""
+
+    name: str
+    map: Map
+    reads: list[int]
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def tangent(self, tangents: Tangents) -> Tensor:
+        """What the map gives, in the dtype of the result."""
+        try:
+            tangent = self.map(tangents)
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise Untaped(f"{self.name}: {_first_line(error)}") from error
+        if tangent.shape != self.shape:
+            raise Untaped(f"{self.name}: its tangent has another shape")
+        return tangent if tangent.dtype == self.dtype else tangent.to(self.dtype)
+
+
+def _under_autocast(tangent_map: Map, device_type: str) -> Map:
     """The map, in the precision that autocast, as it is now, chooses for its function."""
     lower = torch.get_autocast_dtype(device_type)
 
     def tangent_map_under_autocast(tangents: Tangents) -> Tensor:
         with torch.autocast(device_type, lower):
-            return tangent_map(tangents).to(dtype)
+            return tangent_map(tangents)
 
     return tangent_map_under_autocast
 
@@ -197,10 +233,7 @@ class _DualMaps:
 
         def tangent_map(tangents: Tangents) -> Tensor:
             with fwAD.dual_level(), Decompose(every_call=True):
-                try:
-                    result = self._func(*self._dual(self._args, tangents), **self._dual(self._kwargs, tangents))
-                except (NotImplementedError, RuntimeError) as error:
-                    raise Untaped(f"{getattr(self._func, '__name__', self._func)}: {_first_line(error)}") from error
+                result = self._func(*self._dual(self._args, tangents), **self._dual(self._kwargs, tangents))
                 primal, tangent = fwAD.unpack_dual(result if index is None else result[index])
                 return torch.zeros_like(primal) if tangent is None else tangent
 
@@ -213,7 +246,7 @@ class _DualMaps:
             return kept
         if type(value) is dict:
             return {key: self._kept(v, call) for key, v in value.items()}
-        return type(value)([self._kept(v, call) for v in value]) if type(value) in (list, tuple) else value
+        return type(value)([self._kept(v, call) for v in value]) if type(value) in (list, tuple) else frozen(value)
 
     def _dual(self, value: Any, tangents: Tangents) -> Any:
         if isinstance(value, Tensor):
@@ -222,6 +255,10 @@ class _DualMaps:
         if type(value) is dict:
             return {key: self._dual(v, tangents) for key, v in value.items()}
         return type(value)([self._dual(v, tangents) for v in value]) if type(value) in (list, tuple) else value
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", func))
 
 
 def _first_line(error: BaseException) -> str:

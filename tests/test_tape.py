@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from curveball_fused import CurveBall
+from curveball_fused.rules.composites import weight_norm
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
 IMAGES = torch.linspace(-1, 1, 4 * 2 * 36, dtype=torch.float64).sin().view(4, 2, 6, 6)
@@ -87,6 +88,31 @@ def arrangements(net: Any) -> Tensor:
     )
 
 
+def changing_arguments(net: Any) -> Tensor:
+    """Lists and slices that the model goes on to change."""
+    h, order, begin, pad = net(X), [2, 0, 3, 1], torch.tensor(1), [1, 1]
+    y = h[order] + F.pad(h, pad)[:, :6] + torch.softmax(h, -1, torch.float64)
+    order.reverse()
+    pad[0] = 0
+    y = y[:, begin : begin + 3]
+    begin += 2
+    return y
+
+
+def index_that_moves(net: Any) -> Tensor:
+    out, t, h = torch.zeros(5, 2, dtype=torch.float64), torch.tensor(0), net(X)
+    for i in range(4):
+        out[t] = h[i]
+        t += 1
+    return out
+
+
+def constant_written_through_a_view(net: Any) -> Tensor:
+    other = torch.ones(4, 2, dtype=torch.float64, requires_grad=True) * 2
+    other[:, 0].add_(net(X)[:, 0])
+    return 2 * other + net(X)
+
+
 def frozen() -> nn.Module:
     net = nn.Sequential(
         nn.Conv2d(2, 3, 2), nn.ConvTranspose2d(3, 3, 2, bias=False), nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2),
@@ -150,6 +176,10 @@ FOLLOWED: dict[str, tuple[Callable[[], nn.Module], Model]] = {
     "arrangements": (lambda: nn.Linear(6, 6), arrangements),
     "activations in place": (lambda: nn.Linear(6, 6), written),
     "complex numbers": (lambda: nn.Linear(6, 6), complex_numbers),
+    "arguments that change": (lambda: nn.Linear(6, 6), changing_arguments),
+    "a result that is not used": (
+        lambda: nn.Linear(6, 6), lambda net: (net(X).cumprod(1), net(X).sin(), net(X).tanh())[2]
+    ),
     "parts that are frozen": (frozen, lambda net: net(IMAGES)),
     "only a bias": (lambda: nn.Linear(6, 2).requires_grad_(False), lambda net: net(X) * net.bias),
 }  # fmt: skip
@@ -220,6 +250,8 @@ def base_of_a_view_written_to(net: Any) -> Tensor:
         (lambda net: net(checkpoint(net, X[:, :2], use_reentrant=False)), "gradient checkpointing"),
         (base_of_a_view_written_to, "written to"),
         (written_later, "written to after it was used"),
+        (index_that_moves, "written to after it was used"),
+        (constant_written_through_a_view, "written to"),
         (lambda net: F.rrelu(net(X), training=True), "rrelu.*random"),
         (lambda net: Double.apply(net(X)).tanh(), "cannot see into"),
         (lambda net: Double.apply(net(X)), "cannot see into"),
@@ -271,6 +303,45 @@ def test_autocast_rounds_as_the_dual_numbers_do() -> None:
         stats[curvature, mixed] = torch.stack(products)
     exact, dual, ours = stats.values()
     assert ((ours - exact).abs() <= 2 * (dual - exact).abs() + 2**-8 * exact.abs()).all(), (exact, dual, ours)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -2, -1])
+def test_weight_norm(dim: int) -> None:
+    v, g = torch.randn(2, 3, 4), torch.rand(2, 3, 4).amax([d for d in range(3) if d != dim % 3], keepdim=True)
+    g = g if dim != -1 else torch.rand(1, 1, 1)
+    torch.testing.assert_close(weight_norm(v, g, dim), torch._weight_norm(v, g, dim))
+
+
+def mixed_sum(net: Any) -> Tensor:
+    """float32 added to bfloat16 in place, then a product in bfloat16; and float32 where autocast is switched off."""
+    x = net(X.float()).bfloat16()
+    x += X[:, :2].float()
+    x *= torch.ones(2)
+    with torch.autocast("cpu", enabled=False):
+        return (x @ net.weight[:, :3].bfloat16()).float() @ net.weight[:, :3].T + net(X.float()).float()
+
+
+def normalised_input(net: Any) -> Tensor:
+    return net[1](net[0](X.bfloat16())).float()
+
+
+@pytest.mark.parametrize(
+    ("make", "run"),
+    [
+        (lambda: nn.Linear(6, 2), mixed_sum),
+        (lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)).bfloat16(), normalised_input),
+    ],
+)
+def test_dtypes_that_meet(make: Callable[[], nn.Module], run: Model) -> None:
+    """Followed under autocast as without, to the rounding of the lowest precision."""
+    outcomes = []
+    for curvature in ("linearize", "forward"):
+        torch.manual_seed(0)
+        optimizer = CurveBall((net := make()).parameters(), curvature=curvature)
+        with torch.autocast("cpu", torch.bfloat16):
+            optimizer.step(lambda: run(net), lambda out: (out - 0.3).square().mean())
+        outcomes.append(torch.stack([optimizer.stats()[key] for key in ("loss", "beta", "predicted_change")]))
+    torch.testing.assert_close(*outcomes, rtol=2e-2, atol=0)
 
 
 def test_outputs_without_parameters() -> None:

@@ -7,10 +7,21 @@ those that are followed by what they are composed of.
 from __future__ import annotations
 
 from . import activations, arrangements, attention, composites, normalisations, products
-from .call import Call, Map, Rule, Tangents, tensors
+from .call import Call, Map, Rule, Tangents, frozen, tensors
 from .composites import without_override
 
-__all__ = ["COMPOSITES", "IN_PLACE", "RULES", "Call", "Map", "Rule", "Tangents", "tensors", "without_override"]
+__all__ = [
+    "COMPOSITES",
+    "IN_PLACE",
+    "RULES",
+    "Call",
+    "Map",
+    "Rule",
+    "Tangents",
+    "frozen",
+    "tensors",
+    "without_override",
+]
 
 RULES: dict[object, Rule] = (
     products.RULES | activations.RULES | normalisations.RULES | attention.RULES | arrangements.RULES

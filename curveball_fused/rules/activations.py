@@ -66,6 +66,8 @@ def relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
 
 def gelu(call: Call, input: Tensor, *, approximate: str = "none") -> Any:
     """y = x Φ(x), or its approximation by tanh; one pass gives the derivative too."""
+    if approximate not in ("none", "tanh"):
+        return NotImplemented
     return _fused(call, input, "gelu" if approximate == "none" else "gelu_tanh", False)
 
 
@@ -75,7 +77,11 @@ def silu(call: Call, input: Tensor, inplace: bool = False) -> Any:
 
 
 def _fused(call: Call, input: Tensor, name: str, inplace: bool) -> Any:
-    return _recorded(call, input, lambda x: tangent_ops.activation(x.contiguous(), name, backend=call.backend), inplace)
+    def with_derivative(x: Tensor) -> Pair:
+        dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
+        return tangent_ops.activation(x if dense else x.contiguous(), name, backend=call.backend)
+
+    return _recorded(call, input, with_derivative, inplace)
 
 
 def tanh(call: Call, input: Tensor) -> Any:
@@ -96,7 +102,7 @@ def softmax(
     call: Call, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Any:
     """p = softmax(x);  ṗ = p (ẋ - <p, ẋ>), symmetric."""
-    if dim is None or dtype is not None:
+    if dim is None or dtype is not None or not isinstance(_stacklevel, int):  # torch.softmax has the dtype in its place
         return NotImplemented
     return _softmax(call, input, torch.softmax(input, dim), dim)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call, Map, Rule, Tangents, tangent_at, tensors
+from .call import Call, Map, Rule, Tangents, frozen, tangent_at, tensors
 
 
 def total(sign: int, call: Call, input: Tensor, other: Any, *, alpha: float = 1) -> Any:
@@ -51,6 +51,7 @@ def set_item(call: Call, input: Tensor, index: Any, value: Any) -> Any:
     """y[i] = b;  ẏ[i] = ḃ. The old y, or b, may be a constant."""
     if not call.constant(index):
         return NotImplemented
+    index = _held(call, index)
     at_a, at_b = call.at(input), call.at(value)
     like = input.detach()
     input[index] = value
@@ -85,12 +86,18 @@ def arrangement(function: Callable[..., Any], call: Call, input: Tensor, *args: 
     """Linear in its first argument, and all others are constant: the map is the function."""
     if call.at(input) is None or not call.constant(args, list(kwargs.values())):
         return NotImplemented
-    for constant in tensors((args, list(kwargs.values()))):
-        call.keep(constant)
+    args, kwargs = _held(call, args), _held(call, kwargs)
     at, output = call.at(input), function(input, *args, **kwargs)
     if isinstance(output, Tensor):
         return output, lambda tangents: function(tangents[at], *args, **kwargs)
     return output, [partial(_pick, at, i, function, args, kwargs) for i in range(len(output))]
+
+
+def _held(call: Call, arguments: Any) -> Any:
+    """Constant arguments as they are now; tensors among them must stay so."""
+    for constant in tensors(arguments.values() if isinstance(arguments, dict) else (arguments,)):
+        call.keep(constant)
+    return frozen(arguments)
 
 
 def _pick(at: int | None, index: int, function: Any, args: Any, kwargs: Any, tangents: Tangents) -> Tensor:
@@ -109,6 +116,7 @@ def view(call: Call, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
 
 def padding(call: Call, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
     """The border is constant, or made of the tensor's own elements."""
+    pad = frozen(pad)
     at, output = call.at(input), F.pad(input, pad, mode, value)
     return output, lambda tangents: F.pad(tangents[at], pad, mode)
 
@@ -116,6 +124,7 @@ def padding(call: Call, input: Tensor, pad: Sequence[int], mode: str = "constant
 def joining(function: Callable[..., Tensor], call: Call, parts: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
     """Concatenation; a part that is constant has the tangent zero."""
     places = [call.at(part) for part in parts]
+    args, kwargs = frozen(args), frozen(kwargs)
     constants = [part.detach() if place is None else None for part, place in zip(parts, places, strict=True)]
 
     def tangent_map(tangents: Tangents) -> Tensor:

@@ -58,6 +58,18 @@ def tensors(values: Any) -> list[Tensor]:
     return found
 
 
+def frozen(value: Any) -> Any:
+    """Arguments as they are now, for a map to use when the model may have changed its lists and slices."""
+    if isinstance(value, slice):
+        bounds = (value.start, value.stop, value.step)
+        return slice(*(int(bound) if isinstance(bound, Tensor) else bound for bound in bounds))
+    if isinstance(value, dict):
+        return {key: frozen(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([frozen(v) for v in value]) if type(value) in (list, tuple) else value
+    return value.copy() if hasattr(value, "copy") else value  # an array
+
+
 def tangent_at(tangents: Tangents, place: int | None) -> Tensor | None:
     """The tangent at a place; None for a constant."""
     return None if place is None else tangents[place]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """w = g v / |v|, with a norm for each index of one dimension, or a single one for dim = -1."""
-    others = [d for d in range(v.dim()) if d != dim]
+    others = [d for d in range(v.dim()) if d != dim % v.dim()]
     norm: Tensor = torch.linalg.vector_norm(v, dim=None if dim == -1 else others, keepdim=True)
     return v * (g / norm)
 

@@ -29,13 +29,15 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Over all but the second dimension, by the statistics of the batch (training) or by given ones."""
-    if input.numel() == 0:
+    if input.numel() == 0 or (training and input.numel() == input.shape[1]):
         return NotImplemented
     at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
+    dense = input.is_contiguous() or input.movedim(1, -1).is_contiguous()
+    input = input if dense else input.contiguous()  # in autograd's graph, which then holds the same memory
     output, mean, rstd = torch.native_batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps
     )
-    x, w = _dense_kept(call, input), _kept(call, weight)
+    x, w = call.keep(input), _kept(call, weight)
     if not training:
         mean, rstd = _kept(call, running_mean), (_kept(call, running_var) + eps).rsqrt()
     mean, rstd, dtype = _statistics(mean, x), _statistics(rstd, x), output.dtype
@@ -44,9 +46,9 @@ def batch_norm(
     def tangent_map(tangents: Tangents) -> Tensor:
         dx, dw, db = (tangent_at(tangents, place) for place in (at_x, at_w, at_b))
         if dx is None:
-            variance = rstd.pow(-2).sub_(eps)
-            return torch.native_batch_norm(x, *_filled(dw, db), mean, variance, False, momentum, eps)[0]
-        dx = dx if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx)
+            dx = torch.zeros_like(x)
+        elif dx.stride() != x.stride():
+            dx = torch.empty_like(x).copy_(dx)
         vectors = (w, _contiguous(dw), _contiguous(db))
         return tangent_ops.batch_norm_tangent(
             dx.to(wide), x.to(wide), mean, rstd, *vectors, training=training, backend=call.backend
@@ -64,35 +66,35 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Over the last dimensions."""
-    shape = list(normalized_shape)
-    if weight is None or weight.dtype == input.dtype:
-        output, mean, rstd = torch.native_layer_norm(input, shape, weight, bias, eps)
+    shape, at_x, x = list(normalized_shape), call.at(input), input.contiguous()
+    wide = input.dtype if weight is None else weight.dtype
+    if wide == input.dtype and not torch.is_autocast_enabled(input.device.type):
+        output, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
     else:  # autocast may choose the output's dtype
-        output = F.layer_norm(input, shape, weight, bias, eps)
-        variance, mean = torch.var_mean(input.detach().to(weight.dtype).flatten(-len(shape)), -1, correction=0)
+        output = F.layer_norm(x, shape, weight, bias, eps)
+        variance, mean = torch.var_mean(x.detach().to(wide).flatten(-len(shape)), -1, correction=0)
         rstd = (variance + eps).rsqrt()
-    return output, _row_map(
-        call, input, output, shape, mean, rstd, weight, bias, lambda x, dw, db: F.layer_norm(x, shape, dw, db, eps)
-    )
+    constant = lambda x, dw, db: F.layer_norm(x, shape, dw, db, eps)  # noqa: E731
+    return output, _row_map(call, at_x, x, output, shape, mean, rstd, weight, bias, constant)
 
 
 def rms_norm(
     call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Any:
     """x̂ = x / rms(x) over the last dimensions."""
-    shape = list(normalized_shape)
+    shape, at_x, x = list(normalized_shape), call.at(input), input.contiguous()
     small = torch.finfo(input.dtype).eps if eps is None else eps
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    squares = torch.linalg.vector_norm(input.detach().flatten(-len(shape)), dim=-1, dtype=wide).square_()
+    squares = torch.linalg.vector_norm(x.detach().flatten(-len(shape)), dim=-1, dtype=wide).square_()
     rstd = (squares / math.prod(shape) + small).rsqrt_()
-    output = F.rms_norm(input, shape, weight, eps)
-    return output, _row_map(
-        call, input, output, shape, None, rstd, weight, None, lambda x, dw, _: F.rms_norm(x, shape, dw, eps)
-    )
+    output = F.rms_norm(x, shape, weight, eps)
+    constant = lambda x, dw, _: F.rms_norm(x, shape, dw, eps)  # noqa: E731
+    return output, _row_map(call, at_x, x, output, shape, None, rstd, weight, None, constant)
 
 
 def _row_map(
     call: Call,
+    at_x: int | None,
     input: Tensor,
     output: Tensor,
     shape: list[int],
@@ -102,9 +104,9 @@ def _row_map(
     bias: Tensor | None,
     of_constant: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Map:
-    """For a normalisation of rows: what the last dimensions hold is one row."""
-    at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
-    x, w = call.keep(input).contiguous(), _kept(call, weight)
+    """For a normalisation of rows: what the last dimensions hold is one row. `input` is contiguous."""
+    at_w, at_b = call.at(weight), call.at(bias)
+    x, w = call.keep(input), _kept(call, weight)
     rows, dtype = (-1, math.prod(shape)), output.dtype
     wide = x.dtype if w is None else w.dtype  # weights may be wider than what they normalise
     mean = None if mean is None else _statistics(mean.flatten(), x)
@@ -133,12 +135,15 @@ def group_norm(
     """Over groups of channels: rows without weights, whose channels have weights of their own."""
     if (weight is not None and input.dtype != weight.dtype) or input.numel() == 0:
         return NotImplemented
+    if torch.is_autocast_enabled(input.device.type):  # which may choose another dtype
+        return NotImplemented
     at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
     images, channels = input.shape[:2]
+    input = input.contiguous()
     output, mean, rstd = torch.native_group_norm(
-        input.contiguous(), weight, bias, images, channels, input.numel() // (images * channels), num_groups, eps
+        input, weight, bias, images, channels, input.numel() // (images * channels), num_groups, eps
     )
-    x = call.keep(input).contiguous()
+    x = call.keep(input)
     w = None if weight is None else call.keep(weight).view(-1, *[1] * (input.dim() - 2))
     mean, rstd = _statistics(mean.flatten(), x), _statistics(rstd.flatten(), x)
     rows = x.view(images * num_groups, -1)
@@ -158,12 +163,6 @@ def group_norm(
 
 def _kept(call: Call, tensor: Tensor | None) -> Any:
     return None if tensor is None else call.keep(tensor)
-
-
-def _dense_kept(call: Call, input: Tensor) -> Tensor:
-    """Contiguous, or with the channel last in memory."""
-    x = call.keep(input)
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
 def _statistics(values: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call, Rule, Tangents, tangent_at
+from .call import Call, Rule, Tangents, frozen, tangent_at
 
 
 def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -49,7 +49,7 @@ def convolution(
 ) -> Any:
     """y = x * W + b;  ẏ = ẋ * W + x * Ẇ + ḃ; a transposed convolution likewise."""
     at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
-    x, w = call.keep(input), call.keep(weight)
+    x, w, args, kwargs = call.keep(input), call.keep(weight), frozen(args), frozen(kwargs)
     output = function(input, weight, bias, *args, **kwargs)
     shape = output.shape
 
