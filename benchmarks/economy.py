@@ -89,7 +89,7 @@ def curveball(part: int = 1, **options: Any) -> Callable[[nn.Module], Step]:
     """With the curvature of the first `1 / part` of each batch."""
 
     def start(net: nn.Module) -> Step:
-        optimizer = CurveBall(net.parameters(), curvature="linearize", **options)
+        optimizer = CurveBall(net.parameters(), **options)
         largest = torch.zeros((), dtype=torch.float64)
 
         def step(x: Tensor, y: Tensor) -> Tensor:
@@ -119,6 +119,7 @@ METHODS: dict[str, Callable[[nn.Module], Step]] = {
     "solve_interval=4": curveball(solve_interval=4),
     "average=0.8, curvature of 1/4": curveball(4, average=0.8),
     "average=0.8, curvature of 1/8": curveball(8, average=0.8),
+    "average=0.8, curvature of 1/8, solve_interval=4": curveball(8, average=0.8, solve_interval=4),
     "curvature of 1/4": curveball(4),
 }
 
@@ -202,7 +203,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # z of a dead unit decays through numbers that a CPU multiplies twenty times slower
     report = Report(name="economy", command="python benchmarks/economy.py")
     methods = {SGD: METHODS[SGD]} | {name: METHODS[name] for name in given.methods}
     for case in given.only:
