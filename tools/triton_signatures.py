@@ -47,7 +47,7 @@ class Kernel(NamedTuple):
     @property
     def may_spill(self) -> bool:
         """A few values, outside the hot loops: ptxas does so to fit one more warp."""
-        return any(name in self.name for name in ("mse", "bce", "cross_entropy", "batch_norm", "attention"))
+        return any(name in self.name for name in ("mse", "bce", "cross_entropy", "_norm", "attention"))
 
     @property
     def fused(self) -> bool:
@@ -88,6 +88,12 @@ def kernels() -> list[Kernel]:
         found += [_batch_norm(x, what, last) for what in ("sums", "dy", "both") for last in (False, True)]
         found += [_attention(x, width) for width in (64, 128, 256)]
         found += [_activation(x, name) for name in ("gelu", "gelu_tanh", "silu")]
+    found += [
+        _without(_layer_norm("fp32", 768), "mean", "dbias"),
+        _without(_layer_norm("bf16", 16384), "mean", "weight"),
+    ]
+    found += [_batch_norm("fp32", "eval", last) for last in (False, True)]
+    found += [_attention(x, 64, masked=True) for x in ("bf16", "fp32")]
     found += [_layer_norm("fp64", 768), _batch_norm("fp64", "both", False), _batch_norm("fp64", "both", True)]
     return [*found, _attention("fp64", 64), _attention("fp64", 128), _activation("fp64", "gelu")]
 
@@ -174,6 +180,14 @@ def _layer_norm(x: str, length: int) -> Kernel:
     )
 
 
+def _without(kernel: Kernel, *names: str) -> Kernel:
+    """The kernel with None for some of its tensors."""
+    types = {name: type for name, type in kernel.types.items() if name not in names}
+    each = kernel.vectors[1]
+    vectors = kernel.vectors[0] - (0 if kernel.straight else each * len({*names} - {"mean"})), each
+    return kernel._replace(name=f"{kernel.name} -{' -'.join(names)}", types=types, vectors=vectors)
+
+
 def _batch_norm(x: str, what: str, last: bool) -> Kernel:
     """Of 1024 numbers a channel and sample, or with the channel as the last dimension."""
     types = dict.fromkeys(("dx", "x"), f"*{x}") | dict.fromkeys(("mean", "rstd"), f"*{_arithmetic(x)}")
@@ -185,7 +199,7 @@ def _batch_norm(x: str, what: str, last: bool) -> Kernel:
     if what == "dy":
         types |= dict(sums="*fp64")
     columns = triton_norms.COLUMNS if last else 1024
-    constants = dict(UNIT=_unit(x), A=TYPES[_arithmetic(x)], LAST=last, TRAINING=True)
+    constants = dict(UNIT=_unit(x), A=TYPES[_arithmetic(x)], LAST=last, TRAINING=what != "eval")
     constants |= dict(ROWS=triton_norms.TILE // columns, COLS=columns)
     each, stores = _vectors(triton_norms.TILE, triton_norms.WARPS, x), what != "sums"
     vectors = (4 * each if what == "both" else 2 * each, each if stores else 0)
@@ -193,7 +207,8 @@ def _batch_norm(x: str, what: str, last: bool) -> Kernel:
     return Kernel(name, triton_norms.batch_norm_kernel, types, constants, triton_norms.WARPS, vectors)
 
 
-def _attention(x: str, width: int) -> Kernel:
+def _attention(x: str, width: int, masked: bool = False) -> Kernel:
+    """With a mask, whose numbers are loaded as they lie in registers, so that the loop is not of vectors only."""
     tensors = ("dq", "dk", "dv", "q", "k", "v", "out", "dout")
     types: dict[str, Any] = dict.fromkeys(tensors, f"*{x}")
     types |= dict.fromkeys((f"{name}_strides" for name in tensors), ("i32", "i32", "i32", "1"))
@@ -203,9 +218,11 @@ def _attention(x: str, width: int) -> Kernel:
     # The innermost loop loads k, dk, v and dv; or, over blocks of a wide D, q, dq, k and dk, none of them smaller.
     vectors = 4 * _vectors(shape["N"] * min(shape["BLOCK_D"], shape["BLOCK_E"]), warps, x), 0
     constants = dict(D=width, E=width, A=TYPES[_arithmetic(x)], CAUSAL=True, **shape)
-    return Kernel(
-        f"attention {x} D={width}", triton_attention.attention_kernel, types, constants, warps, vectors, stages=stages
-    )
+    if masked:
+        types |= dict(mask=f"*{x}", mask_strides=("i32", "i32", "i32", "1"))
+    name = f"attention {x} D={width}{' masked' if masked else ''}"
+    function = triton_attention.attention_kernel
+    return Kernel(name, function, types, constants, warps, vectors, straight=masked, stages=stages)
 
 
 def _activation(x: str, name: str) -> Kernel:
