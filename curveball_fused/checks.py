@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .economy import SYSTEM_SIZE
-from .reference import SCALARS
+from .state import HISTORY, SHAPES, SHARED
 
-SHARED = "curveball"  # key of the state that belongs to no single parameter
 PER_GROUP = ("lr", "weight_decay")
 CURVATURES = ("auto", "forward", "linearize", "double_backward")
 
@@ -100,6 +98,24 @@ def curvature_batch(given: Any, params: Sequence[Tensor]) -> None:
         raise RuntimeError("curvature_batch cannot be used with hooks that alter gradients: remove one of the two.")
 
 
+def scaler(optimizer: Any, given: Any) -> None:
+    """Raises for something else than a scaler, and for a step that a scaler calls."""
+    if vars(optimizer).pop("grad_scale", None) is not None or vars(optimizer).pop("found_inf", None) is not None:
+        vars(optimizer).pop("found_inf", None)
+        raise RuntimeError(
+            "GradScaler.step cannot unscale what CurveBall differentiates itself: instead of scaler.step(optimizer, "
+            "...) write optimizer.step(model_fn, loss_fn, scaler=scaler), and scaler.update() as before."
+        )
+    if given is not None and not isinstance(given, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler; got {type(given).__name__}.")
+
+
+def history_length(n: Any) -> None:
+    """Raises for a number of steps that the history cannot hold."""
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= HISTORY:
+        raise ValueError(f"n must be a whole number of steps, from 1 to {HISTORY}; got {n!r}.")
+
+
 def parameters(params: Sequence[Any]) -> None:
     """Raises for parameters that the kernels cannot serve."""
     for i, p in enumerate(params):
@@ -124,8 +140,7 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
     if sizes != own:
         raise ValueError(f"the checkpoint has groups of {sizes} parameters, this optimizer of {own}.")
     shared = state_dict["state"].get(SHARED)
-    sizes_of_shared = {"scalars": (len(SCALARS),), "system": (SYSTEM_SIZE,)}
-    if shared is not None and any(getattr(shared.get(k), "shape", None) != size for k, size in sizes_of_shared.items()):
+    if shared is not None and any(getattr(shared.get(k), "shape", None) != size for k, size in SHAPES.items()):
         raise ValueError("the checkpoint's CurveBall scalars are missing or of another version of this package.")
     order = [i for group in saved for i in group["params"]]
     params = [p for group in param_groups for p in group["params"]]

@@ -46,6 +46,7 @@ class Compiled:
         self._outputs = _run(model_fn, self._run)
         if not self._outputs.requires_grad:
             raise _independent()
+        replay.dtypes.update(v.dtype for v in self._run.values.values() if isinstance(v, Tensor))
 
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """`(outputs, J v)`, both of the outputs' shape and dtype; `tangents` have the parameters' shapes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -20,10 +20,17 @@ from .modes import Decompose, ForwardModeUnsupported, Substitute, announce
 from .replay import Replay
 from .tape import Tape, Untaped
 
-if TYPE_CHECKING:
-    from .compiled import Compiled
-
 ModelFn = Callable[[], Tensor]
+
+
+class LinearMap(Protocol):
+    """J of a model at its parameters."""
+
+    def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`(outputs, J v)`, both of the outputs' shape and dtype; `tangents` have the parameters' shapes."""
+
+    def vjp(self, cotangent: Tensor) -> list[Tensor]:
+        """`Jᵀ u`, in the parameters' shapes and dtypes; zero for a parameter that the model did not use."""
 
 
 class Forward:
@@ -140,7 +147,7 @@ def linearise(
     z: Sequence[Tensor],
     replay: Replay,
     backend: str = "auto",
-) -> tuple[str, Forward | Linearised | DoubleBackward | Compiled, tuple[Tensor, Tensor]]:
+) -> tuple[str, LinearMap, tuple[Tensor, Tensor]]:
     """The linear map by the first of `ways` that can follow the model, and its first product.
 
     The ways are those of `WAYS`, or "compiled".
@@ -169,9 +176,7 @@ def linearise(
     raise AssertionError("no way was given")
 
 
-def _start(
-    way: str, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str
-) -> Forward | Linearised | DoubleBackward | Compiled:
+def _start(way: str, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str) -> LinearMap:
     if way == "compiled":
         from .compiled import Compiled  # here, since torch's compiler takes seconds to import
 

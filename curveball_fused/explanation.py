@@ -20,9 +20,10 @@ from .curvature import WAYS, ModelFn, Unfollowed, _checked
 from .fused_losses import fused
 from .losses import LossFn, _Recogniser, checked_loss
 from .modes import uncompiled
-from .optimizer import CurveBall, _state_dtype
+from .optimizer import CurveBall
 from .replay import Replay
 from .report import report
+from .state import state_dtype
 from .survey import Function, Survey
 
 
@@ -153,7 +154,7 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
         device=device,
         parameters=sum(p.numel() for p in trained),
         parameter_bytes=sum(p.nbytes for p in trained),
-        state_bytes=sum(p.numel() * _state_dtype(p).itemsize for p in trained),
+        state_bytes=sum(p.numel() * state_dtype(p).itemsize for p in trained),
         lambda_interval=optimizer.defaults["lambda_interval"],
     )
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checks, economy, ops, reference
-from .checks import SHARED
-from .curvature import WAYS, ModelFn, run_plain
-from .losses import LossFn, checked_loss
-from .modes import uncompiled
-from .reference import LAMBD, LOSS, SCALARS, Z_DOT_Z
-from .replay import Replay
-from .system import Problem
+from . import backends, checks, state
+from .state import SHARED
+from .step import Task, sign_of, take_step
 
 
 class CurveBall(Optimizer):
@@ -104,6 +98,7 @@ class CurveBall(Optimizer):
         loss_fn: Callable[[Tensor], Tensor] | None = None,
         *,
         curvature_batch: tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         closure: None = None,
     ) -> tuple[Tensor, Tensor]:
         """One step.
@@ -115,6 +110,8 @@ class CurveBall(Optimizer):
             loss_fn: called with the predictions, returns the scalar loss.
             curvature_batch: model_fn and loss_fn for a part of the batch, from which the curvature is taken; loss,
                 gradient and the look at λ stay those of the whole. Its run leaves no trace in buffers or generators.
+            scaler: whose loss scale a model that computes in float16 gets, and which is told of overflows; call its
+                `update()` after the step. None: a scale of this optimizer's own, which needs no care.
             closure: torch's old way, which gets an error that tells the new one.
 
         Returns:
@@ -127,25 +124,8 @@ class CurveBall(Optimizer):
         """
         if model_fn is None or loss_fn is None or closure is not None:
             checks.explain_call()
-        groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
-        params = [p for group in groups for p in group]
-        if not params:
-            raise RuntimeError("no parameter of this optimizer requires a gradient: nothing to train.")
-        shared = self._prepare(params)
-        replay = Replay(params, params[0].device)
-        with uncompiled():
-            try:
-                loss, outputs = self._advance(model_fn, loss_fn, curvature_batch, groups, shared, replay)
-            except BaseException:
-                replay.rewind()
-                raise
-            try:
-                settings = self.param_groups[0]
-                if settings["auto_lambda"] and (shared["step"] - 1) % settings["lambda_interval"] == 0:
-                    shared["scalars"] = self._adapt(model_fn, loss_fn, shared["scalars"], replay)
-            finally:
-                replay.finish()
-        return loss, outputs
+        checks.scaler(self, scaler)
+        return take_step(self, Task(model_fn, loss_fn, curvature_batch, scaler))
 
     def stats(self) -> dict[str, Tensor]:
         """The last step's figures as 0-dim float64 tensors on the device; reading one of them is what synchronises.
@@ -153,15 +133,21 @@ class CurveBall(Optimizer):
         "loss" (before the step), "beta", "rho" (0 in a skipped step), "lambd", "predicted_change", "ratio" (γ at the
         last look, NaN before the first), "skipped_steps" (not finite), "safe_steps" (loss not convex in the outputs).
         """
-        shared = self._states.get(SHARED)
-        values = shared["scalars"] if shared else self._initial_scalars()
-        figures = {name: values[i].clone() for i, name in enumerate(SCALARS)}
-        figures["loss"] *= self._sign
-        for name in ("beta", "rho"):
-            figures[name] = figures[name].nan_to_num(nan=0.0)
-        for name in ("z_dot_z", "slope", "bend"):
-            del figures[name]
-        return figures
+        shared = self._states.get(SHARED) or self._fresh()
+        return state.figures(shared["scalars"], sign_of(self))
+
+    def history(self, n: int = state.HISTORY) -> dict[str, Tensor]:
+        """The figures of `stats` of the last `n` steps, at most 1024, oldest first.
+
+        Returns:
+            float64 vectors on the CPU, of `n` elements or as many as there were steps; by one copy from the device,
+            the only thing that waits for it.
+
+        Raises:
+            ValueError: `n` is not a whole number between 1 and 1024.
+        """
+        checks.history_length(n)
+        return state.figures(state.rows(self._states.get(SHARED) or self._fresh(), n), sign_of(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a `state_dict()` of an optimizer over parameters of the same shapes.
@@ -176,125 +162,20 @@ class CurveBall(Optimizer):
         order = (i for group in state_dict["param_groups"] for i in group["params"])
         for i, p in zip(order, (p for group in self.param_groups for p in group["params"]), strict=True):
             if i in saved:
-                self.state[p]["z"] = _zeros_like(p).copy_(saved[i]["z"])
+                self.state[p]["z"] = state.zeros_like(p).copy_(saved[i]["z"])
         if SHARED in saved:
-            device = self.param_groups[0]["params"][0].device
-            own = {name: saved[SHARED][name].to(device, copy=True) for name in ("scalars", "system")}
+            own = {name: saved[SHARED][name].to(self._device, copy=True) for name in state.SHAPES}
             self._states[SHARED] = saved[SHARED] | own
 
-    def _advance(
-        self,
-        model_fn: Callable[[], Tensor],
-        loss_fn: Callable[[Tensor], Tensor],
-        curvature_batch: tuple[ModelFn, LossFn] | None,
-        groups: Sequence[list[Tensor]],
-        shared: dict[str, Any],
-        replay: Replay,
-    ) -> tuple[Tensor, Tensor]:
-        """Products, solve, update; returns loss and outputs."""
-        settings, backend = self.param_groups[0], self.defaults["backend"]
-        params = [p for group in groups for p in group]
-        z = [self.state[p]["z"] for p in params]
-        problem = Problem(params, z, self._ways(shared["way"]), self._sign, backend, self.defaults["debug"])
-        lagging = None if shared["step"] % settings["solve_interval"] == 0 else shared["system"]
-        if curvature_batch is None:
-            measured = problem.measure(model_fn, loss_fn, replay, lagging, None)
-        else:
-            measured = problem.measure_with_part(model_fn, loss_fn, curvature_batch, replay, lagging)
-        loss, outputs, r, products, dots = measured
+    def _fresh(self) -> dict[str, Any]:
+        return state.fresh(self.param_groups[0]["lambd"], self._device)
 
-        solve = partial(ops.solve, shared["scalars"], self._sign * loss, beta=settings["beta"], lr=settings["lr"])
-        if settings["average"] == 0 and settings["solve_interval"] == 1 and curvature_batch is None:
-            scalars = solve(products, dots, rho=settings["rho"], backend=backend)
-        else:
-            shared["system"], scalars = economy.averaged_solve(
-                solve, shared, loss, products, dots, settings["average"], settings["rho"], backend
-            )
-        shared["scalars"] = ops.update_groups_(
-            params,
-            z,
-            r,
-            scalars,
-            group_sizes=[len(group) for group in groups],
-            lr=[group["lr"] for group in self.param_groups],
-            weight_decay=[group["weight_decay"] for group in self.param_groups],
-            backend=backend,
-        )
-        shared["step"] += 1
-        shared["way"] = problem.ways[0]
-        return loss, outputs
-
-    def _ways(self, last: str | None) -> list[str]:
-        """The ways to linearise the model, without those that came before the one that could follow it last."""
-        curvature = "compiled" if self.defaults["compile"] else self.defaults["curvature"]
-        ways = list(WAYS) if curvature == "auto" else [curvature]
-        return ways[ways.index(last) :] if last and last in ways else ways
-
-    def _adapt(
-        self,
-        model_fn: Callable[[], Tensor],
-        loss_fn: Callable[[Tensor], Tensor],
-        scalars: Tensor,
-        replay: Replay,
-    ) -> Tensor:
-        """A look at the loss at the new weights, on the same batch; returns scalars with the λ that follows from it."""
-        settings = self.param_groups[0]
-        run = run_plain
-        if self.defaults["compile"]:
-            from .compiled import run_compiled as run
-        new_loss = checked_loss(replay.again(lambda: loss_fn(run(model_fn)))).detach()
-        return ops.adapt_damping(
-            scalars,
-            self._sign * new_loss,
-            low=settings["lambda_low"],
-            high=settings["lambda_high"],
-            factor=settings["lambda_factor"] ** settings["lambda_interval"],
-            minimum=settings["lambda_min"],
-            maximum=settings["lambda_max"],
-            backend=self.defaults["backend"],
-        )
-
-    def _prepare(self, params: Sequence[Tensor]) -> dict[str, Any]:
-        """State on first use; z·z anew where other parameters than in the last step require gradients."""
-        for p in params:
-            z = self.state[p].get("z")
-            if z is None or z.dtype != _state_dtype(p) or z.device != p.device:  # the model may have been converted
-                self.state[p]["z"] = _zeros_like(p) if z is None else _zeros_like(p).copy_(z)
-        if SHARED not in self._states:
-            fresh = dict(scalars=self._initial_scalars(), step=0, active=[], way=None)
-            self._states[SHARED] = fresh | dict(system=economy.unknown(params[0].device))
-        shared: dict[str, Any] = self._states[SHARED]
-        for name in ("scalars", "system"):
-            shared[name] = shared[name].to(params[0].device)
-        everything = [p for group in self.param_groups for p in group["params"]]
-        active = [i for i, p in enumerate(everything) if p.requires_grad]
-        if active != shared["active"]:
-            z = [self.state[p]["z"] for p in params]
-            scalars = shared["scalars"].clone()
-            scalars[Z_DOT_Z] = ops.dots(z, z, backend=self.defaults["backend"])[0]
-            shared |= {"scalars": scalars, "active": active}
-        return shared
-
-    def _initial_scalars(self) -> Tensor:
-        scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=self.param_groups[0]["params"][0].device)
-        scalars[LAMBD] = self.param_groups[0]["lambd"]
-        scalars[reference.RATIO] = scalars[LOSS] = torch.nan
-        return scalars
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
 
     @property
     def _states(self) -> dict[Any, Any]:
         """`state` with its string key, which torch saves and loads like any other but does not name in its type."""
         return self.state
-
-    @property
-    def _sign(self) -> float:
-        return -1.0 if self.param_groups[0]["maximize"] else 1.0
-
-
-def _zeros_like(p: Tensor) -> Tensor:
-    """State for `p`: its layout, and at least float32."""
-    return torch.zeros_like(p, dtype=_state_dtype(p), requires_grad=False)
-
-
-def _state_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32

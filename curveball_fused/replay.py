@@ -9,15 +9,16 @@ the world as the first run left it.
 from __future__ import annotations
 
 import functools
-import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+
+from .generators import generators
 
 Result = TypeVar("Result")
 
@@ -36,23 +37,23 @@ class Replay:
             itself moves between the runs).
         device: device whose generator is restored, beside the CPU's and Python's `random`.
 
+    Attributes:
+        dtypes: of the results of the first run.
+
     Use `first` for the first run and for what follows it in the same step (the loss), `again` for later runs, and
     `finish` or, after an error, `rewind` at the end.
     """
 
     def __init__(self, constant: Iterable[Tensor], device: torch.device) -> None:
         self._constant = {id(t) for t in constant}
-        self._device = device
         self._fresh: set[int] = set()
         self._external: set[int] = set()
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._after: dict[int, tuple[Tensor, Tensor]] = {}
         self._modules: dict[int, tuple[nn.Module, dict[str, Tensor | None]]] = {}
         self._modules_after: dict[int, tuple[nn.Module, dict[str, Tensor | None]]] = {}
-        self._own_generators: dict[int, tuple[torch.Generator, Tensor]] = {}
-        self._own_generators_after: list[tuple[torch.Generator, Tensor]] = []
-        self._generators = _generators(device)
-        self._generators_after: tuple[Any, ...] | None = None
+        self._generators = generators(device)
+        self.dtypes: set[torch.dtype] = set()
 
     def first(self, function: Callable[[], Result]) -> Result:
         """Runs `function` and records what it changes."""
@@ -65,7 +66,7 @@ class Replay:
 
         hook = register_module_forward_pre_hook(on_call)
         try:
-            with _Recorder(self._save, self._save_generator, self._fresh, self._external):
+            with _Recorder(self._save, self._generators.save_own, self._fresh, self._external, self.dtypes):
                 result = function()
         finally:
             hook.remove()
@@ -79,9 +80,7 @@ class Replay:
 
     def again(self, function: Callable[[], Result]) -> Result:
         """Runs `function` from the state in which the first run began."""
-        if self._generators_after is None:
-            self._generators_after = _generators(self._device)
-            self._own_generators_after = [(g, g.get_state()) for g, _ in self._own_generators.values()]
+        self._generators.mark()
         self.rewind()
         return function()
 
@@ -89,13 +88,12 @@ class Replay:
         """Puts back what the runs changed: the state before the first run."""
         # The last saved first: of two views of one memory, the one that was saved first holds the older values.
         _put_back(reversed(self._before.values()), self._modules.values())
-        _set_generators(self._generators, self._device, self._own_generators.values())
+        self._generators.rewind()
 
     def finish(self) -> None:
         """Leaves the state as the first run left it, however many runs followed."""
         _put_back(self._after.values(), self._modules_after.values())
-        if self._generators_after is not None:
-            _set_generators(self._generators_after, self._device, self._own_generators_after)
+        self._generators.finish()
 
     def _mark_buffers(self) -> None:
         """Notes what a first run has left, at once: a backward pass that computes activations again may move it."""
@@ -105,9 +103,6 @@ class Replay:
         for key, (module, buffers) in self._modules.items():
             if buffers and key not in self._modules_after:
                 self._modules_after[key] = (module, dict(module._buffers))
-
-    def _save_generator(self, generator: torch.Generator) -> None:
-        self._own_generators.setdefault(id(generator), (generator, generator.get_state()))
 
     def _save(self, tensor: Tensor) -> None:
         """Keeps the value of `tensor`, which is about to be written."""
@@ -124,20 +119,6 @@ def _put_back(
     with torch.no_grad():
         for tensor, value in tensors:
             tensor.copy_(value)
-
-
-def _generators(device: torch.device) -> tuple[Any, ...]:
-    states: tuple[Any, ...] = (random.getstate(), torch.get_rng_state())
-    return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
-
-
-def _set_generators(states: Sequence[Any], device: torch.device, own: Iterable[tuple[torch.Generator, Tensor]]) -> None:
-    random.setstate(states[0])
-    torch.set_rng_state(states[1])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[2], device)
-    for generator, state in own:
-        generator.set_state(state)
 
 
 def _refuse_wrapper(module: nn.Module) -> None:
@@ -162,12 +143,14 @@ class _Recorder(TorchFunctionMode):
         save_generator: Callable[[torch.Generator], None],
         fresh: set[int],
         external: set[int],
+        dtypes: set[torch.dtype],
     ) -> None:
         super().__init__()
         self._save = save
         self._save_generator = save_generator
         self._fresh = fresh
         self._external = external
+        self._dtypes = dtypes
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -182,7 +165,10 @@ class _Recorder(TorchFunctionMode):
                     self._save_external(tensor)
         result = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            if not (isinstance(result, Tensor) and result.grad_fn is not None):  # that of most calls has a graph
+            whole = isinstance(result, Tensor)
+            if whole:
+                self._dtypes.add(result.dtype)
+            if not (whole and result.grad_fn is not None):  # that of most calls has a graph
                 self._add_fresh(result, args, kwargs)
         return result
 

@@ -2,6 +2,7 @@
 
 The products `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]` come from the small output space; the dot products
 `[z·z, z·r, r·r]` follow from them by adjointness, z·r = Jz·c and r·r = Jr·c, and are then None, or are taken directly.
+Loss and products are computed in float32 at least, whatever the model computes in.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, debug, economy, ops
-from .curvature import ModelFn, linearise
+from . import checks, debug, economy, loss_scale, ops
+from .curvature import LinearMap, ModelFn, linearise
 from .losses import LossFn, LossModel
 from .replay import Replay
 
+_HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
 
 class Measured(NamedTuple):
-    """Loss (0-dim) and outputs, detached; r, of the parameters' shapes; products, float64[5]; dots, float64[3]."""
+    """Loss (0-dim) and outputs, detached; r, of the parameters' shapes; products, float64[5]; dots, float64[3].
+
+    In float16 r is multiplied by the loss scale; products and dots are of the true r.
+    """
 
     loss: Tensor
     outputs: Tensor
@@ -34,13 +40,19 @@ class Problem:
     """The parameters, the state and how to differentiate.
 
     Attributes:
+        z_dot_z: 0-dim float64.
         ways: of linearising the model, in the order in which they are tried; from the first step on, without those
             that cannot follow it.
+        half: "float16" or "bfloat16" where the model computes in it, as far as known; else "".
+        loss_scale: 0-dim float64, for float16.
     """
 
     params: list[Tensor]
     z: list[Tensor]
+    z_dot_z: Tensor
     ways: Sequence[str]
+    half: str
+    loss_scale: Tensor
     sign: float
     backend: str
     debug: bool
@@ -57,24 +69,37 @@ class Problem:
         hooked = any(p._backward_hooks for p in self.params)
         if lagging is not None and not hooked:
             return self._between_solves(model_fn, loss_fn, replay, lagging, gradient)
-        way, linear, (outputs, jz) = linearise(self.ways, model_fn, self.params, self.z, replay, self.backend)
-        self.ways = self.ways[self.ways.index(way) :]
+        way, linear, outputs, jz = self._linearised(model_fn, replay)
         model = self.loss_model(loss_fn, outputs, replay)
         cotangent, products_of = model.cotangent(jz)
-        r = self._pulled_back(linear.vjp, cotangent, model, gradient)
-        jr = linear.jvp(r)[1]
+        r = self._pulled_back(linear.vjp, cotangent, outputs, model, gradient)
+        # Adjointness does not hold of gradients that are rounded to a lower precision or altered by a hook.
+        direct = hooked or self.half == "float16" or gradient is not None or not self._precise()
+        dots = self._dots(r) if direct else None
+        jr = self._along_r(linear, r, dots)
         products = products_of(jr)
         if self.debug and gradient is None:
+            true_r = [r_i / self.loss_scale.to(r_i.dtype) for r_i in r] if self.half == "float16" else r
             step = debug.Step(
-                way, model_fn, loss_fn, self.sign, self.params, replay, self.z, outputs, jz, cotangent, r, jr, products
+                way,
+                model_fn,
+                loss_fn,
+                self.sign,
+                self.params,
+                replay,
+                self.z,
+                outputs,
+                jz,
+                cotangent,
+                true_r,
+                jr,
+                products,
             )
             debug.check(step)
         if gradient is not None:
-            dots = ops.dots(self.z, r, backend=self.backend)
-            return Measured(model.loss, outputs, r, economy.consistent(products, dots), dots)
-        # Adjointness does not hold of gradients that are rounded to a lower precision or altered by a hook.
-        exact = self._precise() and not hooked
-        return Measured(model.loss, outputs, r, products, None if exact else ops.dots(self.z, r, backend=self.backend))
+            assert dots is not None
+            products = economy.consistent(products, dots)
+        return Measured(model.loss, outputs, r, products, dots)
 
     def measure_with_part(
         self,
@@ -87,8 +112,10 @@ class Problem:
         """Loss, outputs and gradient of the whole batch, the curvature of a part of it."""
         checks.curvature_batch(part, self.params)
         whole = economy.Backward(model_fn, self.params, replay)
+        self._notice(whole.outputs, replay)
         model = self.loss_model(loss_fn, whole.outputs, replay)
-        gradient = whole.vjp(model.cotangent(torch.zeros_like(whole.outputs))[0])
+        cotangent = model.cotangent(torch.zeros_like(loss_scale.at_least_float32(whole.outputs)))[0]
+        gradient = self._scaled(whole.vjp, cotangent, whole.outputs)
         aside = Replay(self.params, self.params[0].device)
         try:
             measured = self.measure(*part, aside, lagging, gradient)
@@ -98,37 +125,76 @@ class Problem:
 
     def loss_model(self, loss_fn: LossFn, outputs: Tensor, replay: Replay) -> LossModel:
         """The quadratic model of the loss at the outputs."""
-        return LossModel(lambda out: replay.first(lambda: loss_fn(out)), outputs, self.sign, self.params, self.backend)
+        seen = loss_scale.at_least_float32(outputs)
+        return LossModel(lambda out: replay.first(lambda: loss_fn(out)), seen, self.sign, self.params, self.backend)
 
     def _between_solves(
         self, model_fn: ModelFn, loss_fn: LossFn, replay: Replay, lagging: Tensor, gradient: list[Tensor] | None
     ) -> Measured:
         """Without Jr: the curvature along r by ratios of the last systems."""
-        if self._precise() and self.ways[0] != "double_backward":  # which sees more than a moved parameter would change
+        vjp: Callable[[Tensor], list[Tensor]]
+        # Double backward sees more than a moved parameter would change, and in half precision a difference drowns.
+        if self._precise() and not self.half and self.ways[0] != "double_backward":
             linear, jz = economy.difference(model_fn, self.params, self.z, replay)
             outputs, vjp = linear.outputs, linear.vjp
-        else:  # a difference would drown in rounding
-            _, taped, (outputs, jz) = linearise(self.ways, model_fn, self.params, self.z, replay, self.backend)
+        else:
+            _, taped, outputs, jz = self._linearised(model_fn, replay)
             vjp = taped.vjp
         model = self.loss_model(loss_fn, outputs, replay)
         cotangent, products_of = model.cotangent(jz)
-        r = self._pulled_back(vjp, cotangent, model, gradient)
-        dots = ops.dots(self.z, r, backend=self.backend)
+        r = self._pulled_back(vjp, cotangent, outputs, model, gradient)
+        dots = self._dots(r)
         products = economy.lagged(lagging, products_of(jz), dots)
         return Measured(model.loss, outputs, r, economy.consistent(products, dots), dots)
+
+    def _linearised(self, model_fn: ModelFn, replay: Replay) -> tuple[str, LinearMap, Tensor, Tensor]:
+        """The way, the map, outputs, and Jz in float32 at least."""
+        z = loss_scale.stretched(self.z, self.z_dot_z) if self.half == "float16" else None
+        tangents = self.z if z is None else z.tangents
+        way, linear, (outputs, jz) = linearise(self.ways, model_fn, self.params, tangents, replay, self.backend)
+        self.ways = self.ways[self.ways.index(way) :]
+        self._notice(outputs, replay)
+        return way, linear, outputs, loss_scale.at_least_float32(jz) if z is None else z.shrink(jz)
+
+    def _notice(self, outputs: Tensor, replay: Replay) -> None:
+        """Which half precision the model computes in."""
+        used = {_HALF.get(dtype, "") for dtype in (outputs.dtype, *replay.dtypes)}
+        self.half = next((half for half in _HALF.values() if half in used), "")
+
+    def _along_r(self, linear: LinearMap, r: list[Tensor], dots: Tensor | None) -> Tensor:
+        """J r, of the true r, in float32 at least."""
+        if self.half != "float16":
+            return loss_scale.at_least_float32(linear.jvp(r)[1])
+        assert dots is not None
+        tangents = loss_scale.stretched(r, dots[2] * self.loss_scale**2)
+        return tangents.shrink(linear.jvp(tangents.tangents)[1]) / self.loss_scale.float()
 
     def _pulled_back(
         self,
         vjp: Callable[[Tensor], list[Tensor]],
         cotangent: Tensor,
+        outputs: Tensor,
         model: LossModel,
         gradient: list[Tensor] | None,
     ) -> list[Tensor]:
         """r = Jᵀ(H_o Jz + g_o), or Jᵀ H_o Jz and the given gradient."""
         if gradient is None:
-            return vjp(cotangent)
+            return self._scaled(vjp, cotangent, outputs)
         own = model.cotangent(torch.zeros_like(cotangent))[0]
-        return [part + whole for part, whole in zip(vjp(cotangent - own), gradient, strict=True)]
+        return [part + whole for part, whole in zip(self._scaled(vjp, cotangent - own, outputs), gradient, strict=True)]
+
+    def _scaled(self, vjp: Callable[[Tensor], list[Tensor]], cotangent: Tensor, outputs: Tensor) -> list[Tensor]:
+        """`Jᵀ u`, multiplied by the loss scale where the model computes in float16."""
+        scaled = cotangent * self.loss_scale.float() if self.half == "float16" else cotangent
+        return vjp(scaled.to(outputs.dtype))
+
+    def _dots(self, r: list[Tensor]) -> Tensor:
+        """`[z·z, z·r, r·r]` of the true r."""
+        dots = ops.dots(self.z, r, backend=self.backend)
+        if self.half != "float16":
+            return dots
+        one = torch.ones_like(self.loss_scale)
+        return dots / torch.stack((one, self.loss_scale, self.loss_scale**2))
 
     def _precise(self) -> bool:
         return all(p.dtype in (torch.float32, torch.float64) for p in self.params)

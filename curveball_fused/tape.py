@@ -16,6 +16,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from .generators import positions
 from .modes import Decompose
 from .rules import COMPOSITES, IN_PLACE, RULES, Call, Map, Tangents, frozen, tensors, without_override
 
@@ -167,7 +168,7 @@ class Tape(Decompose):
         name = _name(func)
         if name in _MOVES_STATISTICS and kwargs.get("running_mean", args[1] if len(args) > 1 else None) is not None:
             raise Untaped(f"{name} with running statistics, in mixed precision or over instances")
-        versions, generators = [t._version for t in inputs], _generator_states(inputs[0].device)
+        versions, drawn = [t._version for t in inputs], positions(inputs[0].device)
         with self._kernels(func, args, kwargs):
             result = func(*args, **kwargs)
         if versions != [t._version for t in inputs]:
@@ -175,7 +176,7 @@ class Tape(Decompose):
         results = [t for t in tensors((result,)) if t.requires_grad]
         if not results or all(any(t is known for known in inputs) for t in results):
             return result  # a shape, a comparison; or the argument itself
-        if not all(map(torch.equal, generators, _generator_states(inputs[0].device))):
+        if drawn != positions(inputs[0].device):
             raise Untaped(f"{name} draws random numbers")
         if not isinstance(result, Tensor) and not isinstance(result, (tuple, list)):
             raise Untaped(f"{name} returns {type(result).__name__}")
@@ -263,8 +264,3 @@ def _name(func: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     return str(error).split("\n")[0]
-
-
-def _generator_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
