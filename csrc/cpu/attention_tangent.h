@@ -12,6 +12,7 @@
 
 #include <cmath>
 
+#include "exponentials.h"
 #include "registers.h"
 #include "tangent_kernels.h"
 
@@ -56,15 +57,6 @@ struct AttentionScratch {
 template <typename T>
 CURVEBALL_LANES const T* row_of(const AttentionTensor& t, int64_t batch, int64_t head, int64_t row) {
   return static_cast<const T*>(t.data) + batch * t.batch + head * t.head + row * t.row;
-}
-
-// e^x for x <= 0, zero where it is negligible beside one; NaN of NaN.
-CURVEBALL_LANES Register<float> decay(Register<float> x) {
-  return x < -87.0f ? splat(0.0f) : exponential(x < -87.0f ? splat(-87.0f) : x);
-}
-CURVEBALL_LANES Register<double> decay(Register<double> x) {
-  for (int64_t i = 0; i < kWidth<double>; i++) x[i] = exp(x[i]);
-  return x;
 }
 
 template <typename T>
@@ -146,7 +138,7 @@ T weigh(const AttentionArguments& a, const AttentionScratch<T>& s, const TilePla
   const Register<T> base = splat<T>(now == -INFINITY ? 0 : now);
   Register<T> total = {}, mean = {}, weighted = {};
   for (int64_t j = 0; j < at.keys; j += kWidth<T>) {
-    const Register<T> p = decay(read<Register<T>>(scores + j) - base);
+    const Register<T> p = exp_of(read<Register<T>>(scores + j) - base);
     total += p;
     mean += p * (scale * read<Register<T>>(scores + kKeyBlock + j));
     write(scores + j, p);
@@ -159,7 +151,7 @@ T weigh(const AttentionArguments& a, const AttentionScratch<T>& s, const TilePla
     weighted += p_tangent;
     write(scores + kKeyBlock + j, p_tangent);
   }
-  const T factor = before == now ? T(1) : decay(splat<T>(before - now))[0];
+  const T factor = before == now ? T(1) : exp_of(splat<T>(before - now))[0];
   s.largest[place] = now;
   s.total[place] = s.total[place] * factor + sum;
   s.weighted[place] = s.weighted[place] * factor + sum_of<T>(weighted);
