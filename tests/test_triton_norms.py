@@ -9,7 +9,7 @@ from torch import Tensor
 from triton_cases import DEVICE, NAN, RUNTIME_WARNINGS, arithmetic, channels_last, draw, every_dtype
 from triton_cases import check_tangent as check
 
-from curveball_fused import triton_norms, triton_tangents
+from curveball_fused import triton_batch_norm, triton_tangents
 
 pytestmark = RUNTIME_WARNINGS
 
@@ -60,7 +60,7 @@ def in_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Whether small channels too are shared by many programs."""
     if request.param:
         for name, value in dict(TILE=64, COLUMNS=16, STEPS=1).items():
-            monkeypatch.setattr(triton_norms, name, value)
+            monkeypatch.setattr(triton_batch_norm, name, value)
     return bool(request.param)
 
 
