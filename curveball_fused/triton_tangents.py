@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .triton_activations import activation
 from .triton_attention import attention_tangent
-from .triton_norms import batch_norm_tangent, layer_norm_tangent
+from .triton_batch_norm import batch_norm_tangent
+from .triton_layer_norm import layer_norm_tangent
 
 __all__ = ["activation", "attention_tangent", "batch_norm_tangent", "layer_norm_tangent"]

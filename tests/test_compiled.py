@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import followed
 import nets
 import pytest
 import test_oracle
-import test_tape
 import torch
 import torch.nn.functional as F
-from test_tape import X
+from followed import X
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,9 +57,9 @@ def test_twenty_steps_equal_dense_matrices(name: str, monkeypatch: pytest.Monkey
 
 
 FOLLOWED = {
-    **{name: case for name, case in test_tape.FOLLOWED.items() if name not in REFUSED},
+    **{name: case for name, case in followed.FOLLOWED.items() if name not in REFUSED},
     "a view of the outputs": (lambda: nn.Linear(6, 2), lambda net: net(X).T[1:].unsqueeze(0)),
-    "an autograd function": (lambda: nn.Linear(6, 2), lambda net: test_tape.Double.apply(net(X)).tanh()),
+    "an autograd function": (lambda: nn.Linear(6, 2), lambda net: followed.Double.apply(net(X)).tanh()),
     "writing in place": (lambda: nn.Linear(6, 2), lambda net: net(X).mul_(2).tanh_()),
     "vmap": (lambda: nn.Linear(6, 2), lambda net: torch.func.vmap(net)(X)),
 }
@@ -67,9 +67,9 @@ FOLLOWED = {
 
 @pytest.mark.parametrize("name", list(FOLLOWED))
 def test_equals_dual_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, expected_state = test_tape.steps(*FOLLOWED[name], "auto")
-    monkeypatch.setattr(test_tape, "CurveBall", functools.partial(CurveBall, compile=True))
-    ours, state = test_tape.steps(*FOLLOWED[name], "auto")
+    expected, expected_state = followed.steps(*FOLLOWED[name], "auto")
+    monkeypatch.setattr(followed, "CurveBall", functools.partial(CurveBall, compile=True))
+    ours, state = followed.steps(*FOLLOWED[name], "auto")
     assert TRACES
     for a, b in zip(ours, expected):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, equal_nan=True)
@@ -264,9 +264,9 @@ def test_what_it_cannot_follow_is_refused_and_nothing_changes(run: Any, words: s
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler")
 def test_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with generated code: masks of dropout, statistics, buffers that move after they were read."""
-    expected, expected_state = test_tape.steps(Counting, lambda net: net(X), "auto")
-    monkeypatch.setattr(test_tape, "CurveBall", functools.partial(CurveBall, compile=True))
-    ours, state = test_tape.steps(Counting, lambda net: net(X), "auto")
+    expected, expected_state = followed.steps(Counting, lambda net: net(X), "auto")
+    monkeypatch.setattr(followed, "CurveBall", functools.partial(CurveBall, compile=True))
+    ours, state = followed.steps(Counting, lambda net: net(X), "auto")
     assert not TRACES
     torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-10, equal_nan=True)
     torch.testing.assert_close(state, expected_state, rtol=1e-9, atol=1e-10)

@@ -9,18 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import loss_cases
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import INFINITY, NAN
 from loss_truth import (
     DTYPES,
     arithmetic,
     check_cross_entropy,
     check_elements,
     check_errors,
-    cross_entropy,
     every_dtype,
     places,
     signs,
@@ -35,7 +36,6 @@ if not backends.has_operators():
 
 operators: Any = torch.ops.curveball_fused
 CLASSES = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 96, 1000, 1025]
-INFINITY, NAN = float("inf"), float("nan")
 check_rows, check_all = functools.partial(check_cross_entropy, operators), functools.partial(check_elements, operators)
 
 
@@ -65,13 +65,8 @@ def test_cross_entropy(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    target = torch.randint(0, classes, (rows,))
-    options: dict[str, Any] = dict(reduction=reduction, label_smoothing=smoothing)
-    if weighted:
-        options["weight"] = torch.rand(classes).to(arithmetic(dtype)) + 0.1
-    if ignored and classes > 1:
-        options["ignore_index"] = int(target[0])
-        target = torch.cat((target, (target[:1] + 1) % classes))  # one that is kept
+    target, options = loss_cases.random_targets(classes, rows, dtype, weighted, ignored)
+    options |= dict(reduction=reduction, label_smoothing=smoothing)
     check_rows(*triple((len(target), classes), dtype, where), target, sign, **options)
 
 
@@ -98,14 +93,8 @@ def test_elementwise_losses(
     pos_weight: tuple[int, ...] | None,
     seed: int,
 ) -> None:
-    """Weights of one element, of a column each, of every element."""
     torch.manual_seed(seed)
-    sizes = {None: None, (0,): (1,), (1,): (columns,), (0, 1): (rows, columns)}
-    weights = {
-        name: torch.rand(size).to(arithmetic(dtype)) + 0.2
-        for name, size in (("weight", sizes[weight]), ("pos_weight", sizes[pos_weight]))
-        if size is not None
-    }
+    weights = loss_cases.random_weights(rows, columns, dtype, weight=weight, pos_weight=pos_weight)
     check_all((rows, columns), dtype, where, sign, reduction=reduction, **weights)
 
 
@@ -191,51 +180,24 @@ def test_the_same_bits_from_every_instruction_set(instruction_set: str, tmp_path
 @every_dtype
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_ignored_rows_are_not_even_read(dtype: torch.dtype, smoothing: float) -> None:
-    x, v, u = triple((12, 9), dtype)
-    target = torch.randint(0, 4, (12,))
-    target[4:] = 4
-    expected = cross_entropy(operators, x[:4], v[:4], u[:4], target[:4], label_smoothing=smoothing)
-    for t in (x, v, u):
-        t[4:] = NAN
-    ours = cross_entropy(operators, x, v, u, target, ignore_index=4, label_smoothing=smoothing)
-    assert not ours.c[4:].any() and torch.equal(ours.c[:4], expected.c)
-    torch.testing.assert_close(ours[::2], expected[::2], rtol=1e-12, atol=0)
+    loss_cases.check_ignored_rows(operators, dtype, 9, smoothing)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [(3, 5), (0, 5), (0, 0), (3, 0)])
 def test_nothing_to_learn_from(shape: tuple[int, int], smoothing: float) -> None:
-    """All targets ignored, no rows, no classes: as torch, NaN for the mean, 0 for the sum, and no gradient."""
-    x, v, u = triple(shape, torch.float32)
-    target = torch.full(shape[:1], -100)
-    for reduction in ("mean", "sum"):
-        ours = cross_entropy(operators, x, v, u, target, reduction=reduction, label_smoothing=smoothing)
-        torch.testing.assert_close(ours.loss.float(), F.cross_entropy(x, target, reduction=reduction), equal_nan=True)
-        assert ours.c.shape == x.shape and not ours.c.any()
-        if reduction == "sum":
-            assert not ours.products.any()
+    loss_cases.check_nothing_to_learn_from(operators, shape, smoothing)
 
 
 def test_no_elements() -> None:
-    x = torch.zeros(0, 4)
-    for mean, loss in ((True, NAN), (False, 0.0)):
-        for name, weights in (("mse", ()), ("bce", (None, torch.ones(4)))):
-            result = getattr(operators, f"{name}_products")(x, x, x, *weights, mean, 1.0)
-            five = getattr(operators, f"{name}_dots")(x, x, x, x, *weights, result[2], mean, 1.0)
-            torch.testing.assert_close(result[0].item(), loss, equal_nan=True)
-            assert result[1].shape == x.shape and five.isnan().all() == mean
+    loss_cases.check_no_elements(operators)
 
 
 @pytest.mark.parametrize("bad", [-1, 7, 2**40, -(2**62)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_target_that_is_no_class(bad: int, weighted: bool, smoothing: float) -> None:
-    """NaN in the loss, the products and its own row only."""
-    x, v, u = triple((3, 7), torch.float32)
-    weight = torch.rand(7) if weighted else None
-    ours = cross_entropy(operators, x, v, u, torch.tensor([2, bad, 5]), weight=weight, label_smoothing=smoothing)
-    assert ours.loss.isnan() and not ours.products.isfinite().all()
-    assert ours.c[1].isnan().all() and ours.c[::2].isfinite().all()
+    loss_cases.check_a_target_that_is_no_class(operators, bad, weighted, smoothing)
 
 
 @every_dtype
@@ -243,67 +205,35 @@ def test_a_target_that_is_no_class(bad: int, weighted: bool, smoothing: float) -
 @pytest.mark.parametrize("mask", ["-inf", "lowest"])
 @pytest.mark.parametrize("first", [False, True])
 def test_masked_logits(dtype: torch.dtype, classes: int, mask: str, first: bool) -> None:
-    x, v, u = triple((4, classes), dtype)
-    masked = slice(0, classes - 7) if first else slice(5, classes)
-    x[:, masked] = -INFINITY if mask == "-inf" else torch.finfo(dtype).min
-    target = torch.full((4,), classes - 3 if first else 1)
-    ours = check_rows(x, v, u, target)
-    assert not ours.c[:, masked].any()
-    smoothed = cross_entropy(operators, x, v, u, target, label_smoothing=0.1)
-    assert smoothed.loss > 1e3 and smoothed.c.isfinite().all() and smoothed.products.isfinite().all()
+    loss_cases.check_masked_logits(operators, dtype, classes, mask, first)
 
 
 @pytest.mark.parametrize("classes", [5, 40])
 def test_a_row_that_is_all_masked(classes: int) -> None:
-    """Of finite numbers, the softmax is uniform; of -inf it is NaN."""
-    x, v, u = triple((2, classes), torch.float32)
-    target = torch.tensor([3, 4])
-    check_rows(x.fill_(torch.finfo(torch.float32).min), v, u, target)
-    x[0] = -INFINITY
-    ours = cross_entropy(operators, x, v, u, target)
-    assert ours.loss.isnan() and ours.c[0].isnan().all() and ours.c[1].isfinite().all()
+    loss_cases.check_a_row_that_is_all_masked(operators, classes)
 
 
 @every_dtype
 @pytest.mark.parametrize("shift", [1e4, -1e4])
 def test_large_logits(dtype: torch.dtype, shift: float) -> None:
-    x, v, u = triple((3, 40), dtype)
-    check_rows(x + shift, v, u, torch.tensor([0, 7, 39]), label_smoothing=0.1)
-    check_rows(1000 * x, v, u, torch.tensor([0, 7, 39]))
+    loss_cases.check_large_logits(operators, dtype, shift, 40)
 
 
 @every_dtype
 @pytest.mark.parametrize("value", [NAN, INFINITY])
 @pytest.mark.parametrize("place", [0, 5, 17, -1])
 def test_infinite_logits_make_the_loss_nan(dtype: torch.dtype, value: float, place: int) -> None:
-    x, v, u = triple((3, 21), dtype)
-    x[1, place] = value
-    ours = cross_entropy(operators, x, v, u, torch.tensor([1, 2, 3]))
-    assert ours.loss.isnan() and ours.products[[1, 3, 4]].isnan().all()
-    assert ours.c[1].isnan().any() and ours.c[::2].isfinite().all()
+    loss_cases.check_infinite_logits(operators, dtype, value, place, 21)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
 def test_rounding_does_not_make_it_look_concave(offset: float) -> None:
-    x, v, u = triple((4, 1300), torch.float32)
-    wide_u = 0.5 * v + offset + 0.01 * u
-    products = cross_entropy(operators, x, v + offset, wide_u, torch.tensor([0, 1, 2, 3])).products
-    _, vhv, _, vhu, uhu = products.tolist()
-    assert vhv >= 0 and uhu >= 0 and vhu**2 <= (1 + 1e-4) * vhv * uhu
+    loss_cases.check_that_it_looks_convex(operators, offset)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-30, 1e-3, 30.0, -30.0, 80.0, -80.0, 1e4, -1e4])
 def test_saturated_logits(value: float) -> None:
-    """Relative accuracy also of derivatives such as sigmoid(-30), which 1 - y - sigmoid(-x) would not have."""
-    x, v = torch.full((19,), value), torch.randn(19)
-    y = torch.tensor([0.0, 1.0, 0.5, 0.0]).repeat(5)[:19]
-    loss, c, products = operators.bce_products(x, v, y, None, None, False, 1.0)
-    above, below = torch.sigmoid(x.double()), torch.sigmoid(-x.double())
-    expected = (1 - y) * above - y * below + above * below * v
-    torch.testing.assert_close(c.double(), expected, rtol=2e-6, atol=1e-37)
-    torch.testing.assert_close(products[1], (above * below * v.double() ** 2).sum(), rtol=1e-6, atol=1e-37)
-    exact_loss = -(1 - y) * F.logsigmoid(-x.double()) - y * F.logsigmoid(x.double())
-    torch.testing.assert_close(loss, exact_loss.sum(), rtol=1e-6, atol=1e-37)
+    loss_cases.check_saturated_logits(operators, value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from test_tape import FOLLOWED, X
+from followed import FOLLOWED, X
 from torch import Tensor, nn
 
 from curveball_fused import CurveBall, dual_rules, losses, rules

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 from typing import Any
 
+import loss_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,11 @@ from emulated import operators
 from emulated_losses import check_cross_entropy, cross_entropy, device, fresh_device  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_truth import DTYPES, arithmetic, every_dtype, places, signs, triple
+from loss_cases import INFINITY, NAN
+from loss_truth import DTYPES, every_dtype, places, signs, triple
 from torch import Tensor
 
 CLASSES = [1, 2, 7, 8, 9, 31, 32, 33, 1000, 1025, 5000]
-INFINITY, NAN = float("inf"), float("nan")
 
 
 @settings(deadline=None, max_examples=120)
@@ -55,13 +56,8 @@ def test_cross_entropy(
     for setting, value in zip((device.set_seed, device.set_threads, device.set_max_shared_bytes), launched):
         setting(value)
     torch.manual_seed(seed)
-    target = torch.randint(0, classes, (rows,))
-    options: dict[str, Any] = dict(reduction=reduction, label_smoothing=smoothing)
-    if weighted:
-        options["weight"] = torch.rand(classes).to(arithmetic(dtype)) + 0.1
-    if ignored and classes > 1:
-        options["ignore_index"] = int(target[0])
-        target = torch.cat((target, (target[:1] + 1) % classes))  # one that is kept
+    target, options = loss_cases.random_targets(classes, rows, dtype, weighted, ignored)
+    options |= dict(reduction=reduction, label_smoothing=smoothing)
     check_cross_entropy(*triple((len(target), classes), dtype, where), target, sign, **options)
 
 
@@ -131,29 +127,13 @@ def test_many_rows() -> None:
 @every_dtype
 @pytest.mark.parametrize("classes", [9, 1100])
 def test_ignored_rows_are_not_even_read(dtype: torch.dtype, classes: int) -> None:
-    x, v, u = triple((12, classes), dtype)
-    target = torch.randint(0, 4, (12,))
-    target[4:] = 4
-    expected = cross_entropy(x[:4], v[:4], u[:4], target[:4])
-    for t in (x, v, u):
-        t[4:] = NAN
-    ours = cross_entropy(x, v, u, target, ignore_index=4)
-    assert not ours.c[4:].any() and torch.equal(ours.c[:4], expected.c)
-    torch.testing.assert_close(ours[::2], expected[::2], rtol=1e-12, atol=0)
+    loss_cases.check_ignored_rows(operators, dtype, classes)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [(3, 5), (3, 1100), (0, 5), (0, 0), (3, 0)])
 def test_nothing_to_learn_from(shape: tuple[int, int], smoothing: float) -> None:
-    """All targets ignored, no rows, no classes: as torch, NaN for the mean, 0 for the sum, and no gradient."""
-    x, v, u = triple(shape, torch.float32)
-    target = torch.full(shape[:1], -100)
-    for reduction in ("mean", "sum"):
-        ours = cross_entropy(x, v, u, target, reduction=reduction, label_smoothing=smoothing)
-        torch.testing.assert_close(ours.loss.float(), F.cross_entropy(x, target, reduction=reduction), equal_nan=True)
-        assert ours.c.shape == x.shape and not ours.c.any()
-        if reduction == "sum":
-            assert not ours.products.any()
+    loss_cases.check_nothing_to_learn_from(operators, shape, smoothing)
 
 
 @pytest.mark.parametrize("classes", [4, 1100])
@@ -174,12 +154,7 @@ def test_weights_of_zero(classes: int, smoothing: float) -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_target_that_is_no_class(bad: int, weighted: bool, smoothing: float) -> None:
-    """NaN in the loss, the products and its own row only."""
-    x, v, u = triple((3, 7), torch.float32)
-    target = torch.tensor([2, bad, 5])
-    ours = cross_entropy(x, v, u, target, weight=torch.rand(7) if weighted else None, label_smoothing=smoothing)
-    assert ours.loss.isnan() and not ours.products.isfinite().all()
-    assert ours.c[1].isnan().all() and ours.c[::2].isfinite().all()
+    loss_cases.check_a_target_that_is_no_class(operators, bad, weighted, smoothing)
 
 
 # ---------------------------------------------------------------------------------------------- extreme logits
@@ -190,36 +165,19 @@ def test_a_target_that_is_no_class(bad: int, weighted: bool, smoothing: float) -
 @pytest.mark.parametrize("mask", ["-inf", "lowest"])
 @pytest.mark.parametrize("first", [False, True])
 def test_masked_logits(dtype: torch.dtype, classes: int, mask: str, first: bool) -> None:
-    """-inf, or the lowest finite number, in whole vectors and at the beginning of every thread's share."""
-    x, v, u = triple((4, classes), dtype)
-    masked = slice(0, classes - 7) if first else slice(5, classes)
-    x[:, masked] = -INFINITY if mask == "-inf" else torch.finfo(dtype).min
-    target = torch.full((4,), classes - 3 if first else 1)
-    ours = check_cross_entropy(x, v, u, target)
-    assert not ours.c[:, masked].any()
-    smoothed = cross_entropy(x, v, u, target, label_smoothing=0.1)
-    assert smoothed.loss > 1e3 and smoothed.c.isfinite().all() and smoothed.products.isfinite().all()
+    loss_cases.check_masked_logits(operators, dtype, classes, mask, first)
 
 
 @pytest.mark.parametrize("classes", [40, 1100])
 def test_a_row_that_is_all_masked(classes: int) -> None:
-    """Of finite numbers, the softmax is uniform; of -inf it is NaN."""
-    x, v, u = triple((2, classes), torch.float32)
-    target = torch.tensor([3, 4])
-    check_cross_entropy(x.fill_(torch.finfo(torch.float32).min), v, u, target)
-    x[0] = -INFINITY
-    ours = cross_entropy(x, v, u, target)
-    assert ours.loss.isnan() and ours.c[0].isnan().all() and ours.c[1].isfinite().all()
+    loss_cases.check_a_row_that_is_all_masked(operators, classes)
 
 
 @every_dtype
 @pytest.mark.parametrize("shift", [1e4, -1e4])
 @pytest.mark.parametrize("classes", [40, 1100])
 def test_large_logits(dtype: torch.dtype, shift: float, classes: int) -> None:
-    """The maximum is taken off before anything is rounded."""
-    x, v, u = triple((3, classes), dtype)
-    check_cross_entropy(x + shift, v, u, torch.tensor([0, 7, classes - 1]), label_smoothing=0.1)
-    check_cross_entropy(1000 * x, v, u, torch.tensor([0, 7, classes - 1]))
+    loss_cases.check_large_logits(operators, dtype, shift, classes)
 
 
 @every_dtype
@@ -227,20 +185,12 @@ def test_large_logits(dtype: torch.dtype, shift: float, classes: int) -> None:
 @pytest.mark.parametrize("place", [0, 5, -1])
 @pytest.mark.parametrize("classes", [11, 1100])
 def test_infinite_logits_make_the_loss_nan(dtype: torch.dtype, value: float, place: int, classes: int) -> None:
-    x, v, u = triple((3, classes), dtype)
-    x[1, place] = value
-    ours = cross_entropy(x, v, u, torch.tensor([1, 2, 3]))
-    assert ours.loss.isnan() and ours.products[[1, 3, 4]].isnan().all()
-    assert ours.c[1].isnan().any() and ours.c[::2].isfinite().all()
+    loss_cases.check_infinite_logits(operators, dtype, value, place, classes)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
 def test_rounding_does_not_make_it_look_concave(offset: float) -> None:
-    """Tangents that are nearly constant in a row: v'.Hv' is a small difference of large numbers, unless centred."""
-    x, v, u = triple((4, 1300), torch.float32)
-    products = cross_entropy(x, v + offset, 0.5 * v + offset + 0.01 * u, torch.tensor([0, 1, 2, 3])).products
-    _, vhv, _, vhu, uhu = products.tolist()
-    assert vhv >= 0 and uhu >= 0 and vhu**2 <= (1 + 1e-4) * vhv * uhu
+    loss_cases.check_that_it_looks_convex(operators, offset)
 
 
 # ---------------------------------------------------------------------------------------------- more than 2^31 elements

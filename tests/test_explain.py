@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import random
-import runpy
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from followed import Double
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from curveball_fused import CurveBall, explain, modes
-from curveball_fused.cost import counted
 
 CPU = torch.device("cpu")
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
@@ -91,33 +87,6 @@ def test_multiply_adds_of_convolution_and_attention() -> None:
     assert found.forward.multiply_adds == 2 * 2 * 3 * 5 * 5 * 4
 
 
-def test_peak_memory_by_hand() -> None:
-    given = torch.zeros(100)
-
-    def run() -> None:
-        a, b = given + 1, given + 1  # 800 bytes
-        del a
-        c = b.repeat(3)  # 400 + 1200
-        view = c.view(3, -1)
-        del b, c
-        given.add_(1)
-        view.add_(1)  # 1200 still: neither views nor what was given count
-        del view
-        given + 1
-
-    assert counted(run, CPU) == (0, 1600)
-
-    x, w = torch.randn(10, 30), torch.randn(20, 30, requires_grad=True)
-
-    def train() -> None:
-        torch.autograd.grad(F.linear(x, w).sum(), w)
-
-    # The result (800 bytes) dies; the sum, its gradient (4 each, the latter expanded) and w's gradient remain.
-    multiply_adds, peak = counted(train, CPU)
-    assert multiply_adds == 2 * 10 * 20 * 30
-    assert 2400 <= peak <= 2400 + 800 + 16
-
-
 def test_memory_of_the_ways() -> None:
     """The tape keeps what autograd's graph keeps, double backward a second graph, dual numbers a few tensors."""
     torch.manual_seed(0)
@@ -128,16 +97,6 @@ def test_memory_of_the_ways() -> None:
     assert found.backward and linearised and forward and double
     assert found.forward.peak_bytes <= found.backward.peak_bytes <= linearised.peak_bytes < double.peak_bytes
     assert forward.peak_bytes < 1.3 * found.backward.peak_bytes
-
-
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
 
 
 class Hidden(Double):
@@ -302,62 +261,3 @@ def test_bad_input_gets_the_errors_of_a_step(model_fn: Any, loss_fn: Any, params
         explain(lambda: model_fn(net), loss_fn, params(net))
     assert str(got.value) == str(expected.value)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
-
-
-TASK = """
-import torch, torch.nn.functional as F
-from neighbour import width
-
-def task():
-    net, x, y = torch.nn.Linear(width, 3), torch.randn(5, width), torch.tensor([0, 1, 2, 0, 1])
-    return lambda: net(x), lambda outputs: F.cross_entropy(outputs, y), net.parameters()
-
-def half():
-    return task()[:2]
-"""
-
-
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "job.py").write_text(TASK)
-    (tmp_path / "neighbour.py").write_text("width = 4")
-    monkeypatch.chdir(tmp_path)
-
-
-def test_command_line(job: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    line = [sys.executable, "-m", "curveball_fused", "explain"]
-    for target in ("job.py:task", "job:task"):
-        done = subprocess.run([*line, target], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert 'curvature="auto" takes "linearize"' in done.stdout and "Loss: F.cross_entropy" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("target", "words"),
-    [
-        ("job.py:half", "must return (model_fn, loss_fn, params)"),
-        ("job.py:other", "has no function 'other'"),
-        ("job.py", "names no function"),
-        ("missing.py:task", "there is no file missing.py"),
-        ("missing:task", "No module named 'missing'; a file needs its .py"),
-    ],
-)
-def test_wrong_command_lines(
-    target: str, words: str, job: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["curveball_fused", "explain", target])
-    monkeypatch.setattr("sys.path", list(sys.path))
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_module("curveball_fused", run_name="__main__")
-    assert words in capsys.readouterr().err
-
-
-def test_times_are_medians_of_runs_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    from curveball_fused.cost import median_seconds
-
-    log: list[str] = []
-    seconds = median_seconds([lambda: log.append("a"), lambda: log.append("b")], lambda: log.append("-"), CPU)
-    assert log[:4] == ["-", "a", "-", "b"] and len(log) >= 12
-    assert all(0 < s < 1 for s in seconds)

@@ -9,8 +9,11 @@ import triton.language as tl
 from curveball_fused import (
     triton_activations,
     triton_attention,
+    triton_batch_norm,
     triton_cross_entropy,
+    triton_cross_entropy_kernels,
     triton_kernels,
+    triton_layer_norm,
     triton_losses,
     triton_norms,
     triton_rows,
@@ -150,7 +153,7 @@ def _cross_entropy(x: str, second: bool, classes: int) -> Kernel:
     types |= dict(u=f"*{x}") if second else dict(c=f"*{x}")
     shape = triton_cross_entropy.shape_of(classes, TYPES[x].primitive_bitwidth // 8)
     warps = shape.pop("num_warps")
-    function = triton_cross_entropy.dots_kernel if second else triton_cross_entropy.products_kernel
+    function = triton_cross_entropy_kernels.dots_kernel if second else triton_cross_entropy_kernels.products_kernel
     name = f"cross_entropy_{'dots' if second else 'products'} {x} C={classes}"
     # The first sweep reads two operands, the second two or three.
     each = _vectors(shape["BODY"], warps, x) if shape["ROWS"] == 1 else 0
@@ -169,15 +172,14 @@ def _unit(x: str) -> int:
 def _layer_norm(x: str, length: int) -> Kernel:
     types = dict.fromkeys(("dx", "x", "weight", "dweight", "dbias", "dy"), f"*{x}") | dict(n="i32", units="i32")
     types |= dict.fromkeys(("mean", "rstd"), f"*{_arithmetic(x)}")
-    shape = triton_norms.rows_of(length)
+    shape = triton_layer_norm.rows_of(length)
     warps, whole = shape.pop("num_warps"), shape["WHOLE"]
     each = _vectors(shape["ROWS"] * shape["BLOCK"], warps, x)
     # x and dx, which a long row needs twice. Of the parameters a short row's may be loaded once for several rows.
     vectors = (2 * each if whole else 7 * each, each)
     constants = dict(UNIT=_unit(x), A=TYPES[_arithmetic(x)], **shape)
-    return Kernel(
-        f"layer_norm {x} D={length}", triton_norms.layer_norm_kernel, types, constants, warps, vectors, straight=whole
-    )
+    function = triton_layer_norm.layer_norm_kernel
+    return Kernel(f"layer_norm {x} D={length}", function, types, constants, warps, vectors, straight=whole)
 
 
 def _without(kernel: Kernel, *names: str) -> Kernel:
@@ -198,13 +200,13 @@ def _batch_norm(x: str, what: str, last: bool) -> Kernel:
         types |= dict.fromkeys(("weight", "dweight", "dbias", "dy"), f"*{x}")
     if what == "dy":
         types |= dict(sums="*fp64")
-    columns = triton_norms.COLUMNS if last else 1024
+    columns = triton_batch_norm.COLUMNS if last else 1024
     constants = dict(UNIT=_unit(x), A=TYPES[_arithmetic(x)], LAST=last, TRAINING=what != "eval")
     constants |= dict(ROWS=triton_norms.TILE // columns, COLS=columns)
     each, stores = _vectors(triton_norms.TILE, triton_norms.WARPS, x), what != "sums"
     vectors = (4 * each if what == "both" else 2 * each, each if stores else 0)
     name = f"batch_norm {x} {what}{' channels last' if last else ''}"
-    return Kernel(name, triton_norms.batch_norm_kernel, types, constants, triton_norms.WARPS, vectors)
+    return Kernel(name, triton_batch_norm.batch_norm_kernel, types, constants, triton_norms.WARPS, vectors)
 
 
 def _attention(x: str, width: int, masked: bool = False) -> Kernel:

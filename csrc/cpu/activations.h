@@ -17,12 +17,30 @@ struct Activated {
   Value y, derivative;
 };
 
+typedef int32_t IntRegister __attribute__((vector_size(kRegisterBytes)));
+
 CURVEBALL_LANES double magnitude(double x) { return fabs(x); }
 CURVEBALL_LANES Register<float> magnitude(Register<float> x) { return (Register<float>)((IntRegister)x & 0x7fffffff); }
 
 // The smaller of x and limit; NaN of NaN.
 CURVEBALL_LANES double at_most(double x, double limit) { return x > limit ? limit : x; }
 CURVEBALL_LANES Register<float> at_most(Register<float> x, float limit) { return x > limit ? splat(limit) : x; }
+
+// e^(x + correction) for -150 < x < 89 and |correction| < 0.1, to 2 units in the last place; zero below the smallest
+// number, NaN of NaN. With n = round(x / ln 2) and r = x - n ln 2 + correction: 2^n (1 + r + r^2 p(r)). ln 2 is split,
+// so that the product of n and its upper part is exact. 2^n in two factors reaches the subnormal numbers, which
+// exp_of gives up, as it does the correction.
+CURVEBALL_LANES Register<float> exponential(Register<float> x, Register<float> correction = splat(0.0f)) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRounder = 0x1.8p23f;  // sums with it have no bits after the point
+  const Register<float> rounded = x * kLog2E + kRounder, n = rounded - kRounder;
+  const Register<float> r = ((x - n * kLn2High) - n * kLn2Low) + correction;
+  const Register<float> p =
+      (((1.38144696e-3f * r + 8.36878084e-3f) * r + 4.16683927e-2f) * r + 0.166665196f) * r + 0.499999940f;
+  const IntRegister power = (IntRegister)rounded - (IntRegister)splat(kRounder), half = power >> 1;
+  const Register<float> result = 1.0f + (r + r * r * p);
+  return result * (Register<float>)((half + 127) << 23) * (Register<float>)((power - half + 127) << 23);
+}
 
 // ---------------------------------------------------------------------------------------------- gelu
 
