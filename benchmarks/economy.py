@@ -90,7 +90,6 @@ def curveball(part: int = 1, **options: Any) -> Callable[[nn.Module], Step]:
 
     def start(net: nn.Module) -> Step:
         optimizer = CurveBall(net.parameters(), **options)
-        largest = torch.zeros((), dtype=torch.float64)
 
         def step(x: Tensor, y: Tensor) -> Tensor:
             few = x[: len(x) // part], y[: len(y) // part]
@@ -98,10 +97,9 @@ def curveball(part: int = 1, **options: Any) -> Callable[[nn.Module], Step]:
             loss, _ = optimizer.step(
                 lambda: net(x), lambda out: F.cross_entropy(out, y), curvature_batch=curvature_batch
             )
-            torch.maximum(largest, optimizer.stats()["rho"], out=largest)
             return loss
 
-        step.rho = largest  # type: ignore[attr-defined]
+        step.largest_rho = lambda: optimizer.history()["rho"].max().item()  # type: ignore[attr-defined]
         return step
 
     return start
@@ -170,11 +168,11 @@ def measure(name: str, batch: int, methods: dict[str, Callable[[nn.Module], Step
             net, batches = task.start(data, batch, seed)
             step = start(net)
             runs[method].losses.append(torch.stack([step(x, y) for x, y in batches]))
-            rho = getattr(step, "rho", None)
-            runs[method].rho = None if rho is None else max(rho.item(), runs[method].rho or 0.0)
+            if hasattr(step, "largest_rho"):
+                runs[method].rho = max(step.largest_rho(), runs[method].rho or 0.0)
 
     calls: dict[str, Callable[[], object]] = {}
-    turn = 40  # steps, so that every kind of step has its share, looks at λ included
+    turn = 20  # steps, so that every kind of step has its share, looks at λ included
     for method, start in methods.items():
         net, batches = task.start(data, batch, 0)
         step, (x, y) = start(net), next(batches)
