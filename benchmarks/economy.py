@@ -7,6 +7,7 @@ the mean over the last epoch, and over the steps, up to an epoch, that fit in th
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import sysconfig
@@ -65,6 +66,8 @@ class Runs:
     def mean(self, last: int, width: int) -> str:
         """Mean and deviation over the seeds of the mean loss of `width` steps up to step `last`."""
         values = [losses[max(0, last - width) : last].mean().item() for losses in self.losses]
+        if not all(map(math.isfinite, values)):
+            return "diverged"
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
