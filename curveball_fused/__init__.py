@@ -5,6 +5,7 @@ optimizer = CurveBall(model.parameters())
 loss, outputs = optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +15,32 @@ from .optimizer import CurveBall
 
 if TYPE_CHECKING:
     from .explanation import Explanation, explain
+    from .graphs import GraphedStep, make_graphed_step
 
 try:
     __version__ = version("curveball_fused")
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["CurveBall", "Explanation", "build_info", "explain", "loss_ops", "ops"]
+__all__ = [
+    "CurveBall",
+    "Explanation",
+    "GraphedStep",
+    "build_info",
+    "explain",
+    "loss_ops",
+    "make_graphed_step",
+    "ops",
+]
+_ON_FIRST_USE = {  # since they import much that ordinary training does not need
+    "Explanation": "explanation",
+    "explain": "explanation",
+    "GraphedStep": "graphs",
+    "make_graphed_step": "graphs",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`explain` and `Explanation` on first use: counting multiply-adds imports much that training does not need."""
-    if name in ("explain", "Explanation"):
-        from . import explanation
-
-        return getattr(explanation, name)
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(f"{__name__}.{_ON_FIRST_USE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,7 +46,7 @@ def update_(
     stay untouched where β or ρ is not finite. Returns new scalars, with z·z and, for groups of unequal lr, with M.
     """
     beta, rho, lambd = scalars[BETA], scalars[RHO], scalars[LAMBD]
-    rates = scalars.new_tensor(lr) if lr_tensor is None else lr_tensor.to(scalars)
+    rates = _filled(scalars, lr) if lr_tensor is None else lr_tensor.to(scalars)
     finite, momentum = torch.isfinite(beta) & torch.isfinite(rho), rho - beta * lambd
     squares = scalars.new_zeros(len(group_sizes))
     groups = [g for g, size in enumerate(group_sizes) for _ in range(size)]
@@ -129,7 +129,7 @@ def solve(
 
     slope = x1 * b1 + x2 * b2
     bend = torch.where(safe, slope, x1 * (a11 * x1 + 2 * a12 * x2) + x2 * a22 * x2)
-    rate = scalars.new_tensor(lr) if lr_tensor is None else lr_tensor.reshape(()).to(scalars)
+    rate = scalars.new_full((), lr) if lr_tensor is None else lr_tensor.reshape(()).to(scalars)
     finite = torch.isfinite(torch.stack((loss.to(products), *products.unbind(), zz, zr, rr, x1, x2, rate))).all()
     new = scalars.clone()
     new[BETA], new[RHO] = torch.where(finite, x1, nan), torch.where(finite, -x2, nan)
@@ -161,6 +161,11 @@ def adapt_damping(
     new = scalars.clone()
     new[LAMBD], new[RATIO] = adapted.clamp(minimum, maximum), ratio
     return torch.where(torch.isfinite(scalars[BETA]) & (change != 0), new, scalars)
+
+
+def _filled(scalars: Tensor, values: Sequence[float]) -> Tensor:
+    """A vector of `values` where `scalars` are, without a copy that the host would wait for."""
+    return torch.stack([scalars.new_full((), value) for value in values])
 
 
 def _solve_both(a11: Tensor, a12: Tensor, a22: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:

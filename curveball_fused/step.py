@@ -50,17 +50,29 @@ def sign_of(optimizer: CurveBall) -> float:
 
 
 def take_step(optimizer: CurveBall, task: Task) -> tuple[Tensor, Tensor]:
-    """A step; returns loss and outputs."""
+    """A step, counted and noted in the history; returns loss and outputs."""
+    shared = prepared(optimizer)
+    before = shared["scalars"]
+    try:
+        return run_step(optimizer, task, shared)
+    finally:
+        if shared["scalars"] is not before:  # a step whose look at λ has failed is complete, too
+            state.finish_step(shared)
+
+
+def prepared(optimizer: CurveBall) -> dict[str, Any]:
+    """The state that belongs to all parameters, ready for a step."""
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(p.requires_grad for p in everything):
         raise RuntimeError("no parameter of this optimizer requires a gradient: nothing to train.")
-    shared = state.prepare(
-        optimizer.state, everything, optimizer.param_groups[0]["lambd"], optimizer.defaults["backend"]
-    )
+    return state.prepare(optimizer.state, everything, optimizer.param_groups[0]["lambd"], optimizer.defaults["backend"])
+
+
+def run_step(optimizer: CurveBall, task: Task, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """All that a step does on the device; returns loss and outputs."""
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
     params = [p for group in groups for p in group]
     replay = Replay(params, params[0].device)
-    look = kind_of(optimizer, shared["step"]).look
     with uncompiled():
         try:
             loss, outputs = _advance(optimizer, task, groups, shared, replay)
@@ -68,11 +80,10 @@ def take_step(optimizer: CurveBall, task: Task) -> tuple[Tensor, Tensor]:
             replay.rewind()
             raise
         try:
-            if look:
+            if kind_of(optimizer, shared["step"]).look:
                 shared["scalars"] = _adapt(optimizer, task, shared["scalars"], replay)
         finally:
             replay.finish()
-            state.finish_step(shared)
     return loss, outputs
 
 
