@@ -101,25 +101,36 @@ def why_not(backend: str, device: torch.device) -> str:
     return "" if capability >= (8, 0) else f"Triton needs sm_80 or later, this is {name}"
 
 
+# Imports within functions are statements here, which torch.compile can follow; the modules import this one.
 def kernels(chosen: str) -> Any:
     """What holds a chosen backend's `update_`, `dots`, `solve` and `adapt_damping`, called by position."""
-    return _holder(chosen, {"triton": "triton_kernels", "torch": "reference"})
+    if chosen == "torch":
+        from . import reference
+
+        return reference
+    if chosen == "triton":
+        from . import triton_kernels
+
+        return triton_kernels
+    return torch.ops.curveball_fused
 
 
 def loss_kernels(chosen: str) -> Any:
     """What holds a chosen backend's loss operators, called by position."""
-    return _holder(chosen, {"triton": "triton_losses", "torch": "reference_losses"})
+    if chosen == "torch":
+        from . import reference_losses
+
+        return reference_losses
+    if chosen == "triton":
+        from . import triton_losses
+
+        return triton_losses
+    return torch.ops.curveball_fused
 
 
 def has_fused_losses(chosen: str) -> bool:
     """Whether the loss operators of a chosen backend are fused kernels."""
     return chosen != "torch"
-
-
-def _holder(chosen: str, modules: dict[str, str]) -> Any:
-    if chosen in modules:
-        return importlib.import_module(f"curveball_fused.{modules[chosen]}")
-    return torch.ops.curveball_fused
 
 
 def _covers(architectures: str, capability: tuple[int, int]) -> bool:

@@ -52,6 +52,8 @@ class CurveBall(Optimizer):
         RuntimeError: a backend was named that cannot run here.
     """
 
+    _step_supports_amp_scaling = True  # by which GradScaler.step gets as far as to the error that says what to do
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],

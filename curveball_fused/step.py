@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable it imports the compiler on first use only
 
 from . import economy, loss_scale, ops, state
 from .curvature import WAYS, ModelFn, run_plain
@@ -49,6 +50,8 @@ def sign_of(optimizer: CurveBall) -> float:
     return -1.0 if optimizer.param_groups[0]["maximize"] else 1.0
 
 
+# torch.compile(optimizer.step) runs the step as it is: its kernels are compiled already.
+@_disable_dynamo
 def take_step(optimizer: CurveBall, task: Task) -> tuple[Tensor, Tensor]:
     """A step, counted and noted in the history; returns loss and outputs."""
     shared = prepared(optimizer)

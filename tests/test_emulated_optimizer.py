@@ -23,7 +23,8 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CPU tensor counts as one on a GPU that has the CUDA kernels."""
     device.reset()
     monkeypatch.setattr(backends, "choose", lambda backend, where: "cuda")
-    monkeypatch.setattr(backends, "_holder", lambda chosen, modules: operators)
+    for holder in ("kernels", "loss_kernels"):
+        monkeypatch.setattr(backends, holder, lambda chosen: operators)
     yield
 
 

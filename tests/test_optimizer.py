@@ -131,19 +131,6 @@ def test_group_added_and_parameters_frozen_in_the_middle() -> None:
     assert_equal(frozen, list(net[0].parameters()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_follows_float32(dtype: torch.dtype) -> None:
-    """A bfloat16 net learns as the float32 net does, to what rounding the weights allows."""
-    losses = []
-    for precision in (torch.float32, dtype):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).to(precision)
-        x, y = torch.randn(20, 4).to(precision), torch.randint(0, 3, (20,))
-        optimizer = CurveBall(net.parameters())
-        losses.append([advance(optimizer, net, x, y)[0].float() for _ in range(15)])
-    torch.testing.assert_close(torch.stack(losses[1]), torch.stack(losses[0]), rtol=0.05, atol=0.02)
-
-
 def test_maximize_is_minimising_the_negative() -> None:
     results = []
     for sign, maximize in ((1, False), (-1, True)):
