@@ -47,10 +47,12 @@ BENCHMARKS = {
     "losses": "test_gpu_loss_kernels.py",
     "tangents": "test_gpu_tangents.py",
     "steps": "test_gpu_steps.py",
+    "graphs": "test_gpu_graphed_steps.py",
 }
 TESTS = {
-    "cuda": "not triton",
-    "triton": "triton and not test_gpu_losses",
+    "cuda": "not triton and not test_gpu_graphs",
+    "graphs": "test_gpu_graphs",
+    "triton": "triton and not test_gpu_losses and not test_gpu_graphs",
     "triton-losses": "triton and test_gpu_losses",
 }
 # The log names the test that is running, and where it stands if it hangs.
