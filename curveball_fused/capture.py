@@ -9,8 +9,6 @@ import torch
 
 from . import generators
 
-_RUNS = 6  # of the model in a step: four by dual numbers, one for a look, one to spare
-
 
 class Pool:
     """What the graphs of one step share: memory, since they never run at once, and a stream to be captured on.
@@ -39,7 +37,8 @@ class Pool:
 
     def graph(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
         """The context in which `graph` is captured."""
-        return torch.cuda.graph(graph, pool=self.memory, stream=self._stream)
+        # Relaxed: to allocate pinned memory, as a loader's thread or a backend may do, is no harm.
+        return torch.cuda.graph(graph, pool=self.memory, stream=self._stream, capture_error_mode="relaxed")
 
 
 class _OwnStates:
@@ -60,7 +59,7 @@ class _OwnStates:
 
     def rewind(self) -> None:
         if not self._unused:
-            raise RuntimeError(f"the model runs more than {_RUNS} times in a step.")
+            raise RuntimeError("the model runs more often in a step than the graph was made for.")
         self._generator.graphsafe_set_state(self._unused.pop())
 
     def finish(self) -> None:
@@ -77,16 +76,19 @@ class _OwnStates:
 class Capture:
     """A graph of what runs in `recording`.
 
+    Args:
+        reruns: how often the model may run again there. Each takes a state, which replays must set.
+
     Raises:
         RuntimeError: of CUDA, for what cannot be captured.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, reruns: int) -> None:
         self._pool = pool
         index = torch.cuda.current_device() if pool.device.index is None else pool.device.index
         self._generator = torch.cuda.default_generators[index]
         self._usual = self._generator.graphsafe_get_state()
-        self._states = [self._generator.clone_state() for _ in range(_RUNS)]
+        self._states = [self._generator.clone_state() for _ in range(reruns)]
         self._last = self._usual  # from which the step's first run has drawn
         self._graph = torch.cuda.CUDAGraph()
         for one in self._states:

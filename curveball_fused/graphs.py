@@ -29,6 +29,8 @@ from .step import Kind, Task, kind_of, prepared, run_step
 
 ModelOf = Callable[[Any], Tensor]
 LossOf = Callable[[Tensor, Any], Tensor]
+# How often the model runs again in a step: for a look, and for a difference of outputs or for each product.
+_RERUNS = {"forward": 3}
 _WARM_UPS = 3  # libraries choose kernels and allocate workspaces in the first runs
 
 
@@ -188,7 +190,7 @@ class GraphedStep:
         """The graph of steps of one kind. While it is made nothing runs on the device."""
         before = dict(shared)
         shared["step"] = _a_step_of(self._optimizer, kind)
-        capture = Capture(self._pool)
+        capture = Capture(self._pool, _RERUNS.get(shared["way"], 2))
         try:
             with self._rates_on_device(), capture.recording():
                 loss, outputs = run_step(self._optimizer, self._task, shared)

@@ -109,7 +109,7 @@ class CurveBall(Optimizer):
             model_fn: called without arguments, returns the predictions, one floating-point tensor of any shape. It is
                 called two to four times, with random numbers and buffers (batch-norm statistics) replayed, so that
                 they advance once.
-            loss_fn: called with the predictions, returns the scalar loss.
+            loss_fn: called with the predictions, in float32 if they are float16 or bfloat16; returns the scalar loss.
             curvature_batch: model_fn and loss_fn for a part of the batch, from which the curvature is taken; loss,
                 gradient and the look at λ stay those of the whole. Its run leaves no trace in buffers or generators.
             scaler: whose loss scale a model that computes in float16 gets, and which is told of overflows; call its

@@ -30,7 +30,8 @@ class Pool:
 class Capture:
     """Records, and puts back all that the operators have written to and drawn."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, reruns: int) -> None:
+        self._reruns = reruns
         self.calls: list[Callable[[], None]] = []
         self._positions: dict[str, Tensor] = {}
 
@@ -38,7 +39,8 @@ class Capture:
     def recording(self) -> Iterator[None]:
         self._positions = {"start": torch.get_rng_state()}
         recorder = _Recorder(self.calls)
-        with recorder, generators.captured(lambda: _RecordedGenerators(self.calls, self._positions)):
+        counted = iter(range(self._reruns))
+        with recorder, generators.captured(lambda: _RecordedGenerators(self.calls, self._positions, counted)):
             yield
         for tensor, value in recorder.before.values():
             tensor.detach().copy_(value)
@@ -54,13 +56,14 @@ class Capture:
 class _RecordedGenerators:
     """A recorded rewind is one in every replay."""
 
-    def __init__(self, calls: list[Callable[[], None]], positions: dict[str, Tensor]) -> None:
-        self._calls, self._positions = calls, positions
+    def __init__(self, calls: list[Callable[[], None]], positions: dict[str, Tensor], reruns: Iterator[int]) -> None:
+        self._calls, self._positions, self._reruns = calls, positions, reruns
 
     def mark(self) -> None:
         self._now(lambda: self._positions.setdefault("end", torch.get_rng_state()))
 
     def rewind(self) -> None:
+        next(self._reruns)  # raises where there are more than were announced
         self._now(lambda: torch.set_rng_state(self._positions["start"]))
 
     def finish(self) -> None:

@@ -72,7 +72,7 @@ capturing: Graph | None = None
 
 
 @contextmanager
-def graph(one: Graph, pool: Any, stream: Any) -> Iterator[None]:
+def graph(one: Graph, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
     global capturing
     one.register_generator_state(DEFAULT)
     for state in one.states:
@@ -161,7 +161,7 @@ def test_replays_draw_what_ordinary_steps_draw(step: Any) -> None:
     expected, end = list(LOG), DEFAULT.state.offset
     LOG.clear()
     DEFAULT.state.offset = 100
-    one = capture.Capture(capture.Pool(DEVICE))
+    one = capture.Capture(capture.Pool(DEVICE), 3)
     with one.recording():
         step()
     assert not LOG and DEFAULT.state.offset == 100
@@ -175,7 +175,7 @@ def test_two_graphs_take_turns() -> None:
     pool = capture.Pool(DEVICE)
     made = []
     for step in (runs(1), without_a_rerun):
-        one = capture.Capture(pool)
+        one = capture.Capture(pool, 2)
         with one.recording():
             step()
         made.append(one)
@@ -191,15 +191,18 @@ def test_two_graphs_take_turns() -> None:
 
 def test_an_error_while_recording_leaves_the_generator() -> None:
     usual = DEFAULT.state
-    with pytest.raises(KeyError), capture.Capture(capture.Pool(DEVICE)).recording():
+    with pytest.raises(KeyError), capture.Capture(capture.Pool(DEVICE), 3).recording():
         raises_within()
     assert DEFAULT.state is usual
     runs(2)()  # as if nothing had been
 
 
 def test_too_many_runs_are_told() -> None:
-    with pytest.raises(RuntimeError, match="more than 6 times"), capture.Capture(capture.Pool(DEVICE)).recording():
-        runs(7)()
+    with (
+        pytest.raises(RuntimeError, match="more often in a step"),
+        capture.Capture(capture.Pool(DEVICE), 3).recording(),
+    ):
+        runs(4)()
 
 
 def test_a_cpu_is_refused() -> None:

@@ -10,12 +10,12 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from test_safety import NoHostRead
 from torch import Tensor, nn
 from torch.func import functional_call
 from training import BACKENDS, SETTINGS, advance, assert_equal, everything, small
 
 from curveball_fused import CurveBall
+from curveball_fused.host_reads import NoHostReads
 
 OPTIONS: list[dict[str, Any]] = [dict(average=0.7), dict(solve_interval=3), dict(average=0.6, solve_interval=2)]
 
@@ -211,7 +211,7 @@ def test_no_host_read(backend: str, options: dict[str, Any]) -> None:
     optimizer = CurveBall(net.parameters(), backend=backend, lambda_interval=2, **options)
     loss = lambda out: F.cross_entropy(out, y[: len(out)])  # noqa: E731
     advance(optimizer, net, x, y)
-    with NoHostRead():
+    with NoHostReads(torch.device("cpu")):
         for _ in range(4):
             optimizer.step(lambda: net(x), loss)
             optimizer.step(lambda: net(x), loss, curvature_batch=(lambda: net(x[:4]), loss))
