@@ -31,9 +31,11 @@ class Pool:
     def stream(self) -> Iterator[None]:
         """On the side stream, on which warm-up steps must run, and ordered with the current one."""
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            yield
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def graph(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
         """The context in which `graph` is captured."""

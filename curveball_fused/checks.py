@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .state import HISTORY, SHAPES, SHARED
+from .loss_scale import awaits_update
+from .state import HISTORY, HOSTS, SHAPES, SHARED
 
 PER_GROUP = ("lr", "weight_decay")
 CURVATURES = ("auto", "forward", "linearize", "double_backward")
@@ -39,8 +40,9 @@ def hyper_parameters(given: dict[str, Any]) -> None:
     for name, allowed in (("curvature", CURVATURES), ("backend", BACKENDS)):
         if given[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {given[name]!r}.")
-    if not isinstance(given["compile"], bool):
-        raise TypeError(f"compile must be True or False; got {given['compile']!r}.")
+    for name in ("auto_lambda", "maximize", "compile", "debug"):
+        if not isinstance(given[name], bool):
+            raise TypeError(f"{name} must be True or False; got {given[name]!r}.")
     if given["compile"]:
         _compilable(given["curvature"])
 
@@ -108,6 +110,8 @@ def scaler(optimizer: Any, given: Any) -> None:
         )
     if given is not None and not isinstance(given, torch.amp.GradScaler):
         raise TypeError(f"scaler must be a torch.amp.GradScaler; got {type(given).__name__}.")
+    if given is not None and awaits_update(given, optimizer):
+        raise RuntimeError("the scaler has not been updated since this optimizer's last step: call scaler.update().")
 
 
 def history_length(n: Any) -> None:
@@ -140,7 +144,8 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
     if sizes != own:
         raise ValueError(f"the checkpoint has groups of {sizes} parameters, this optimizer of {own}.")
     shared = state_dict["state"].get(SHARED)
-    if shared is not None and any(getattr(shared.get(k), "shape", None) != size for k, size in SHAPES.items()):
+    known = isinstance(shared, dict) and shared.keys() >= {*SHAPES, *HOSTS}
+    if shared is not None and not (known and all(shared[name].shape == size for name, size in SHAPES.items())):
         raise ValueError("the checkpoint's CurveBall scalars are missing or of another version of this package.")
     order = [i for group in saved for i in group["params"]]
     params = [p for group in param_groups for p in group["params"]]

@@ -77,7 +77,7 @@ def cross_entropy(
     w = x.new_ones(shape) if weight is None else weight.detach().to(x.dtype).view(shape)
     if target.is_floating_point():
         t = w * ((1 - label_smoothing) * target.detach().to(x.dtype) + label_smoothing / classes)
-        s, scale = t.sum(dim, keepdim=True), float(classes) / x.numel()
+        s, scale = t.sum(dim, keepdim=True), float(classes) / max(x.numel(), 1)
         denominator = None
         g = p * s - t
     else:

@@ -60,7 +60,7 @@ class Forward:
             with substitute:
                 outputs = _checked(self._run(self._model_fn))
             self._run = self._replay.again
-            self._seen |= substitute.seen
+            self._seen |= substitute.seen | ({id(outputs)} & duals.keys())
             primal, tangent = fwAD.unpack_dual(duals.get(id(outputs), outputs))
             if tangent is None:
                 raise _independent() if not self._seen else _lost()

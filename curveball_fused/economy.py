@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .curvature import _checked, _dense, _independent, _own, run_plain
+from .loss_scale import at_least_float32
 from .reference import RHO, Z_DOT_Z, _divide
 from .replay import Replay
 
@@ -59,7 +60,7 @@ def difference(
     finally:
         aside.rewind()
     linear = Backward(model_fn, params, replay)
-    return linear, (nearby - linear.outputs) / DIFFERENCE
+    return linear, (at_least_float32(nearby) - at_least_float32(linear.outputs)) / DIFFERENCE
 
 
 def unknown(device: torch.device) -> Tensor:

@@ -97,3 +97,8 @@ def positions(device: torch.device) -> list[bytes]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return [state.numpy().tobytes() for state in states]
+
+
+def host_positions(device: torch.device) -> tuple[Any, ...]:
+    """Where those generators stand whose numbers a graph cannot draw anew: the host's, where `device` is another."""
+    return random.getstate(), b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()

@@ -8,21 +8,21 @@ whether a step solves completely and whether it looks at λ, is one graph for ea
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from . import state
 from .capture import Capture, Pool
-from .host_reads import HostRead, NoHostReads
+from .generators import host_positions
+from .host_reads import refuse_host_reads
 from .optimizer import CurveBall
 from .replay import Replay
 from .step import Kind, Task, kind_of, prepared, run_step
@@ -74,9 +74,9 @@ class GraphedStep:
     """
 
     def __init__(self, optimizer: CurveBall, model_fn: ModelOf, loss_fn: LossOf, sample_batch: tuple[Any, Any]) -> None:
-        _check(optimizer, sample_batch)
+        _check(optimizer, model_fn, loss_fn, sample_batch)
         self._optimizer = optimizer
-        self._device = optimizer.param_groups[0]["params"][0].device
+        self._device = optimizer._device
         self._pool = Pool(self._device)
         self._batch = tree_map(self._own_place, tuple(sample_batch))
         self._task = Task(lambda: model_fn(self._batch[0]), lambda outputs: loss_fn(outputs, self._batch[1]))
@@ -84,12 +84,12 @@ class GraphedStep:
         self._rates_hold: list[float | None] = [None] * len(self._rates)
         with torch.no_grad():
             shared = prepared(optimizer)
-            kinds = sorted({kind_of(optimizer, step) for step in range(_cycle(optimizer))})
-            self._warm_up(kinds, shared)
+            kinds = sorted({kind_of(optimizer, step) for step in _examples(optimizer)})
+            self._modules = self._warm_up(kinds, shared)
             self._shared = {name: shared[name] for name in state.REPLACED}
-            self._z = {p: own["z"] for p, own in optimizer.state.items() if isinstance(p, Tensor) and p.requires_grad}
+            self._z = {p: optimizer.state[p]["z"] for p in optimizer._parameters if p.requires_grad}
+            self._made_for = _unchanging(optimizer, self._modules)
             self._graphs = {kind: self._captured(kind, shared) for kind in kinds}
-        self._made_for = _unchanging(optimizer)
 
     def __call__(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """One step on a batch of the shapes, dtypes and structure of the sample, on the device or on the CPU.
@@ -107,9 +107,9 @@ class GraphedStep:
     @torch.no_grad()
     def replay(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """As a call, without the optimizer's hooks."""
-        if _unchanging(self._optimizer) != self._made_for:
+        if _unchanging(self._optimizer, self._modules) != self._made_for:
             raise RuntimeError(
-                "the optimizer's settings, or where its parameters lie, or which of them require gradients, have "
+                "the optimizer's settings, the places of parameters or buffers, or what requires a gradient have "
                 "changed since the graphs were made: call make_graphed_step again. (Learning rates may change.)"
             )
         self._fill((inputs, targets))
@@ -143,7 +143,7 @@ class GraphedStep:
 
     def _state_in_place(self) -> dict[str, Any]:
         """The optimizer's state where the graphs read it: ordinary steps, or a checkpoint, put new tensors there."""
-        shared: dict[str, Any] = self._optimizer._states[state.SHARED]
+        shared = prepared(self._optimizer)
         for name, place in self._shared.items():
             if shared[name] is not place:
                 place.copy_(shared[name])
@@ -163,16 +163,19 @@ class GraphedStep:
                 self._rates_hold[i] = float(rate)
                 self._rates[i].fill_(float(rate))
 
-    def _warm_up(self, kinds: Sequence[Kind], shared: dict[str, Any]) -> None:
-        """Ordinary steps of each kind, of which stays what libraries have learned, and how the model was followed."""
-        params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        replay, drawn = Replay(params, self._device), _host_generators(self._device)
+    def _warm_up(self, kinds: Sequence[Kind], shared: dict[str, Any]) -> list[nn.Module]:
+        """Ordinary steps of each kind, of which stays what libraries have learned, and how the model was followed.
+
+        Returns:
+            The modules that the model consists of and that have buffers.
+        """
+        replay, drawn = Replay(self._optimizer._parameters, self._device), host_positions(self._device)
 
         def run(kind: Kind) -> None:
             shared["step"] = _a_step_of(self._optimizer, kind)
             try:
                 replay.first(lambda: run_step(self._optimizer, self._task, shared))
-                if drawn != _host_generators(self._device):
+                if drawn != host_positions(self._device):
                     raise RuntimeError(
                         "model_fn draws random numbers on the host, with Python's random or torch's CPU generator, "
                         "which a graph would repeat in every step: draw them on the device."
@@ -182,13 +185,14 @@ class GraphedStep:
 
         with self._pool.stream(), _put_back(self._optimizer, shared), self._rates_on_device():
             for kind in kinds:
-                _name_host_reads(partial(run, kind), self._device)
+                refuse_host_reads(partial(run, kind), self._device)
             for kind in list(kinds) * _WARM_UPS:
                 run(kind)
+        return replay.modules()
 
     def _captured(self, kind: Kind, shared: dict[str, Any]) -> _Graph:
         """The graph of steps of one kind. While it is made nothing runs on the device."""
-        before = dict(shared)
+        before, buffers = dict(shared), [dict(module._buffers) for module in self._modules]
         shared["step"] = _a_step_of(self._optimizer, kind)
         capture = Capture(self._pool, _RERUNS.get(shared["way"], 2))
         try:
@@ -205,6 +209,15 @@ class GraphedStep:
             ) from error
         finally:
             shared.update(before)
+            torch.clear_autocast_cache()  # in which there may be copies that only a replay fills
+            moved = _unchanging(self._optimizer, self._modules) != self._made_for
+            for module, own in zip(self._modules, buffers, strict=True):
+                module._buffers.update(own)
+        if moved:
+            raise RuntimeError(
+                "the model replaces a buffer by a new tensor, which a graph cannot repeat: write to it, as with "
+                "self.mean.mul_(0.9).add_(0.1 * mean)."
+            )
         return _Graph(capture, loss, outputs)
 
     @contextmanager
@@ -228,60 +241,51 @@ def _replayed(optimizer: CurveBall, graphed: GraphedStep, inputs: Any, targets: 
     return graphed.replay(inputs, targets)
 
 
-def _name_host_reads(run: Callable[[], None], device: torch.device) -> None:
-    """Runs a step and raises RuntimeError for what would have the host wait."""
-    try:
-        with NoHostReads(device):
-            run()
-    except HostRead as error:
-        raise RuntimeError(
-            f"the step cannot be captured as a CUDA graph, as the host would have to wait for the device: {error}. "
-            "Compute that on the device (torch.where, masked_fill, fixed shapes), or call optimizer.step."
-        ) from error
-    except Exception:
-        pass  # not all that torch can do works while it is watched, and what is really wrong shows in the next run
-
-
-def _check(optimizer: Any, sample_batch: Any) -> None:
+def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> None:
     if not isinstance(optimizer, CurveBall):
         raise TypeError(f"optimizer must be a CurveBall; got {type(optimizer).__name__}.")
+    if not callable(model_fn) or not callable(loss_fn):
+        raise TypeError("model_fn and loss_fn must be functions, of the inputs and of (predictions, targets).")
     for option in ("compile", "debug"):
         if optimizer.defaults[option]:
             raise ValueError(f"an optimizer with {option}=True cannot be captured: construct it without.")
     if not isinstance(sample_batch, (tuple, list)) or len(sample_batch) != 2:
         raise TypeError("sample_batch must be two things, (inputs, targets), as they will be given to the step.")
+    for leaf in tree_leaves(tuple(sample_batch)):
+        if not isinstance(leaf, (Tensor, int, float, str, NoneType)):
+            raise TypeError(
+                f"sample_batch holds a {type(leaf).__name__}: give tensors, numbers and strings, in lists, tuples or "
+                "dictionaries."
+            )
 
 
-def _cycle(optimizer: CurveBall) -> int:
-    """A number of steps among which there are all kinds."""
-    return math.lcm(*(optimizer.param_groups[0][name] for name in ("lambda_interval", "solve_interval")))
+def _examples(optimizer: CurveBall) -> tuple[int, ...]:
+    """Numbers of steps among which there are all kinds."""
+    settings = optimizer.param_groups[0]
+    return 0, 1, settings["solve_interval"], settings["lambda_interval"]
 
 
 def _a_step_of(optimizer: CurveBall, kind: Kind) -> int:
-    return next(step for step in range(_cycle(optimizer)) if kind_of(optimizer, step) == kind)
+    return next(step for step in _examples(optimizer) if kind_of(optimizer, step) == kind)
 
 
-def _unchanging(optimizer: CurveBall) -> list[Any]:
-    """What the graphs have in them: settings other than rates, and the parameters' places."""
+def _unchanging(optimizer: CurveBall, modules: Sequence[nn.Module]) -> list[Any]:
+    """What the graphs have in them: settings other than rates, and the places of parameters and buffers."""
     names = optimizer.defaults.keys() - {"lr"}
     settings = [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
-    places = [(p.data_ptr(), p.requires_grad) for group in optimizer.param_groups for p in group["params"]]
-    return [settings, places]
+    places = [(p.data_ptr(), p.requires_grad) for p in optimizer._parameters]
+    buffers = [b.data_ptr() for module in modules for b in module._buffers.values() if b is not None]
+    return [settings, places, buffers]
 
 
 def _described(leaf: Any) -> str:
     return f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
 
 
-def _host_generators(device: torch.device) -> tuple[Any, ...]:
-    """Where the generators stand whose numbers a graph cannot draw anew."""
-    return random.getstate(), b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
-
-
 @contextmanager
 def _put_back(optimizer: CurveBall, shared: dict[str, Any]) -> Iterator[None]:
     """Weights and state are at the end of the block what they were, except for how the model was followed."""
-    live = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    live = [p for p in optimizer._parameters if p.requires_grad]
     live += [optimizer.state[p]["z"] for p in live]
     values, before = [t.detach().clone() for t in live], dict(shared)
     try:

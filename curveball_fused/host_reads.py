@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ class NoHostReads(TorchDispatchMode):
         if copies and len(devices) > 1 and not _is_quiet(func, args, kwargs):
             return f"copies between {' and '.join(sorted(devices))}"
         return ""
+
+
+def refuse_host_reads(run: Callable[[], None], device: torch.device) -> None:
+    """Runs a step that is to be captured, and raises RuntimeError for what would have the host wait."""
+    try:
+        with NoHostReads(device):
+            run()
+    except HostRead as error:
+        raise RuntimeError(
+            f"the step cannot be captured as a CUDA graph, as the host would have to wait for the device: {error}. "
+            "Compute that on the device (torch.where, masked_fill, fixed shapes), or call optimizer.step."
+        ) from error
+    except Exception:
+        pass  # not all that torch can do works while it is watched, and what is really wrong shows in the next run
 
 
 def _is_quiet(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -2,9 +2,9 @@
 
 float16 holds 6e-5 to 65504 in full precision. The cotangent c is multiplied by a loss scale S before it is pulled back,
 so that r = S Jᵀc, as `torch.amp.GradScaler` does it for gradients: S falls when r overflows, by which the step is
-skipped, and grows after many steps without. The tangents z and r, which J takes in, have a scale of their own: their
-root mean square is known, and J is linear. All scales are powers of two, on the device, so that nothing is rounded that
-float16 would not round.
+skipped, and grows after many steps without. The tangents z and r, which J takes in, are brought to a root mean square
+T, which falls and grows in the same way, by what J makes of them. All factors are powers of two, on the device, so that
+nothing is rounded that float16 would not round.
 """
 
 from __future__ import annotations
@@ -19,26 +19,36 @@ from torch.optim import SGD, Optimizer
 
 from .reference import BETA, LAMBD
 
-SCALE_SIZE = 2  # S, and the steps since it last changed
-_FIRST, _MOST = 2.0**16, 2.0**24
+SCALE_SIZE = 3  # S, T, and the steps since one of them last changed
+_LEAST_S, _FIRST_S, _MOST_S = 1.0, 2.0**16, 2.0**24
+_LEAST_T, _MOST_T = 2.0**-40, 2.0**-6  # at the most, elements of 2^-8 of the mean are as precise as any
 _PATIENCE = 2000
-_SIZE_OF_TANGENTS = 0.125
+
+
+class Overflow(NamedTuple):
+    """What a step found to be more than float16 holds: r; J z or J r of a finite r. 0-dim bool each."""
+
+    r: Tensor
+    tangents: Tensor
 
 
 def initial(device: torch.device) -> Tensor:
-    """float64 `[S, steps]` before the first step."""
+    """float64 `[S, T, steps]` before the first step."""
     scale = torch.zeros(SCALE_SIZE, dtype=torch.float64, device=device)
-    scale[0] = _FIRST
+    scale[0].fill_(_FIRST_S)
+    scale[1].fill_(_MOST_T)
     return scale
 
 
-def adapted(scale: Tensor, overflow: Tensor) -> Tensor:
-    """The scale of the next step: half after an overflow (0-dim bool), double after 2000 steps without."""
-    factor, steps = scale.unbind()
-    steps = torch.where(overflow, 0.0, steps + 1)
-    grown = torch.where(steps >= _PATIENCE, (2 * factor).clamp(max=_MOST), factor)
-    factor = torch.where(overflow, (factor / 2).clamp(min=1.0), grown)
-    return torch.stack((factor, torch.where(steps >= _PATIENCE, 0.0, steps)))
+def adapted(scale: Tensor, overflow: Overflow) -> Tensor:
+    """The scales of the next step: S/2 or T/16 after an overflow, both doubled after 2000 steps without."""
+    s, t, steps = scale.unbind()
+    any_overflow = overflow.r | overflow.tangents
+    steps = torch.where(any_overflow, 0.0, steps + 1)
+    growth = torch.where(steps >= _PATIENCE, 2.0, 1.0)
+    s = (torch.where(overflow.r, 0.5, growth) * s).clamp(_LEAST_S, _MOST_S)
+    t = (torch.where(overflow.tangents, 0.0625, growth) * t).clamp(_LEAST_T, _MOST_T)
+    return torch.stack((s, t, torch.where(steps >= _PATIENCE, 0.0, steps)))
 
 
 class Stretched(NamedTuple):
@@ -52,18 +62,16 @@ class Stretched(NamedTuple):
         return at_least_float32(image) / self.factor
 
 
-def stretched(tangents: Sequence[Tensor], squares: Tensor) -> Stretched:
-    """`tangents` times the power of two that makes their root mean square about 1/8.
+def stretched(tangents: Sequence[Tensor], squares: Tensor, size: Tensor) -> Stretched:
+    """`tangents` times the power of two that brings their root mean square to about `size` (0-dim), in float32.
 
     Args:
         squares: their sum of squares, 0-dim; where it is zero or not finite, the factor is 1.
     """
-    size = (squares / max(1, sum(t.numel() for t in tangents))).sqrt()
-    wanted = _SIZE_OF_TANGENTS / size
-    mantissa = torch.frexp(wanted).mantissa
-    factor = wanted / (2 * mantissa)
+    wanted = size / (squares / max(1, sum(t.numel() for t in tangents))).sqrt()
+    factor = wanted / (2 * torch.frexp(wanted).mantissa)
     factor = torch.where(torch.isfinite(factor) & (factor > 0), factor, 1.0).float()
-    return Stretched(list(torch._foreach_mul(list(tangents), factor)), factor)
+    return Stretched(list(torch._foreach_mul([at_least_float32(t) for t in tangents], factor)), factor)
 
 
 def update_by_scaled(update: Callable[[Tensor], Tensor], scalars: Tensor, factor: Tensor) -> Tensor:
@@ -72,12 +80,6 @@ def update_by_scaled(update: Callable[[Tensor], Tensor], scalars: Tensor, factor
     folded[BETA] /= factor
     folded[LAMBD] *= factor
     return torch.cat((scalars[: LAMBD + 1], update(folded)[LAMBD + 1 :]))
-
-
-def overflowed(loss: Tensor, products: Tensor, dots: Tensor) -> Tensor:
-    """Whether r, but not yet Jz, is more than float16 holds; 0-dim bool."""
-    before, after = torch.isfinite(products[:2]).all(), torch.isfinite(torch.cat((products[2:], dots))).all()
-    return torch.isfinite(loss) & before & ~after
 
 
 def of_scaler(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
@@ -90,11 +92,18 @@ def tell(scaler: torch.amp.GradScaler, optimizer: Optimizer, overflow: Tensor) -
 
     One for each optimizer, as a scaler counts them by identity.
     """
-    if optimizer not in _stand_ins:
-        _stand_ins[optimizer] = SGD([torch.zeros((), device=overflow.device)])
-    stand_in = _stand_ins[optimizer]
-    stand_in.param_groups[0]["params"][0].grad = torch.where(overflow, torch.inf, 0.0)
+    stand_in = _stand_ins.get(optimizer)
+    if stand_in is None or stand_in.param_groups[0]["params"][0].device != overflow.device:
+        stand_in = SGD([torch.zeros((), dtype=torch.float32, device=overflow.device)])
+        _stand_ins[optimizer] = stand_in
+    stand_in.param_groups[0]["params"][0].grad = torch.where(overflow, torch.inf, 0.0).float()
     scaler.unscale_(stand_in)
+
+
+def awaits_update(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+    """Whether the scaler was told of this optimizer's last step, and not yet updated."""
+    told = vars(scaler).get("_per_optimizer_states", {})  # which `update` empties
+    return optimizer in _stand_ins and id(_stand_ins[optimizer]) in told
 
 
 _stand_ins: WeakKeyDictionary[Optimizer, Optimizer] = WeakKeyDictionary()

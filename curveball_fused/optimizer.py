@@ -87,8 +87,9 @@ class CurveBall(Optimizer):
         checks.group_settings(param_group, self.defaults)
         super().add_param_group(param_group)
         try:
-            checks.parameters([p for group in self.param_groups for p in group["params"]])
-            backends.choose(self.defaults["backend"], self.param_groups[0]["params"][0].device)
+            checks.parameters(self._parameters)
+            if self._parameters:
+                backends.choose(self.defaults["backend"], self._device)
         except Exception:
             self.param_groups.pop()
             raise
@@ -173,9 +174,12 @@ class CurveBall(Optimizer):
         return state.fresh(self.param_groups[0]["lambd"], self._device)
 
     @property
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
     def _device(self) -> torch.device:
-        device: torch.device = self.param_groups[0]["params"][0].device
-        return device
+        return self._parameters[0].device if self._parameters else torch.get_default_device()
 
     @property
     def _states(self) -> dict[Any, Any]:

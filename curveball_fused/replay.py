@@ -73,6 +73,10 @@ class Replay:
         self._mark_buffers()
         return result
 
+    def modules(self) -> list[nn.Module]:
+        """Those that the first run has called and that have buffers."""
+        return [module for module, buffers in self._modules.values() if buffers]
+
     def was_written(self, tensor: Tensor, before: Tensor) -> None:
         """Notes that a run which this guard could not watch has written to `tensor`, whose value was `before`."""
         self._before[id(tensor)] = (tensor, before)

@@ -26,14 +26,15 @@ SHAPES = {
     "scale": (loss_scale.SCALE_SIZE,),
     "history": (HISTORY, len(SCALARS)),
 }
+HOSTS = ("step", "active", "way", "half")
 _INTERNAL = ("z_dot_z", "slope", "bend")
 
 
 def fresh(lambd: float, device: torch.device) -> dict[str, Any]:
     """The dictionary before the first step."""
     scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=device)
-    scalars[LAMBD] = lambd
-    scalars[RATIO] = scalars[LOSS] = torch.nan
+    for index, value in ((LAMBD, lambd), (RATIO, torch.nan), (LOSS, torch.nan)):
+        scalars[index].fill_(value)  # an assignment would copy the number from the host
     return dict(
         scalars=scalars,
         system=economy.unknown(device),

@@ -76,12 +76,14 @@ def run_step(optimizer: CurveBall, task: Task, shared: dict[str, Any]) -> tuple[
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
     params = [p for group in groups for p in group]
     replay = Replay(params, params[0].device)
+    torch.clear_autocast_cache()  # it may hold half-precision copies of weights that have moved since
     with uncompiled():
         try:
             loss, outputs = _advance(optimizer, task, groups, shared, replay)
         except BaseException:
             replay.rewind()
             raise
+        torch.clear_autocast_cache()
         try:
             if kind_of(optimizer, shared["step"]).look:
                 shared["scalars"] = _adapt(optimizer, task, shared["scalars"], replay)
@@ -103,6 +105,7 @@ def _advance(
         _ways(optimizer, shared["way"]),
         shared["half"],
         shared["scale"][0] if task.scaler is None else loss_scale.of_scaler(task.scaler, params[0].device),
+        shared["scale"][1],
         sign,
         backend,
         optimizer.defaults["debug"],
@@ -112,7 +115,7 @@ def _advance(
         measured = problem.measure(task.model_fn, task.loss_fn, replay, lagging, None)
     else:
         measured = problem.measure_with_part(task.model_fn, task.loss_fn, task.curvature_batch, replay, lagging)
-    loss, outputs, r, products, dots = measured
+    loss, outputs, r, products, dots, overflow = measured
 
     solve = partial(ops.solve, shared["scalars"], sign * loss, beta=settings["beta"], lr=settings["lr"])
     if settings["average"] == 0 and settings["solve_interval"] == 1 and task.curvature_batch is None:
@@ -131,16 +134,14 @@ def _advance(
         weight_decay=[group["weight_decay"] for group in optimizer.param_groups],
         backend=backend,
     )
-    if problem.half == "float16":
-        assert dots is not None
+    if overflow is not None:
         shared["scalars"] = loss_scale.update_by_scaled(update, scalars, problem.loss_scale)
-        overflow = loss_scale.overflowed(loss, products, dots)
-        if task.scaler is None:
-            shared["scale"] = loss_scale.adapted(shared["scale"], overflow)
-        else:
-            loss_scale.tell(task.scaler, optimizer, overflow)
+        shared["scale"] = loss_scale.adapted(shared["scale"], overflow)
     else:
         shared["scalars"] = update(scalars)
+    if task.scaler is not None:
+        found = torch.zeros_like(scalars[0], dtype=torch.bool) if overflow is None else overflow.r
+        loss_scale.tell(task.scaler, optimizer, found)
     shared["way"], shared["half"] = problem.ways[0], problem.half
     return loss, outputs
 

@@ -161,6 +161,70 @@ def test_ordinary_steps_and_checkpoints_in_between() -> None:
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("how", ["frozen", "cleared", "fresh"])
+def test_state_that_others_have_changed(how: str) -> None:
+    """A parameter frozen for a while; no state; that of an optimizer before its first step."""
+    results = []
+    for make in (eager, graphed):
+        model = net()
+        optimizer = CurveBall(model.parameters(), lambd=0.2)
+        fresh = copy.deepcopy(optimizer.state_dict())
+        torch.manual_seed(4)
+        step = make(optimizer, model)
+        for i in range(3):
+            step(X[i], Y[i])
+        if how == "frozen":
+            model[0].weight.requires_grad_(False)
+            eager(optimizer, model)(X[0], Y[0])
+            model[0].weight.requires_grad_(True)
+        elif how == "cleared":
+            optimizer.state.clear()
+        else:
+            optimizer.load_state_dict(fresh)
+        for i in range(3):
+            step(X[i], Y[i])
+        results.append([*model.state_dict().values(), *optimizer.stats().values()])
+    assert_equal(*results)
+
+
+def test_inside_autocast() -> None:
+    results = []
+    for make in (eager, graphed):
+        model = net()
+        optimizer = CurveBall(model.parameters())
+        torch.manual_seed(4)
+        with torch.autocast("cpu", torch.bfloat16):
+            step = make(optimizer, model)
+            losses = [step(X[i % BATCHES], Y[i % BATCHES])[0] for i in range(12)]
+        results.append([*losses, *model.state_dict().values()])
+    assert_equal(*results)
+
+
+class Replacing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return self.net(x - self.mean)
+
+
+def test_a_buffer_that_is_replaced_is_told_and_put_back() -> None:
+    model = Replacing()
+    mean = model.mean
+    with pytest.raises(RuntimeError, match="replaces a buffer by a new tensor"):
+        graphed(CurveBall(model.parameters()), model)
+    assert model.mean is mean and mean.eq(0).all()
+
+
+def test_long_intervals_need_no_search() -> None:
+    model = net()
+    step = graphed(CurveBall(model.parameters(), lambda_interval=10**9, solve_interval=10**8 + 1, average=0.5), model)
+    assert step(X[0], Y[0])[0].isfinite()
+
+
 def test_batches_may_be_nested() -> None:
     model, other = net(0.0), net(0.0)
     optimizer, twin = CurveBall(model.parameters()), CurveBall(other.parameters())
@@ -198,7 +262,7 @@ def test_other_batches_are_refused_and_change_nothing() -> None:
     assert_equal(before, [*model.state_dict().values(), *optimizer.stats().values()])
 
 
-@pytest.mark.parametrize("change", ["beta", "weight_decay", "requires_grad", "place", "group"])
+@pytest.mark.parametrize("change", ["beta", "weight_decay", "requires_grad", "place", "buffer", "group"])
 def test_what_the_graphs_hold_must_not_change(change: str) -> None:
     model = net()
     optimizer = CurveBall(model.parameters())
@@ -207,6 +271,8 @@ def test_what_the_graphs_hold_must_not_change(change: str) -> None:
         model[0].weight.requires_grad_(False)
     elif change == "place":
         model[0].weight.data = model[0].weight.data.clone()
+    elif change == "buffer":
+        model[1].running_mean = torch.zeros(12)
     elif change == "group":
         optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(2))]))
     else:
@@ -258,6 +324,10 @@ def test_arguments_are_checked() -> None:
         make_graphed_step(torch.optim.SGD(model.parameters()), model, F.cross_entropy, (X[0], Y[0]))  # type: ignore
     with pytest.raises(TypeError, match=r"two things, \(inputs, targets\)"):
         make_graphed_step(CurveBall(model.parameters()), model, F.cross_entropy, X[0])  # type: ignore
+    with pytest.raises(TypeError, match="must be functions"):
+        make_graphed_step(CurveBall(model.parameters()), None, F.cross_entropy, (X[0], Y[0]))  # type: ignore
+    with pytest.raises(TypeError, match="holds a Generator: give tensors"):
+        make_graphed_step(CurveBall(model.parameters()), model, F.cross_entropy, ([X[0], OWN], Y[0]))
     with pytest.raises(ValueError, match="debug=True"):
         make_graphed_step(CurveBall(model.parameters(), debug=True), model, F.cross_entropy, (X[0], Y[0]))
 

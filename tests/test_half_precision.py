@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from training import BACKENDS, assert_equal
 
 from curveball_fused import CurveBall, loss_scale
+from curveball_fused.loss_scale import Overflow
 
 HALVES = [torch.bfloat16, torch.float16]
 WAYS = ["linearize", "forward", "double_backward"]
@@ -78,10 +79,10 @@ def test_small_gradients_do_not_vanish_in_float16(monkeypatch: pytest.MonkeyPatc
 
     assert error(one_step(torch.float16, size, curvature=curvature)) < 0.006
     with monkeypatch.context() as without:
-        without.setattr(loss_scale, "stretched", lambda v, squares: loss_scale.Stretched(list(v), torch.ones(())))
+        without.setattr(loss_scale, "stretched", lambda v, *_: loss_scale.Stretched(list(v), torch.ones(())))
         assert error(one_step(torch.float16, size, curvature=curvature)) > 0.006
     with monkeypatch.context() as without:
-        without.setattr(loss_scale, "initial", lambda device: torch.tensor([1.0, 0.0], dtype=torch.float64))
+        without.setattr(loss_scale, "initial", lambda device: torch.tensor([1.0, 2.0**-6, 0.0], dtype=torch.float64))
         assert error(one_step(torch.float16, size, curvature=curvature)) > 0.006
 
 
@@ -141,32 +142,135 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(scaler: bool) -> None:
     assert last == 2.0 ** (18 - skipped)
 
 
-def test_a_bad_batch_leaves_the_scale() -> None:
-    model = net()
-    optimizer = CurveBall(model.parameters())
-    optimizer.step(under(torch.float16, model), cross_entropy)
+ECONOMIES: list[dict[str, Any]] = [{}, dict(average=0.8, solve_interval=4), dict(average=0.8, part=True)]
+
+
+def step_of(optimizer: CurveBall, model: nn.Module, factor: float, part: Any = "") -> None:
+    """A step in float16, with `part` the curvature of eight samples in that precision."""
+    few = (under(part, model, X[:8]), lambda out: factor * F.cross_entropy(out, Y[:8]))
+    given: Any = None if part == "" else few
+    optimizer.step(under(torch.float16, model), lambda out: factor * cross_entropy(out), curvature_batch=given)
+
+
+@pytest.mark.parametrize("options", ECONOMIES)
+def test_an_overflow_is_recognised_in_every_kind_of_step(options: dict[str, Any]) -> None:
+    model, part = net(), torch.float16 if options.pop("part", False) else ""
+    optimizer = CurveBall(model.parameters(), **options)
+    for _ in range(20):
+        step_of(optimizer, model, 100.0, part)
+    skipped = int(optimizer.stats()["skipped_steps"])
+    assert 0 < skipped < 12
+    assert optimizer.state["curveball"]["scale"][0].log2() >= 16 - skipped
+
+
+@pytest.mark.parametrize("options", ECONOMIES)
+def test_a_bad_batch_leaves_the_scales(options: dict[str, Any]) -> None:
+    model, part = net(), torch.float16 if options.pop("part", False) else ""
+    optimizer = CurveBall(model.parameters(), **options)
+    step_of(optimizer, model, torch.nan, part)
+    for _ in range(5):
+        step_of(optimizer, model, 1.0, part)
+    assert optimizer.state["curveball"]["scale"].tolist()[:2] == [2.0**16, 2.0**-6]
+
+
+def test_tangents_that_overflow_get_smaller() -> None:
+    """Inputs of some thousands: J takes tangents of the usual size to more than float16 holds."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(2048, 32), nn.ReLU(), nn.Linear(32, 4)), 8e3 * torch.rand(16, 2048)
+    model[0].weight.data /= 8
+    optimizer = CurveBall(model.parameters(), lr=1e-9)  # by which the weights stay, and z is what moves
+    for _ in range(30):
+        optimizer.step(under(torch.float16, model, x), lambda out: F.cross_entropy(out, Y[:16]))
     scale = optimizer.state["curveball"]["scale"]
-    optimizer.step(under(torch.float16, model), lambda out: cross_entropy(out) * torch.nan)
-    assert optimizer.state["curveball"]["scale"][0] == scale[0] and optimizer.stats()["skipped_steps"] == 1
+    assert scale[0] >= 1 and scale[1] < 2.0**-6 and scale[2] >= 10  # steps without an overflow
 
 
-def test_the_scale_grows_after_two_thousand_good_steps() -> None:
-    scale, good, bad = loss_scale.initial(torch.device("cpu")), torch.tensor(False), torch.tensor(True)
+@pytest.mark.parametrize("whole", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("part", [None, torch.bfloat16, torch.float16])
+def test_a_part_in_another_precision(whole: torch.dtype | None, part: torch.dtype | None) -> None:
+    results = []
+    for own, of_part in ((None, None), (whole, part)):
+        model = net()
+        optimizer = CurveBall(model.parameters(), average=0.8)
+        for _ in range(5):
+            few = (under(of_part, model, X[:8]), lambda out: F.cross_entropy(out, Y[:8]))
+            optimizer.step(under(own, model), cross_entropy, curvature_batch=few)
+        results.append([optimizer.stats()[name] for name in ("loss", "beta", "rho")])
+    torch.testing.assert_close(results[1], results[0], rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("curvature", WAYS)
+@pytest.mark.parametrize("half", HALVES)
+def test_autocast_around_the_loop_sees_the_new_weights(curvature: str, half: torch.dtype) -> None:
+    losses = []
+    for around in (False, True):
+        model = net()
+        optimizer = CurveBall(model.parameters(), curvature=curvature)
+        with torch.autocast("cpu", half, enabled=around):
+            model_fn = (lambda m=model: m(X)) if around else under(half, model)
+            losses.append(torch.stack([optimizer.step(model_fn, cross_entropy)[0] for _ in range(12)]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("half", [None, *HALVES])
+def test_precision_may_change_between_solves(half: torch.dtype | None) -> None:
+    model = net()
+    optimizer = CurveBall(model.parameters(), average=0.8, solve_interval=3)
+    first = optimizer.step(under(None, model), cross_entropy)[0]
+    for precision in (half, half, None, half, torch.float16, None):
+        last = optimizer.step(under(precision, model), cross_entropy)[0]
+    assert last < first and optimizer.stats()["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["autocast", "parameters"])
+@pytest.mark.parametrize("curvature", WAYS)
+def test_debug_mode_in_float16(whole: bool, curvature: str) -> None:
+    model = net().half() if whole else net()
+    model_fn = (lambda: model(X.half())) if whole else under(torch.float16, model)
+    optimizer = CurveBall(model.parameters(), debug=True, curvature=curvature)
+    for factor in (1.0, 1.0, 1000.0):  # the last one overflows, and is skipped as without debug
+        optimizer.step(model_fn, lambda out, factor=factor: factor * cross_entropy(out))
+    assert optimizer.stats()["skipped_steps"] == 1
+
+
+def test_float16_parameters_that_the_model_converts() -> None:
+    """Their gradient is float16 whatever the model computes in."""
+    figures = []
+    for dtype in (torch.float32, torch.float16):
+        model = net().to(dtype)
+        optimizer = CurveBall(model.parameters(), auto_lambda=False, lambd=0.1)
+
+        def model_fn(model: nn.Module = model) -> Tensor:
+            return torch.func.functional_call(model, {name: p.float() for name, p in model.named_parameters()}, X)
+
+        for _ in range(3):
+            optimizer.step(model_fn, lambda out: 1e-6 * cross_entropy(out))
+        figures.append(optimizer.stats()["beta"])
+    torch.testing.assert_close(figures[1], figures[0], rtol=0.01, atol=0)
+
+
+def test_scales_fall_at_once_and_grow_after_two_thousand_good_steps() -> None:
+    scale, no, yes = loss_scale.initial(torch.device("cpu")), torch.tensor(False), torch.tensor(True)
     for _ in range(1999):
-        scale = loss_scale.adapted(scale, good)
-    assert scale.tolist() == [2.0**16, 1999]
-    scale = loss_scale.adapted(scale, good)
-    assert scale.tolist() == [2.0**17, 0]
+        scale = loss_scale.adapted(scale, Overflow(no, no))
+    assert scale.tolist() == [2.0**16, 2.0**-6, 1999]
+    scale = loss_scale.adapted(scale, Overflow(yes, no))
+    assert scale.tolist() == [2.0**15, 2.0**-6, 0]
+    scale = loss_scale.adapted(scale, Overflow(no, yes))
+    assert scale.tolist() == [2.0**15, 2.0**-10, 0]
+    for _ in range(2000):
+        scale = loss_scale.adapted(scale, Overflow(no, no))
+    assert scale.tolist() == [2.0**16, 2.0**-9, 0]
     for _ in range(40):
-        scale = loss_scale.adapted(scale, bad)
-    assert scale.tolist() == [1, 0]
+        scale = loss_scale.adapted(scale, Overflow(yes, yes))
+    assert scale.tolist() == [1, 2.0**-40, 0]
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-12, 3.7e-5, 1.0, 5e4, float("inf"), float("nan")])
 def test_stretching_is_exact(size: float) -> None:
     v = [torch.randn(3, 5) * size, torch.randn(7) * size, torch.empty(0)]
     squares = torch.stack([t.double().square().sum() for t in v]).sum()
-    tangents, factor = loss_scale.stretched(v, squares)
+    tangents, factor = loss_scale.stretched(v, squares, torch.tensor(0.125))
     assert torch.frexp(factor).mantissa == 0.5  # a power of two
     assert_equal([t / factor for t in tangents], v)
     if 0 < size < float("inf"):
@@ -189,8 +293,21 @@ def test_torchs_scaler_takes_turns_with_another_optimizer() -> None:
         scaler.update()
         sgd.zero_grad()
     assert scaler.get_scale() == 2048 and optimizer.stats()["skipped_steps"] == 0
-    assert optimizer.state["curveball"]["scale"].tolist() == [2.0**16, 0]
     assert_equal(list(model.parameters()), list(third.parameters()))
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_a_scaler_is_told_in_every_precision_and_must_be_updated(half: torch.dtype | None) -> None:
+    model = net()
+    optimizer, scaler = CurveBall(model.parameters()), torch.amp.GradScaler("cpu", growth_interval=1)
+    optimizer.step(under(half, model), cross_entropy, scaler=scaler)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"call scaler\.update"):
+        optimizer.step(under(half, model), cross_entropy, scaler=scaler)
+    assert_equal(before, list(model.parameters()))
+    scaler.update()
+    assert scaler.get_scale() == 2.0**17
+    optimizer.step(under(half, model), cross_entropy, scaler=scaler)
 
 
 def test_a_scaler_that_calls_the_step_is_told_what_to_do() -> None:

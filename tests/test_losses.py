@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from curveball_fused import backends, losses
+from curveball_fused import CurveBall, backends, losses
 from curveball_fused.losses import LossModel
 
 torch.manual_seed(0)
@@ -260,3 +260,10 @@ def test_a_loss_that_cannot_be_differentiated_twice() -> None:
 def test_a_loss_that_writes_to_the_outputs() -> None:
     with pytest.raises(RuntimeError, match="out-of-place"):
         LossModel(lambda o: F.cross_entropy(o.mul_(2), INDEX), LOGITS, 1.0, [])
+
+
+def test_an_empty_batch_with_probabilities_is_skipped() -> None:
+    net = nn.Linear(3, 4)
+    optimizer = CurveBall(net.parameters(), backend="torch")
+    loss, _ = optimizer.step(lambda: net(torch.ones(0, 3)), lambda out: F.cross_entropy(out, torch.ones(0, 4)))
+    assert loss.isnan() and optimizer.stats()["skipped_steps"] == 1

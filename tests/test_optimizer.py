@@ -206,3 +206,18 @@ def test_update_outside_no_grad_and_stale_graphs() -> None:
     assert z_dot_z.grad_fn is None and w.is_leaf
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         old.backward()
+
+
+def test_a_group_may_be_empty() -> None:
+    w = nn.Parameter(torch.ones(2))
+    optimizer = CurveBall([dict(params=[]), dict(params=[w], lr=0.5)])
+    optimizer.step(lambda: w * 1.0, lambda out: out.square().sum())
+    assert optimizer.stats()["loss"] == 2 and w[0] < 1
+
+
+@pytest.mark.parametrize("curvature", ["linearize", "forward", "double_backward"])
+def test_the_predictions_may_be_a_parameter(curvature: str) -> None:
+    w = nn.Parameter(torch.ones(2))
+    optimizer = CurveBall([w], curvature=curvature)
+    _, outputs = optimizer.step(lambda: w, lambda out: out.square().sum())
+    assert w[0] < 1 and outputs.tolist() == [1, 1]
