@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable it imports the compiler on first use only
+from torch.optim import Optimizer
 
 from . import economy, loss_scale, ops, state
 from .curvature import WAYS, ModelFn, run_plain
@@ -17,9 +18,6 @@ from .modes import uncompiled
 from .reference import Z_DOT_Z
 from .replay import Replay
 from .system import Problem
-
-if TYPE_CHECKING:
-    from .optimizer import CurveBall
 
 
 class Task(NamedTuple):
@@ -38,21 +36,21 @@ class Kind(NamedTuple):
     look: bool
 
 
-def kind_of(optimizer: CurveBall, step: int) -> Kind:
+def kind_of(optimizer: Optimizer, step: int) -> Kind:
     """The kind of the step of this number, counted from zero."""
     settings = optimizer.param_groups[0]
     look = settings["auto_lambda"] and step % settings["lambda_interval"] == 0
     return Kind(step % settings["solve_interval"] == 0, bool(look))
 
 
-def sign_of(optimizer: CurveBall) -> float:
+def sign_of(optimizer: Optimizer) -> float:
     """By which the loss is multiplied to be minimised."""
     return -1.0 if optimizer.param_groups[0]["maximize"] else 1.0
 
 
 # torch.compile(optimizer.step) runs the step as it is: its kernels are compiled already.
 @_disable_dynamo
-def take_step(optimizer: CurveBall, task: Task) -> tuple[Tensor, Tensor]:
+def take_step(optimizer: Optimizer, task: Task) -> tuple[Tensor, Tensor]:
     """A step, counted and noted in the history; returns loss and outputs."""
     shared = prepared(optimizer)
     before = shared["scalars"]
@@ -63,7 +61,7 @@ def take_step(optimizer: CurveBall, task: Task) -> tuple[Tensor, Tensor]:
             state.finish_step(shared)
 
 
-def prepared(optimizer: CurveBall) -> dict[str, Any]:
+def prepared(optimizer: Optimizer) -> dict[str, Any]:
     """The state that belongs to all parameters, ready for a step."""
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(p.requires_grad for p in everything):
@@ -71,7 +69,7 @@ def prepared(optimizer: CurveBall) -> dict[str, Any]:
     return state.prepare(optimizer.state, everything, optimizer.param_groups[0]["lambd"], optimizer.defaults["backend"])
 
 
-def run_step(optimizer: CurveBall, task: Task, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def run_step(optimizer: Optimizer, task: Task, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """All that a step does on the device; returns loss and outputs."""
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
     params = [p for group in groups for p in group]
@@ -93,7 +91,7 @@ def run_step(optimizer: CurveBall, task: Task, shared: dict[str, Any]) -> tuple[
 
 
 def _advance(
-    optimizer: CurveBall, task: Task, groups: Sequence[list[Tensor]], shared: dict[str, Any], replay: Replay
+    optimizer: Optimizer, task: Task, groups: Sequence[list[Tensor]], shared: dict[str, Any], replay: Replay
 ) -> tuple[Tensor, Tensor]:
     """Products, solve, update; returns loss and outputs."""
     settings, backend, sign = optimizer.param_groups[0], optimizer.defaults["backend"], sign_of(optimizer)
@@ -146,14 +144,14 @@ def _advance(
     return loss, outputs
 
 
-def _ways(optimizer: CurveBall, last: str | None) -> list[str]:
+def _ways(optimizer: Optimizer, last: str | None) -> list[str]:
     """The ways to linearise the model, without those that came before the one that could follow it last."""
     curvature = "compiled" if optimizer.defaults["compile"] else optimizer.defaults["curvature"]
     ways = list(WAYS) if curvature == "auto" else [curvature]
     return ways[ways.index(last) :] if last and last in ways else ways
 
 
-def _adapt(optimizer: CurveBall, task: Task, scalars: Tensor, replay: Replay) -> Tensor:
+def _adapt(optimizer: Optimizer, task: Task, scalars: Tensor, replay: Replay) -> Tensor:
     """A look at the loss at the new weights, on the same batch; returns scalars with the λ that follows from it."""
     settings = optimizer.param_groups[0]
     run = run_plain
