@@ -102,8 +102,8 @@ def curvature_batch(given: Any, params: Sequence[Tensor]) -> None:
 
 def scaler(optimizer: Any, given: Any) -> None:
     """Raises for something else than a scaler, and for a step that a scaler calls."""
-    if vars(optimizer).pop("grad_scale", None) is not None or vars(optimizer).pop("found_inf", None) is not None:
-        vars(optimizer).pop("found_inf", None)
+    if "grad_scale" in vars(optimizer):
+        del optimizer.grad_scale, optimizer.found_inf
         raise RuntimeError(
             "GradScaler.step cannot unscale what CurveBall differentiates itself: instead of scaler.step(optimizer, "
             "...) write optimizer.step(model_fn, loss_fn, scaler=scaler), and scaler.update() as before."
@@ -145,7 +145,9 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
         raise ValueError(f"the checkpoint has groups of {sizes} parameters, this optimizer of {own}.")
     shared = state_dict["state"].get(SHARED)
     known = isinstance(shared, dict) and shared.keys() >= {*SHAPES, *HOSTS}
-    if shared is not None and not (known and all(shared[name].shape == size for name, size in SHAPES.items())):
+    if shared is not None and not (
+        known and all(getattr(shared[name], "shape", None) == size for name, size in SHAPES.items())
+    ):
         raise ValueError("the checkpoint's CurveBall scalars are missing or of another version of this package.")
     order = [i for group in saved for i in group["params"]]
     params = [p for group in param_groups for p in group["params"]]

@@ -87,6 +87,7 @@ class GraphedStep:
             kinds = sorted({kind_of(optimizer, step) for step in _examples(optimizer)})
             self._modules = self._warm_up(kinds, shared)
             self._shared = {name: shared[name] for name in state.REPLACED}
+            self._followed = {name: shared[name] for name in ("way", "half")}
             self._z = {p: optimizer.state[p]["z"] for p in optimizer._parameters if p.requires_grad}
             self._made_for = _unchanging(optimizer, self._modules)
             self._graphs = {kind: self._captured(kind, shared) for kind in kinds}
@@ -117,6 +118,7 @@ class GraphedStep:
         self._set_rates()
         graph = self._graphs[kind_of(self._optimizer, shared["step"])]
         graph.capture.replay()
+        shared |= self._followed
         state.finish_step(shared)
         torch.autograd.graph.increment_version([*self._z, *self._z.values()])
         return graph.loss.clone(), graph.outputs

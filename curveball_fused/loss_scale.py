@@ -20,9 +20,10 @@ from torch.optim import SGD, Optimizer
 from .reference import BETA, LAMBD
 
 SCALE_SIZE = 3  # S, T, and the steps since one of them last changed
-_LEAST_S, _FIRST_S, _MOST_S = 1.0, 2.0**16, 2.0**24
-_LEAST_T, _MOST_T = 2.0**-40, 2.0**-6  # at the most, elements of 2^-8 of the mean are as precise as any
-_PATIENCE = 2000
+_LEAST_S, _FIRST_S, _MOST_S = 2.0**-16, 2.0**16, 2.0**24
+# At the most, elements of 2^-8 of the mean are as precise as any; at the least, the mean has ten bits.
+_LEAST_T, _MOST_T = 2.0**-14, 2.0**-6
+_PATIENCE_S, _PATIENCE_T = 2000, 200
 
 
 class Overflow(NamedTuple):
@@ -41,14 +42,16 @@ def initial(device: torch.device) -> Tensor:
 
 
 def adapted(scale: Tensor, overflow: Overflow) -> Tensor:
-    """The scales of the next step: S/2 or T/16 after an overflow, both doubled after 2000 steps without."""
+    """The scales of the next step: S/2 or T/16 after an overflow; 2S after 2000 steps without one, 2T after 200.
+
+    T grows sooner, as what is not a number for another reason counts as an overflow of tangents.
+    """
     s, t, steps = scale.unbind()
-    any_overflow = overflow.r | overflow.tangents
-    steps = torch.where(any_overflow, 0.0, steps + 1)
-    growth = torch.where(steps >= _PATIENCE, 2.0, 1.0)
-    s = (torch.where(overflow.r, 0.5, growth) * s).clamp(_LEAST_S, _MOST_S)
-    t = (torch.where(overflow.tangents, 0.0625, growth) * t).clamp(_LEAST_T, _MOST_T)
-    return torch.stack((s, t, torch.where(steps >= _PATIENCE, 0.0, steps)))
+    steps = torch.where(overflow.r | overflow.tangents, 0.0, steps + 1)
+    grows_s, grows_t = steps >= _PATIENCE_S, (steps > 0) & (torch.remainder(steps, _PATIENCE_T) == 0)
+    s = torch.where(overflow.r, s / 2, torch.where(grows_s, 2 * s, s)).clamp(_LEAST_S, _MOST_S)
+    t = torch.where(overflow.tangents, t / 16, torch.where(grows_t, 2 * t, t)).clamp(_LEAST_T, _MOST_T)
+    return torch.stack((s, t, torch.where(grows_s, 0.0, steps)))
 
 
 class Stretched(NamedTuple):
@@ -90,12 +93,13 @@ def of_scaler(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
 def tell(scaler: torch.amp.GradScaler, optimizer: Optimizer, overflow: Tensor) -> None:
     """Has the scaler's next `update` know of an overflow, which it looks for in gradients: in that of a stand-in.
 
-    One for each optimizer, as a scaler counts them by identity.
+    One for each optimizer, as a scaler counts them by identity; they live as long as the scaler, which may remember
+    that of an optimizer that is gone.
     """
-    stand_in = _stand_ins.get(optimizer)
+    own = _stand_ins.setdefault(scaler, {})
+    stand_in = own.get(id(optimizer))
     if stand_in is None or stand_in.param_groups[0]["params"][0].device != overflow.device:
-        stand_in = SGD([torch.zeros((), dtype=torch.float32, device=overflow.device)])
-        _stand_ins[optimizer] = stand_in
+        stand_in = own[id(optimizer)] = SGD([torch.zeros((), dtype=torch.float32, device=overflow.device)])
     stand_in.param_groups[0]["params"][0].grad = torch.where(overflow, torch.inf, 0.0).float()
     scaler.unscale_(stand_in)
 
@@ -103,10 +107,10 @@ def tell(scaler: torch.amp.GradScaler, optimizer: Optimizer, overflow: Tensor) -
 def awaits_update(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
     """Whether the scaler was told of this optimizer's last step, and not yet updated."""
     told = vars(scaler).get("_per_optimizer_states", {})  # which `update` empties
-    return optimizer in _stand_ins and id(_stand_ins[optimizer]) in told
+    return id(_stand_ins.get(scaler, {}).get(id(optimizer))) in told
 
 
-_stand_ins: WeakKeyDictionary[Optimizer, Optimizer] = WeakKeyDictionary()
+_stand_ins: WeakKeyDictionary[torch.amp.GradScaler, dict[int, Optimizer]] = WeakKeyDictionary()
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -125,9 +125,9 @@ class CurveBall(Optimizer):
                 has been changed then. (An error of the model at the new weights, in a look at λ, leaves a complete step
                 without that look.)
         """
+        checks.scaler(self, scaler)
         if model_fn is None or loss_fn is None or closure is not None:
             checks.explain_call()
-        checks.scaler(self, scaler)
         return take_step(self, Task(model_fn, loss_fn, curvature_batch, scaler))
 
     def stats(self) -> dict[str, Tensor]:

@@ -138,21 +138,28 @@ def test_ordinary_steps_and_checkpoints_in_between() -> None:
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("options", [{}, dict(average=0.8, solve_interval=2)])
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("how", ["frozen", "cleared", "fresh"])
-def test_state_that_others_have_changed(how: str) -> None:
+def test_state_that_others_have_changed(how: str, half: bool, options: dict[str, Any]) -> None:
     """A parameter frozen for a while; no state; that of an optimizer before its first step."""
     results = []
     for make in (eager, graphed):
         model = net()
-        optimizer = CurveBall(model.parameters(), lambd=0.2)
+        optimizer = CurveBall(model.parameters(), lambd=0.2, **options)
         fresh = copy.deepcopy(optimizer.state_dict())
         torch.manual_seed(4)
-        step = make(optimizer, model)
+
+        def model_fn(x: Tensor, model: nn.Module = model) -> Tensor:
+            with torch.autocast("cpu", torch.float16, enabled=half):
+                return model(x)
+
+        step = make(optimizer, model_fn)
         for i in range(3):
             step(X[i], Y[i])
         if how == "frozen":
             model[0].weight.requires_grad_(False)
-            eager(optimizer, model)(X[0], Y[0])
+            eager(optimizer, model_fn)(X[0], Y[0])
             model[0].weight.requires_grad_(True)
         elif how == "cleared":
             optimizer.state.clear()
@@ -160,6 +167,7 @@ def test_state_that_others_have_changed(how: str) -> None:
             optimizer.load_state_dict(fresh)
         for i in range(3):
             step(X[i], Y[i])
+        eager(optimizer, model_fn)(X[3], Y[3])
         results.append([*model.state_dict().values(), *optimizer.stats().values()])
     assert_equal(*results)
 
