@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from . import rules
+from .generators import Saved, positions
 from .rules import Call, tensors
 
 
@@ -25,7 +26,7 @@ class FrozenCall:
         self.func, self.name = func, name_of(func)
         self.device = tensors((args, list(kwargs.values())))[0].device
         self.active: list[Tensor] = []
-        self._generators = generator_states(self.device)
+        self._generators, self._positions = Saved(self.device), positions(self.device)
         self.args, self.kwargs = _mapped((args, kwargs), self._frozen)
         self._places = {id(t): place for place, t in enumerate(self.active)}
         self._random: bool | None = None
@@ -41,7 +42,7 @@ class FrozenCall:
     def __call__(self, function: Any, replace: Callable[[Any], Any] | None = None) -> tuple[Any, tuple[Any, ...]]:
         """What `function` returns, and the arguments it got: copies of those of the call, changed by `replace`."""
         args, kwargs = _mapped((self.args, self.kwargs), replace or _copied)
-        set_generators(self._generators, self.device)
+        self._generators.rewind()
         return function(*args, **kwargs), args
 
     @property
@@ -50,8 +51,7 @@ class FrozenCall:
         if self._random is None:
             with torch.no_grad():
                 self(self.func)
-            now = generator_states(self.device)
-            self._random = not all(map(torch.equal, now, self._generators))
+            self._random = positions(self.device) != self._positions
         return self._random
 
     def directions(self) -> list[Tensor]:
@@ -141,24 +141,13 @@ def name_of(func: Any) -> str:
     return str(func.__self__.__name__) if name == "__get__" else name
 
 
-def generator_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def set_generators(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
-    states = generator_states(device)
+    saved = Saved(device)
     try:
         yield
     finally:
-        set_generators(states, device)
+        saved.rewind()
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:

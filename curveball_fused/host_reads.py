@@ -46,7 +46,7 @@ class NoHostReads(TorchDispatchMode):
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         devices = {t.device.type for t in tensors}
         if func.overloadpacket in _INDEXING:
-            return "counts the elements of a mask on the host" if _has_mask(args) else ""
+            return "counts the elements of a mask" if self._device_type in devices and _has_mask(args) else ""
         if self._device_type in devices and (func.overloadpacket in _CHECKS or not _TAGS.isdisjoint(func.tags)):
             return "reads a value of the device on the host"
         if func is torch.ops.aten._to_copy.default and "device" in kwargs and kwargs["device"] is not None:

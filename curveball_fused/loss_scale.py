@@ -21,7 +21,7 @@ from .reference import BETA, LAMBD
 
 SCALE_SIZE = 3  # S, T, and the steps since one of them last changed
 _LEAST_S, _FIRST_S, _MOST_S = 2.0**-16, 2.0**16, 2.0**24
-# At the most, elements of 2^-8 of the mean are as precise as any; at the least, the mean has ten bits.
+# At the most, elements of 2^-8 of the mean are as precise as any; at the least, the mean is the smallest such number.
 _LEAST_T, _MOST_T = 2.0**-14, 2.0**-6
 _PATIENCE_S, _PATIENCE_T = 2000, 200
 
@@ -80,8 +80,8 @@ def stretched(tangents: Sequence[Tensor], squares: Tensor, size: Tensor) -> Stre
 def update_by_scaled(update: Callable[[Tensor], Tensor], scalars: Tensor, factor: Tensor) -> Tensor:
     """`update(scalars)` where its r is S r: (ρ - βλ) z - (β/S) (S r), by β/S and Sλ in the places of β and λ."""
     folded = scalars.clone()
-    folded[BETA] /= factor
-    folded[LAMBD] *= factor
+    folded[BETA].div_(factor)
+    folded[LAMBD].mul_(factor)
     return torch.cat((scalars[: LAMBD + 1], update(folded)[LAMBD + 1 :]))
 
 

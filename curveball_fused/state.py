@@ -3,7 +3,7 @@
 The numbers of that dictionary live on the device, and each step replaces them: `scalars` (see `reference.SCALARS`),
 `system` (see `economy`) and `scale` (see `loss_scale`). `history` has a row of scalars for each of the last steps. What
 the host decides is plain Python: `step`, how many there were; `active`, which parameters are trained; `way` and `half`,
-how the model was followed and whether it computes in float16.
+how the model was followed and in which half precision it computes, if in any.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def fresh(lambd: float, device: torch.device) -> dict[str, Any]:
         step=0,
         active=[],
         way=None,
-        half=False,
+        half="",
     )
 
 

@@ -81,7 +81,7 @@ def run_step(optimizer: Optimizer, task: Task, shared: dict[str, Any]) -> tuple[
         except BaseException:
             replay.rewind()
             raise
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # for the look, and for whatever follows in the same autocast
         try:
             if kind_of(optimizer, shared["step"]).look:
                 shared["scalars"] = _adapt(optimizer, task, shared["scalars"], replay)

@@ -89,3 +89,16 @@ def test_model_converted_in_the_middle() -> None:
     advance(optimizer, net, x.double(), y)
     assert all(optimizer.state[p]["z"].dtype == torch.float64 for p in net.parameters())
     assert all(not torch.equal(optimizer.state[p]["z"].float(), a) for p, a in zip(net.parameters(), z, strict=True))
+
+
+@pytest.mark.parametrize("broken", ["no dictionary", "step", "half", "history"])
+def test_an_incomplete_checkpoint_is_refused(broken: str) -> None:
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = CurveBall([w])
+    optimizer.step(lambda: w * 1.0, lambda out: out.square().sum())
+    saved = optimizer.state_dict()
+    shared = dict(saved["state"]["curveball"])
+    shared.pop(broken, None)
+    saved["state"]["curveball"] = 3 if broken == "no dictionary" else shared
+    with pytest.raises(ValueError, match="missing or of another version"):
+        optimizer.load_state_dict(saved)

@@ -39,7 +39,8 @@ def test_training_follows_float32(half: torch.dtype, whole: bool) -> None:
         losses.append(torch.stack([optimizer.step(model_fn, cross_entropy)[0] for _ in range(40)]))
         assert all(optimizer.state[p]["z"].dtype == torch.float32 for p in model.parameters())
     assert losses[0][-1] < 0.8 * losses[0][0]
-    torch.testing.assert_close(losses[1], losses[0], rtol=0.03, atol=0)
+    tolerance = {torch.bfloat16: 0.03, torch.float16: 0.005}[half]
+    torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=0)
     assert losses[1].dtype == torch.float32
 
 

@@ -36,6 +36,17 @@ class Measured(NamedTuple):
 MARK = "*: began before the host had queued all of it, so the host may show in it and in ratios to it."
 
 
+def in_a_row(step: Call, count: int) -> Callable[[], None]:
+    """`count` steps, and waiting for them."""
+
+    def run() -> None:
+        for _ in range(count):
+            step()
+        torch.cuda.synchronize()
+
+    return run
+
+
 def in_turn(calls: Mapping[str, Call], rounds: int = ROUNDS) -> Measured:
     """Times `calls`, which run twice beforehand, so that nothing is slow for being the first."""
     seconds: dict[str, list[float]] = {}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from compare import compare
 from device import DEVICE, launches
+from measure import in_a_row
 from nets import CASES, Case
 from report import Report, bar
 from steps import sgd
@@ -70,15 +71,7 @@ def test_graphed_step(name: str, report: Report) -> None:
         steps = {"SGD, graphed": graphed_sgd(case), "SGD": sgd(case, BATCH)}
         steps |= {"CurveBall": eager(case), "CurveBall, graphed": graphed(case)}
 
-    def in_a_row(step: Step) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(STEPS):
-                step()
-            torch.cuda.synchronize()
-
-        return run
-
-    calls = {method: in_a_row(step) for method, step in steps.items()}
+    calls = {method: in_a_row(step, STEPS) for method, step in steps.items()}
     for call in calls.values():
         call()
     timings = compare(calls, "SGD, graphed", ROUNDS, units=STEPS)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 import torch.nn.functional as F
 from compare import Timing, compare
 from device import BACKENDS, DEVICE
+from measure import in_a_row
 from nets import CASES
 from report import Report
 from steps import sgd
@@ -32,15 +32,7 @@ def test_step(name: str, report: Report) -> None:
         steps = {"SGD": sgd(CASES[name], BATCH)}
         steps |= {backend: curveball(name, backend) for backend in (*BACKENDS, "torch")}
 
-    def in_a_row(step: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(STEPS):
-                step()
-            torch.cuda.synchronize()
-
-        return run
-
-    calls = {method: in_a_row(step) for method, step in steps.items()}
+    calls = {method: in_a_row(step, STEPS) for method, step in steps.items()}
     for call in calls.values():
         call()
         call()
