@@ -1,7 +1,7 @@
 """Timing of alternatives against each other on a machine that others use too.
 
 Absolute times there mean little, so alternatives take turns (A B C, A B C, ...), and each round yields ratios
-between neighbours in time. Medians and the 20th and 80th percentiles over the rounds say how far to trust them.
+between neighbors in time. Medians and the 20th and 80th percentiles over the rounds say how far to trust them.
 """
 
 from __future__ import annotations

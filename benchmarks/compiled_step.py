@@ -11,14 +11,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import compare
-from nets import CASES, Case
 from pytest_benchmark.fixture import BenchmarkFixture
-from report import Report
-from steps import Step, sgd
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
+from benchmarks.compare import compare
+from benchmarks.nets import CASES, Case
+from benchmarks.report import Report
+from benchmarks.steps import Step, sgd
 from curveball_fused import CurveBall
 
 INTERVAL = 5  # CurveBall looks at λ once in so many steps, so only a multiple of it has the average cost

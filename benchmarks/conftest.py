@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from report import Report
+
+from benchmarks.report import Report
 
 REPORT = pytest.StashKey[Report]()
 

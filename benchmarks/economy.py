@@ -1,4 +1,4 @@
-"""What the cheaper and steadier steps cost and are worth, on real data: `python benchmarks/economy.py --data-dir DIR`.
+"""What the cheaper and steadier steps cost and are worth, on real data: `python -m benchmarks.economy --data-dir DIR`.
 
 Time of a step over fused momentum SGD's, taken in turn, and the training loss after equal epochs and at equal seconds:
 the mean over the last epoch, and over the steps, up to an epoch, that fit in the time of SGD's whole run.
@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nets
 import torch
 import torch.nn.functional as F
-from compare import compare
-from report import Report
 from torch import Tensor, nn
 
+from benchmarks import nets
+from benchmarks.compare import compare
+from benchmarks.report import Report
 from curveball_fused import CurveBall
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))

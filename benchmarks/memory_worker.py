@@ -1,6 +1,6 @@
 """A few training steps in a process of their own; prints the peak of its resident memory in MiB.
 
-    python memory_worker.py <case> <method> <batch> <steps>
+    python -m benchmarks.memory_worker <case> <method> <batch> <steps>
 
 No steps: what importing everything takes.
 """
@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
-from nets import CASES
-from steps import STEPS
+
+from benchmarks.nets import CASES
+from benchmarks.steps import STEPS
 
 
 def peak_mib() -> float:

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from nets import CASES
-from steps import INTERVAL, STEPS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop_count
 
 import curveball_fused  # noqa: F401  # defines the operator that is counted below
+from benchmarks.nets import CASES
+from benchmarks.steps import INTERVAL, STEPS
 
 # torch has these formulas under other names: of the operators that don't write in place, of the GPU's attention.
 _aten = torch.ops.aten

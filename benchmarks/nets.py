@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformer_nets import CONTEXT, GPT, VOCABULARY, ViT
+
+from benchmarks.transformer_nets import CONTEXT, GPT, VOCABULARY, ViT
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import Spread
 
 import curveball_fused
+from benchmarks.compare import Spread
 
 HERE = Path(__file__).resolve().parent
 _WRITTEN = "benchmarks/results", "docs/scaling.png"  # by the benchmarks themselves

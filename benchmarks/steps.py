@@ -7,10 +7,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from nets import Case
-from plain import PlainCurveBall
 from torch import Tensor
 
+from benchmarks.nets import Case
+from benchmarks.plain import PlainCurveBall
 from curveball_fused import CurveBall
 
 Step = Callable[[], Tensor]

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import compare
 from pytest_benchmark.fixture import BenchmarkFixture
-from report import Report, bar, cores, threads_text
 from torch import Tensor
 
-from curveball_fused import ops, reference
+from benchmarks.compare import compare
+from benchmarks.report import Report, bar, cores, threads_text
+from curveball_fused import ops
+from curveball_fused.backends.reference import parameters as reference
 
 COUNT, SIZE = 64, 2**25 // 64
 UPDATE_BAR, DOTS_BAR = 1.10, 1.15

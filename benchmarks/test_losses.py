@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import compare
 from pytest_benchmark.fixture import BenchmarkFixture
-from report import Report
 from torch import Tensor
 
-from curveball_fused import closed_forms, fused_losses
-from curveball_fused.closed_forms import Products
+from benchmarks.compare import compare
+from benchmarks.report import Report
+from curveball_fused.backends.reference import closed_forms
+from curveball_fused.backends.reference.closed_forms import Products
+from curveball_fused.losses import fused as fused_losses
 
 LOSSES = [F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits]
 SIZES = [(128, 10), (2048, 96)]

@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from compare import Spread
-from nets import CASES
-from report import HERE, Report, bar
-from steps import FORWARD, PLAIN
+
+from benchmarks.compare import Spread
+from benchmarks.nets import CASES
+from benchmarks.report import Report, bar
+from benchmarks.steps import FORWARD, PLAIN
 
 BATCH, STEP_COUNT = 64, 2  # in the second step all state is there
 BARS = {"resnet18": 1.15, "basic_bn": 1.15, "gpt": 1.25, "vit": 1.25}
@@ -44,5 +45,5 @@ def _over(values: list[float], baseline: float) -> Spread:
 
 def _peak(name: str, method: str, steps: int) -> float:
     """MiB of one run."""
-    command = [sys.executable, str(HERE / "memory_worker.py"), name, method, str(BATCH), str(steps)]
+    command = [sys.executable, "-m", "benchmarks.memory_worker", name, method, str(BATCH), str(steps)]
     return float(subprocess.check_output(command, text=True))

@@ -12,17 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from compare import Spread, Timing, compare
 from matplotlib.figure import Figure
-from nets import Case
-from report import HERE, Report, bar
-from steps import INTERVAL, curveball, sgd
 from torch import Tensor, nn
+
+from benchmarks.compare import Spread, Timing, compare
+from benchmarks.nets import Case
+from benchmarks.report import HERE, Report, bar
+from benchmarks.steps import INTERVAL, curveball, sgd
 
 PICTURE = HERE.parent / "docs" / "scaling.png"
 ROUNDS = 5
 SLOPE_BAR = 1.1  # not faster than linearly; below 1 where something that does not grow still counts
-COLORS = {"SGD": "#0072b2", "CurveBall": "#d55e00"}  # told apart by colour-blind readers too
+COLORS = {"SGD": "#0072b2", "CurveBall": "#d55e00"}  # told apart by color-blind readers too
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from compare import Spread, Timing, compare
-from multiply_adds import counts
-from nets import CASES
 from pytest_benchmark.fixture import BenchmarkFixture
-from report import Report, bar, bar_from_below, cores, threads_text
-from steps import FORWARD, INTERVAL, PLAIN, STEPS
+
+from benchmarks.compare import Spread, Timing, compare
+from benchmarks.multiply_adds import counts
+from benchmarks.nets import CASES
+from benchmarks.report import Report, bar, bar_from_below, cores, threads_text
+from benchmarks.steps import FORWARD, INTERVAL, PLAIN, STEPS
 
 MEAN_BAR, BAR = 2.4, 2.8  # over SGD: for the geometric mean, and for each network
 PLAIN_BAR = 2.2  # plain PyTorch over CurveBall

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import compare
 from pytest_benchmark.fixture import BenchmarkFixture
-from report import Report, bar
 from torch import Tensor
 
-from curveball_fused import tangent_ops
+from benchmarks.compare import compare
+from benchmarks.report import Report, bar
+from curveball_fused.ops import tangents as tangent_ops
 
 ROUNDS, PEDANTIC_ROUNDS = 40, 10
 BAR = 1.0

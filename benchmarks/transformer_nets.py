@@ -10,7 +10,7 @@ VOCABULARY, CONTEXT = 96, 64
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each on a normalised residual stream."""
+    """Attention and a two-layer perceptron, each on a normalized residual stream."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ inline void check_cross_entropy(const Tensor& x, const Tensor& v, const Tensor& 
 inline void check_rows(const Tensor& x, const Tensor& rows) {
   check_place(x, rows, "rows");
   STD_TORCH_CHECK(rows.scalar_type() == arithmetic_of(x) && rows.numel() == 3 * x.size(0),
-                  "rows must be what cross_entropy_products returned for the same x.");
+                  "rows must be what cross_entropy_cotangent returned for the same x.");
 }
 
 inline void check_elements(const Tensor& x, const Tensor& v, const Tensor& target) {

@@ -27,7 +27,7 @@ const cpu::LossKernels& loss_kernels() {
   return kernels->losses;
 }
 
-// Contiguous and uninitialised. By torch's C interface: torch::stable::new_empty looks its operator up by name, which
+// Contiguous and uninitialized. By torch's C interface: torch::stable::new_empty looks its operator up by name, which
 // takes longer than the loops over a small loss.
 Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
@@ -140,7 +140,7 @@ Sums cross_entropy(cpu::CrossEntropy& a, const cpu::CrossEntropyBlock (&blocks)[
       [&](int64_t begin, int64_t end, void* scratch, double* sums) { blocks[dtype](a, begin, end, scratch, sums); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_products(Tensor x, Tensor v, Tensor target,
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cotangent(Tensor x, Tensor v, Tensor target,
                                                                   std::optional<Tensor> weight, int64_t ignore_index,
                                                                   bool mean, double label_smoothing, double sign) {
   check_cross_entropy(x, v, target, weight);
@@ -149,13 +149,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_products(Tensor x, Tens
   cpu::CrossEntropy a{};
   a.c = c.mutable_data_ptr();
   a.rows = rows.mutable_data_ptr();
-  const Sums sums = cross_entropy(a, loss_kernels().cross_entropy_products, x, v, target, weight, ignore_index, mean,
+  const Sums sums = cross_entropy(a, loss_kernels().cross_entropy_cotangent, x, v, target, weight, ignore_index, mean,
                                   label_smoothing, sign);
   const auto [loss, products] = first_results(sums.times(a.inverse, a.sign * a.inverse));  // D = 0: 0 * inf = NaN
   return {loss, c, products, rows};
 }
 
-Tensor cross_entropy_dots(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight, Tensor rows,
+Tensor cross_entropy_products(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight, Tensor rows,
                           Tensor products, int64_t ignore_index, bool mean, double label_smoothing, double sign) {
   check_cross_entropy(x, v, target, weight);
   check_like(x, u, "u");
@@ -165,7 +165,7 @@ Tensor cross_entropy_dots(Tensor x, Tensor v, Tensor u, Tensor target, std::opti
   cpu::CrossEntropy a{};
   a.u = u.const_data_ptr();
   a.rows = const_cast<void*>(rows.const_data_ptr());
-  const Sums sums = cross_entropy(a, loss_kernels().cross_entropy_dots, x, v, target, weight, ignore_index, mean,
+  const Sums sums = cross_entropy(a, loss_kernels().cross_entropy_products, x, v, target, weight, ignore_index, mean,
                                   label_smoothing, sign);
   return all_products(first, sums.times(sign, sign));  // 1/D is in `rows`
 }
@@ -241,32 +241,32 @@ Tensor element_dots(ElementsCall call, const cpu::ElementsBlock (&blocks)[kDType
   return all_products(first, call.sum(blocks, x).times(factor, factor));
 }
 
-Products mse_products(Tensor x, Tensor v, Tensor target, bool mean, double sign) {
-  return element_products({x, v, target, std::nullopt, std::nullopt, mean, sign}, loss_kernels().mse_products, x);
+Products mse_cotangent(Tensor x, Tensor v, Tensor target, bool mean, double sign) {
+  return element_products({x, v, target, std::nullopt, std::nullopt, mean, sign}, loss_kernels().mse_cotangent, x);
 }
 
-Tensor mse_dots(Tensor x, Tensor v, Tensor u, Tensor target, Tensor products, bool mean, double sign) {
-  return element_dots({x, v, target, std::nullopt, std::nullopt, mean, sign}, loss_kernels().mse_dots, x, u, products);
+Tensor mse_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor products, bool mean, double sign) {
+  return element_dots({x, v, target, std::nullopt, std::nullopt, mean, sign}, loss_kernels().mse_products, x, u, products);
 }
 
-Products bce_products(Tensor x, Tensor v, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
+Products bce_cotangent(Tensor x, Tensor v, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
                       bool mean, double sign) {
-  return element_products({x, v, target, weight, pos_weight, mean, sign}, loss_kernels().bce_products, x);
+  return element_products({x, v, target, weight, pos_weight, mean, sign}, loss_kernels().bce_cotangent, x);
 }
 
-Tensor bce_dots(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight,
+Tensor bce_products(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight,
                 std::optional<Tensor> pos_weight, Tensor products, bool mean, double sign) {
-  return element_dots({x, v, target, weight, pos_weight, mean, sign}, loss_kernels().bce_dots, x, u, products);
+  return element_dots({x, v, target, weight, pos_weight, mean, sign}, loss_kernels().bce_products, x, u, products);
 }
 
 }  // namespace
 }  // namespace curveball
 
 STABLE_TORCH_LIBRARY_IMPL(curveball_fused, CPU, m) {
+  m.impl("cross_entropy_cotangent", TORCH_BOX(&curveball::cross_entropy_cotangent));
   m.impl("cross_entropy_products", TORCH_BOX(&curveball::cross_entropy_products));
-  m.impl("cross_entropy_dots", TORCH_BOX(&curveball::cross_entropy_dots));
+  m.impl("mse_cotangent", TORCH_BOX(&curveball::mse_cotangent));
   m.impl("mse_products", TORCH_BOX(&curveball::mse_products));
-  m.impl("mse_dots", TORCH_BOX(&curveball::mse_dots));
+  m.impl("bce_cotangent", TORCH_BOX(&curveball::bce_cotangent));
   m.impl("bce_products", TORCH_BOX(&curveball::bce_products));
-  m.impl("bce_dots", TORCH_BOX(&curveball::bce_dots));
 }

@@ -182,7 +182,7 @@ CURVEBALL_INLINE void solve(const double* previous, double loss, const double* p
   }
   const double x1 = step.beta, x2 = -step.rho;
   const double slope = x1 * s.b1 + x2 * s.b2;
-  // A safe step does not believe the curvature: it predicts as if its length were the minimiser's.
+  // A safe step does not believe the curvature: it predicts as if its length were the minimizer's.
   const double bend = step.safe ? slope : x1 * x1 * s.a11 + 2.0 * x1 * x2 * s.a12 + x2 * x2 * s.a22;
   next[kBeta] = step.beta;
   next[kRho] = step.rho;

@@ -16,16 +16,16 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
            "adapt_damping(Tensor scalars, Tensor new_loss, float low, float high, float factor, float minimum, "
            "float maximum) -> Tensor",
 
-           "cross_entropy_products(Tensor x, Tensor v, Tensor target, Tensor? weight, int ignore_index, bool mean, "
+           "cross_entropy_cotangent(Tensor x, Tensor v, Tensor target, Tensor? weight, int ignore_index, bool mean, "
            "float label_smoothing, float sign) -> (Tensor loss, Tensor c, Tensor products, Tensor rows)",
-           "cross_entropy_dots(Tensor x, Tensor v, Tensor u, Tensor target, Tensor? weight, Tensor rows, "
+           "cross_entropy_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor? weight, Tensor rows, "
            "Tensor products, int ignore_index, bool mean, float label_smoothing, float sign) -> Tensor",
-           "mse_products(Tensor x, Tensor v, Tensor target, bool mean, float sign) "
+           "mse_cotangent(Tensor x, Tensor v, Tensor target, bool mean, float sign) "
            "-> (Tensor loss, Tensor c, Tensor products)",
-           "mse_dots(Tensor x, Tensor v, Tensor u, Tensor target, Tensor products, bool mean, float sign) -> Tensor",
-           "bce_products(Tensor x, Tensor v, Tensor target, Tensor? weight, Tensor? pos_weight, bool mean, "
+           "mse_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor products, bool mean, float sign) -> Tensor",
+           "bce_cotangent(Tensor x, Tensor v, Tensor target, Tensor? weight, Tensor? pos_weight, bool mean, "
            "float sign) -> (Tensor loss, Tensor c, Tensor products)",
-           "bce_dots(Tensor x, Tensor v, Tensor u, Tensor target, Tensor? weight, Tensor? pos_weight, "
+           "bce_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor? weight, Tensor? pos_weight, "
            "Tensor products, bool mean, float sign) -> Tensor",
 
            "layer_norm_tangent(Tensor dx, Tensor x, Tensor? mean, Tensor rstd, Tensor? weight, Tensor? dweight, "

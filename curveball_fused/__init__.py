@@ -9,13 +9,16 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from . import loss_ops, ops
-from .backends import build_info
+from curveball_fused.backends.selection import build_info
+
+from . import ops
+from .ops import losses as loss_ops
 from .optimizer import CurveBall
 
 if TYPE_CHECKING:
-    from .explanation import Explanation, explain
-    from .graphs import GraphedStep, make_graphed_step
+    from curveball_fused.cuda_graphs.graphed_step import GraphedStep, make_graphed_step
+    from curveball_fused.explanation.procedure import explain
+    from curveball_fused.explanation.report import Explanation
 
 try:
     __version__ = version("curveball_fused")
@@ -35,8 +38,8 @@ __all__ = [
 _ON_FIRST_USE = {  # since they import much that ordinary training does not need
     "Explanation": "explanation",
     "explain": "explanation",
-    "GraphedStep": "graphs",
-    "make_graphed_step": "graphs",
+    "GraphedStep": "cuda_graphs",
+    "make_graphed_step": "cuda_graphs",
 }
 
 

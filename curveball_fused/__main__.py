@@ -31,7 +31,7 @@ def main() -> None:
     task = _task(arguments.target, explaining)()
     if not isinstance(task, tuple) or len(task) != 3:
         explaining.error(f"{arguments.target} must return (model_fn, loss_fn, params).")
-    from .explanation import explain
+    from curveball_fused.explanation.procedure import explain
 
     print(explain(*task))
 

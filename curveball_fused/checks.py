@@ -10,12 +10,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS
-from .loss_scale import awaits_update
-from .state import HISTORY, HOSTS, SHAPES, SHARED
+from curveball_fused.backends import BACKENDS
+from curveball_fused.curvature import AUTO
+from curveball_fused.loss_scale import awaits_update
+from curveball_fused.settings import PER_GROUP
+from curveball_fused.state import HISTORY, ON_HOST, SHAPES, SHARED
 
-PER_GROUP = ("lr", "weight_decay")
-CURVATURES = ("auto", "forward", "linearize", "double_backward")
+CURVATURES = ("auto", *AUTO)
 
 
 def hyper_parameters(given: dict[str, Any]) -> None:
@@ -49,9 +50,11 @@ def hyper_parameters(given: dict[str, Any]) -> None:
 
 def _compilable(curvature: str) -> None:
     if curvature not in ("auto", "linearize"):
-        raise ValueError(f'compile=True linearises the model in its own way: leave out curvature="{curvature}".')
+        raise ValueError(
+            f'compile=True linearizes the model by a method of its own: leave out curvature="{curvature}".'
+        )
     try:
-        from . import compiled  # noqa: F401
+        from .curvature import compiled  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
             f"compile=True needs torch's compiler, which this torch ({torch.__version__}) lacks or keeps elsewhere: "
@@ -83,7 +86,7 @@ def group_values(values: dict[str, Any]) -> None:
     _number("weight_decay", values["weight_decay"], 0.0, math.inf)
 
 
-def explain_call() -> NoReturn:
+def raise_wrong_step_call() -> NoReturn:
     """Raises TypeError for a call of `step` in torch's old way."""
     raise TypeError(
         "CurveBall.step needs two functions, step(model_fn, loss_fn), as it differentiates the model itself. Instead "
@@ -144,7 +147,7 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
     if sizes != own:
         raise ValueError(f"the checkpoint has groups of {sizes} parameters, this optimizer of {own}.")
     shared = state_dict["state"].get(SHARED)
-    known = isinstance(shared, dict) and shared.keys() >= {*SHAPES, *HOSTS}
+    known = isinstance(shared, dict) and shared.keys() >= {*SHAPES, *ON_HOST}
     if shared is not None and not (
         known and all(getattr(shared[name], "shape", None) == size for name, size in SHAPES.items())
     ):

@@ -9,47 +9,81 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checks, state
-from .state import SHARED
-from .step import Task, sign_of, take_step
+from curveball_fused import backends, checks, state
+from curveball_fused.settings import Settings
+from curveball_fused.state import SHARED
+from curveball_fused.step import StepInputs, take_step
 
 
 class CurveBall(Optimizer):
-    """Second-order optimizer that sets its own learning rate β, momentum ρ and damping λ.
+    r"""Implement CurveBall, a second-order optimizer that sets its own learning rate β, momentum ρ and damping λ.
 
-    Each step improves z, an estimate of the Newton step -(JᵀH_oJ + λI)⁻¹ Jᵀg_o, by one gradient step on its linear
-    system, and adds it to the weights: z ← ρ z - β Δ, w ← w + lr z. β and ρ minimise the quadratic model of the loss in
-    span{Δ, z}; λ follows how well that model predicts.
+    Let f(w) be the model's outputs, J = ∂f/∂w, g and H gradient and Hessian of the loss with respect to the outputs.
+    Each step improves z, an estimate of the Newton step -Ĥ⁻¹Jᵀg with the damped Gauss-Newton matrix Ĥ = JᵀHJ + λI, by
+    one gradient step on that linear system, and adds it to the weights::
+
+        Δ = Jᵀ(H Jz + g) + λz
+        [β, -ρ] = A⁺ b,  A = [[Δ·ĤΔ, z·ĤΔ], [z·ĤΔ, z·Ĥz]],  b = [g·JΔ, g·Jz]
+        z ← ρz - βΔ
+        w ← (1 - lr·weight_decay) w + lr z
+
+    β and ρ minimize the quadratic model of the loss in span{Δ, z} (equation 18 of the paper). Every `lambda_interval`
+    steps the loss at the new weights is compared with what that model predicted: λ falls where γ, the ratio of actual
+    to predicted change, is above `lambda_high`, and grows where it is below `lambda_low`.
 
     Args:
-        params: parameters or parameter groups; `lr` and `weight_decay` may differ between groups.
-        lr: factor on the step, 1 unless a scheduler says otherwise; number or 0-dim tensor.
-        beta: step size on the linear system; None to solve for it.
-        rho: momentum; None to solve for it.
-        lambd: damping λ, or its first value.
-        auto_lambda: whether λ adapts.
-        lambda_factor: factor per step by which λ falls, or, inverted, grows.
-        lambda_low: λ grows where the ratio γ of actual to predicted change is below this.
-        lambda_high: λ falls where γ is above this.
-        lambda_interval: steps between two looks at γ, each of which costs one more forward pass.
-        lambda_min, lambda_max: bounds of an adapting λ.
-        average: how much of A and b is kept from step to step (exponential average); 0.8 to 0.9 suits large batches.
-        solve_interval: complete solves every so many steps; those between need no second product, see `economy`.
-        weight_decay: decoupled: w shrinks by lr·weight_decay per step.
-        maximize: whether to climb.
-        curvature: "linearize" (the model runs once), "forward" (dual numbers; slower, and the memory of SGD),
-            "double_backward" (any model that autograd can differentiate twice), or "auto": the first of these that
-            can follow the model.
-        compile: whether torch.compile runs the model and its Jacobian products: fastest, after a first step that
-            compiles for up to minutes. For models that torch.compile can follow as one graph; an error otherwise.
-        backend: "cpu" (native kernels), "torch" (no compiler needed), or "auto".
+        params: parameters, or groups of them, each with its own `lr` and `weight_decay` if given; real, dense, of
+            float16, bfloat16, float32 or float64, on one device.
+        lr: factor on the step, at least 0; number or 0-dim tensor; per group (default: 1.0).
+        beta: step size β on the linear system, at least 0; None solves for it (default: None).
+        rho: momentum ρ, from 0 to 1; None solves for it (default: None).
+        lambd: damping λ, or its first value, at least 0, and within its bounds if it adapts; 10 suits nets without
+            batch norm (default: 1.0).
+        auto_lambda: whether λ adapts (default: True).
+        lambda_factor: factor per step by which λ falls, or, inverted, grows; above 0, at most 1 (default: 0.999).
+        lambda_low: λ grows where γ is below this (default: 0.5).
+        lambda_high: λ falls where γ is above this; at least `lambda_low` (default: 1.5).
+        lambda_interval: steps from one adaptation of λ to the next, each of which costs one more forward pass; at least
+            1 (default: 5).
+        lambda_min: lower bound of an adapting λ, above 0 (default: 1e-6).
+        lambda_max: upper bound of an adapting λ (default: 1e6).
+        average: how much of A and b is kept from step to step (exponential average), from 0 to below 1; 0.8 to 0.9
+            suits large batches (default: 0.0).
+        solve_interval: steps from one full solve to the next; those between need no second product. At least 1, and
+            best with `average` (default: 1).
+        weight_decay: decoupled: w shrinks by lr·weight_decay per step; at least 0; per group (default: 0.0).
+        maximize: whether to climb (default: False).
+        curvature: how Jacobian products are computed: "linearize" (the model runs once), "forward" (dual numbers;
+            slower, and the memory of SGD), "double_backward" (any model that autograd can differentiate twice), or
+            "auto": the first of these that can follow the model (default: "auto").
+        compile: whether torch.compile runs the model and its Jacobian products: fastest on nets with batch norm, after
+            a first step that compiles for up to minutes. For models that torch.compile can follow as one graph; an
+            error otherwise (default: False).
+        backend: whose kernels do the arithmetic on parameters and outputs: "cuda" (CUDA C++), "triton", "cpu" (C++),
+            "torch" (no compiler needed), or "auto": the first of these that can run where the parameters are. Another
+            one by name is an error where it cannot run. Tangents inside the model are computed by Triton on a GPU and
+            in C++ on a CPU, where they have a kernel for the dtype, unless `backend` is "torch" (default: "auto").
         debug: whether each step checks its products, and each torch call of the model, against finite differences and
             adjoint identities, before it changes anything. Slow (tens of steps' time), and reads values back to the
-            host; for a few steps on a new model. The steps are the same, bit for bit.
+            host; for a few steps on a new model. The steps are the same, bit for bit (default: False).
 
     Raises:
-        TypeError, ValueError: a parameter or hyper-parameter cannot be used; the message says what to do.
+        TypeError: a parameter or hyper-parameter is of a type that cannot be used; the message says what to do.
+        ValueError: a parameter or hyper-parameter cannot be used; the message says what to do.
         RuntimeError: a backend was named that cannot run here.
+
+    Example::
+
+        optimizer = CurveBall(model.parameters())
+        for x, y in loader:
+            loss, outputs = optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
+
+    References:
+        Henriques, Ehrhardt, Albanie and Vedaldi, "Small steps and giant leaps: Minimal Newton solvers for deep
+        learning", ICCV 2019, arXiv 1805.08095: the method. Schraudolph, "Fast curvature matrix-vector products for
+        second-order gradient descent", 2002: the Gauss-Newton products. Martens, "Deep learning via Hessian-free
+        optimization", 2010: the damping. Martens and Grosse, "Optimizing neural networks with Kronecker-factored
+        approximate curvature", 2015, section 7: the solve for rate and momentum.
     """
 
     _step_supports_amp_scaling = True  # by which GradScaler.step gets as far as to the error that says what to do
@@ -78,12 +112,45 @@ class CurveBall(Optimizer):
         backend: str = "auto",
         debug: bool = False,
     ) -> None:
-        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "beta": beta,
+            "rho": rho,
+            "lambd": lambd,
+            "auto_lambda": auto_lambda,
+            "lambda_factor": lambda_factor,
+            "lambda_low": lambda_low,
+            "lambda_high": lambda_high,
+            "lambda_interval": lambda_interval,
+            "lambda_min": lambda_min,
+            "lambda_max": lambda_max,
+            "average": average,
+            "solve_interval": solve_interval,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "curvature": curvature,
+            "compile": compile,
+            "backend": backend,
+            "debug": debug,
+        }
         checks.hyper_parameters(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters, with their own `lr` and `weight_decay` if given; all other settings are the optimizer's."""
+        """Add parameters, with their own `lr` and `weight_decay` if given; all other settings are the optimizer's.
+
+        Args:
+            param_group: `{"params": ...}`, and perhaps "lr" and "weight_decay".
+
+        Raises:
+            TypeError: the group, or a parameter in it, is of a type that cannot be used.
+            ValueError: it sets an option that belongs to the whole optimizer, or a value is out of range.
+            RuntimeError: the backend cannot run where the parameters are.
+
+        Example::
+
+            optimizer.add_param_group({"params": head.parameters(), "lr": 0.5})
+        """
         checks.group_settings(param_group, self.defaults)
         super().add_param_group(param_group)
         try:
@@ -104,43 +171,60 @@ class CurveBall(Optimizer):
         scaler: torch.amp.GradScaler | None = None,
         closure: None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One step.
+        """Take one step.
 
         Args:
             model_fn: called without arguments, returns the predictions, one floating-point tensor of any shape. It is
-                called two to four times, with random numbers and buffers (batch-norm statistics) replayed, so that
+                called one to four times, with random numbers and buffers (batch-norm statistics) replayed, so that
                 they advance once.
             loss_fn: called with the predictions, in float32 if they are float16 or bfloat16; returns the scalar loss.
             curvature_batch: model_fn and loss_fn for a part of the batch, from which the curvature is taken; loss,
-                gradient and the look at λ stay those of the whole. Its run leaves no trace in buffers or generators.
+                gradient and the adaptation of λ stay those of the whole. Its run leaves no trace in buffers or
+                generators (default: None, the curvature of the whole batch).
             scaler: whose loss scale a model that computes in float16 gets, and which is told of overflows; call its
-                `update()` after the step. None: a scale of this optimizer's own, which needs no care.
+                `update()` after the step (default: None, a scale of this optimizer's own, which needs no care).
             closure: torch's old way, which gets an error that tells the new one.
 
         Returns:
-            The loss and the predictions at the weights before the step, both detached.
+            The loss (0-dim) and the predictions at the weights before the step, both detached.
 
         Raises:
-            TypeError, RuntimeError: the model or the loss cannot be used, or, with `debug`, a product is wrong; nothing
-                has been changed then. (An error of the model at the new weights, in a look at λ, leaves a complete step
-                without that look.)
+            TypeError: an argument, or what `model_fn` or `loss_fn` returns, is of a type that cannot be used.
+            RuntimeError: the model or the loss cannot be used, or, with `debug`, a product is wrong; nothing has been
+                changed then. (An error of the model at the new weights, where λ adapts, leaves a step that is complete
+                but for that.)
+
+        Example::
+
+            loss, outputs = optimizer.step(lambda: model(x), lambda out: F.mse_loss(out, y))
         """
         checks.scaler(self, scaler)
         if model_fn is None or loss_fn is None or closure is not None:
-            checks.explain_call()
-        return take_step(self, Task(model_fn, loss_fn, curvature_batch, scaler))
+            checks.raise_wrong_step_call()
+        if curvature_batch is not None:
+            checks.curvature_batch(curvature_batch, [p for p in self._parameters if p.requires_grad])
+        return take_step(self, StepInputs(model_fn, loss_fn, curvature_batch, scaler), Settings.of(self))
 
     def stats(self) -> dict[str, Tensor]:
-        """The last step's figures as 0-dim float64 tensors on the device; reading one of them is what synchronises.
+        """Return the last step's figures; reading one of them is what synchronizes.
 
-        "loss" (before the step), "beta", "rho" (0 in a skipped step), "lambd", "predicted_change", "ratio" (γ at the
-        last look, NaN before the first), "skipped_steps" (not finite), "safe_steps" (loss not convex in the outputs).
+        Returns:
+            0-dim float64 tensors on the device: "loss" (before the step), "beta", "rho" (0 in a skipped step), "lambd",
+            "predicted_change", "ratio" (γ where λ was last adapted, NaN before), "skipped_steps" (not finite) and
+            "safe_steps" (loss not convex in the outputs).
+
+        Example::
+
+            print(float(optimizer.stats()["lambd"]))
         """
         shared = self._states.get(SHARED) or self._fresh()
-        return state.figures(shared["scalars"], sign_of(self))
+        return state.stats_of(shared["scalars"], Settings.of(self).sign)
 
     def history(self, n: int = state.HISTORY) -> dict[str, Tensor]:
-        """The figures of `stats` of the last `n` steps, at most 1024, oldest first.
+        """Return the figures of `stats` of the last `n` steps, oldest first.
+
+        Args:
+            n: how many, from 1 to 1024 (default: 1024).
 
         Returns:
             float64 vectors on the CPU, of `n` elements or as many as there were steps; by one copy from the device,
@@ -148,16 +232,29 @@ class CurveBall(Optimizer):
 
         Raises:
             ValueError: `n` is not a whole number between 1 and 1024.
+
+        Example::
+
+            plt.plot(optimizer.history(100)["loss"])
         """
         checks.history_length(n)
-        return state.figures(state.rows(self._states.get(SHARED) or self._fresh(), n), sign_of(self))
+        shared = self._states.get(SHARED) or self._fresh()
+        return state.stats_of(state.history_rows(shared, n), Settings.of(self).sign)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a `state_dict()` of an optimizer over parameters of the same shapes.
+        """Take over a `state_dict()` of an optimizer over parameters of the same shapes; training resumes bit for bit.
+
+        Args:
+            state_dict: of this version or an earlier one.
 
         Raises:
             ValueError: the checkpoint belongs to other parameters; nothing has been changed then.
+
+        Example::
+
+            optimizer.load_state_dict(torch.load("checkpoint.pt")["optimizer"])
         """
+        state_dict = state.upgraded(state_dict)
         checks.checkpoint(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
         # torch has cast z to the parameters' dtypes, and shares the rest with the caller's dictionary.
@@ -183,5 +280,5 @@ class CurveBall(Optimizer):
 
     @property
     def _states(self) -> dict[Any, Any]:
-        """`state` with its string key, which torch saves and loads like any other but does not name in its type."""
+        """Return `state` with its string key, which torch saves and loads like any other but leaves out of its type."""
         return self.state

@@ -1,9 +1,9 @@
 """What the optimizer remembers from step to step: z for each parameter, and one dictionary that belongs to all of them.
 
-The numbers of that dictionary live on the device, and each step replaces them: `scalars` (see `reference.SCALARS`),
-`system` (see `economy`) and `scale` (see `loss_scale`). `history` has a row of scalars for each of the last steps. What
-the host decides is plain Python: `step`, how many there were; `active`, which parameters are trained; `way` and `half`,
-how the model was followed and in which half precision it computes, if in any.
+The numbers of that dictionary live on the device, and each step replaces them: `scalars` (see `backends.scalars`),
+`system` (see `averaging`) and `scale` (see `loss_scale`). `history` has a row of scalars for each of the last steps.
+What the host decides is plain Python: `step`, how many there were; `active`, which parameters are trained; `method`,
+how the model was linearized; `compute_dtype`, float16 or bfloat16 if the model computes in it, else None.
 """
 
 from __future__ import annotations
@@ -14,41 +14,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import economy, loss_scale, ops
-from .reference import LAMBD, LOSS, RATIO, SCALARS, Z_DOT_Z
+from curveball_fused import ops
+from curveball_fused.backends.dtypes import compute_dtype
+from curveball_fused.backends.scalars import LAMBD, LOSS, RATIO, SCALARS, Z_DOT_Z
 
 SHARED = "curveball"  # its key in `Optimizer.state`
 REPLACED = ("scalars", "system", "scale")
 HISTORY = 1024  # rows
 SHAPES = {
     "scalars": (len(SCALARS),),
-    "system": (economy.SYSTEM_SIZE,),
-    "scale": (loss_scale.SCALE_SIZE,),
+    "system": (9,),  # the average of products and dots, and the weight that it has gathered
+    "scale": (3,),  # loss scale S, size T of tangents, and the steps since one of them last changed
     "history": (HISTORY, len(SCALARS)),
 }
-HOSTS = ("step", "active", "way", "half")
-_INTERNAL = ("z_dot_z", "slope", "bend")
+FIRST_LOSS_SCALE, FIRST_TANGENT_SIZE = 2.0**16, 2.0**-6
+ON_HOST = ("step", "active", "method", "compute_dtype")
+_INTERNAL = ("z_dot_z", "linear_term", "quadratic_term")
+_FORMER_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def fresh(lambd: float, device: torch.device) -> dict[str, Any]:
-    """The dictionary before the first step."""
+    """Return the dictionary as before the first step."""
     scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=device)
     for index, value in ((LAMBD, lambd), (RATIO, torch.nan), (LOSS, torch.nan)):
         scalars[index].fill_(value)  # an assignment would copy the number from the host
+    scale = torch.zeros(SHAPES["scale"], dtype=torch.float64, device=device)
+    for index, value in enumerate((FIRST_LOSS_SCALE, FIRST_TANGENT_SIZE)):
+        scale[index].fill_(value)
     return dict(
         scalars=scalars,
-        system=economy.unknown(device),
-        scale=loss_scale.initial(device),
+        system=torch.zeros(SHAPES["system"], dtype=torch.float64, device=device),
+        scale=scale,
         history=torch.zeros(HISTORY, len(SCALARS), dtype=torch.float64, device=device),
         step=0,
         active=[],
-        way=None,
-        half="",
+        method=None,
+        compute_dtype=None,
     )
 
 
 def prepare(state: dict[Any, Any], everything: Sequence[Tensor], lambd: float, backend: str) -> dict[str, Any]:
-    """The dictionary for all, and z for each parameter that requires a gradient, made on first use.
+    """Return the dictionary for all; make it, and z for each parameter that requires a gradient, on first use.
 
     Both follow a model that was converted or moved; z·z is summed anew where others than in the last step are trained.
     """
@@ -56,7 +62,7 @@ def prepare(state: dict[Any, Any], everything: Sequence[Tensor], lambd: float, b
     device = params[0].device
     for p in params:
         z = state[p].get("z")
-        if z is None or z.dtype != state_dtype(p) or z.device != p.device:
+        if z is None or z.dtype != compute_dtype(p.dtype) or z.device != p.device:
             state[p]["z"] = zeros_like(p) if z is None else zeros_like(p).copy_(z)
     if SHARED not in state:
         state[SHARED] = fresh(lambd, device)
@@ -73,21 +79,21 @@ def prepare(state: dict[Any, Any], everything: Sequence[Tensor], lambd: float, b
 
 
 def finish_step(shared: dict[str, Any]) -> None:
-    """Counts the step and adds its row to the history."""
+    """Count the step and add its row to the history."""
     shared["history"][shared["step"] % HISTORY].copy_(shared["scalars"])
     shared["step"] += 1
 
 
-def rows(shared: dict[str, Any], n: int) -> Tensor:
-    """The last `n` rows of the history, or as many as there are, oldest first, on the CPU, by one copy."""
+def history_rows(shared: dict[str, Any], n: int) -> Tensor:
+    """Return the last `n` rows of the history, or as many as there are, oldest first, on the CPU, by one copy."""
     count = min(n, shared["step"], HISTORY)
     order = [i % HISTORY for i in range(shared["step"] - count, shared["step"])]
     everything: Tensor = shared["history"].cpu()
     return everything[order]
 
 
-def figures(scalars: Tensor, sign: float) -> dict[str, Tensor]:
-    """The values that mean something to a user, by name, from scalars in the last dimension."""
+def stats_of(scalars: Tensor, sign: float) -> dict[str, Tensor]:
+    """Return the values that mean something to a user, by name, from scalars in the last dimension."""
     named = {name: scalars[..., i].clone() for i, name in enumerate(SCALARS) if name not in _INTERNAL}
     named["loss"] *= sign
     for name in ("beta", "rho"):
@@ -95,10 +101,16 @@ def figures(scalars: Tensor, sign: float) -> dict[str, Tensor]:
     return named
 
 
+def upgraded(state_dict: Any) -> Any:
+    """Return a `state_dict` of an earlier version with today's names; anything else as it is."""
+    shared = state_dict.get("state", {}).get(SHARED) if isinstance(state_dict, dict) else None
+    if not isinstance(shared, dict) or not {"way", "half"} <= shared.keys():
+        return state_dict
+    rest = {name: value for name, value in shared.items() if name not in ("way", "half")}
+    rest |= {"method": shared["way"], "compute_dtype": _FORMER_DTYPES.get(shared["half"])}
+    return state_dict | {"state": state_dict["state"] | {SHARED: rest}}
+
+
 def zeros_like(p: Tensor) -> Tensor:
-    """State for `p`: its layout, and at least float32."""
-    return torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False)
-
-
-def state_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+    """Return state for `p`: its layout, and at least float32."""
+    return torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False)

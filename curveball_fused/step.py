@@ -1,4 +1,7 @@
-"""One step in order: measure, solve, update, and sometimes a look at λ. What `CurveBall.step` and its graphs run."""
+"""One step, in the order of the algorithm (Henriques et al. 2019, algorithm 1): measure, solve, update, adapt λ.
+
+`CurveBall.step` and its CUDA graphs run it.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # unlike torch.compiler.disable it imports the compiler on first use only
 from torch.optim import Optimizer
 
-from . import economy, loss_scale, ops, state
-from .curvature import WAYS, ModelFn, run_plain
-from .losses import LossFn, checked_loss
-from .modes import uncompiled
-from .reference import Z_DOT_Z
-from .replay import Replay
-from .system import Problem
+from curveball_fused import averaging, loss_scale, ops, state
+from curveball_fused._torch_private import disable_dynamo
+from curveball_fused.backends.dtypes import at_least_float32
+from curveball_fused.backends.scalars import Z_DOT_Z
+from curveball_fused.curvature import METHODS, ModelFn
+from curveball_fused.curvature.torch_modes import force_eager
+from curveball_fused.losses import LossFn, checked_loss
+from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure, measure_with_curvature_batch
+from curveball_fused.replay import Replay
+from curveball_fused.settings import Settings
 
 
-class Task(NamedTuple):
+class StepInputs(NamedTuple):
     """The arguments of `CurveBall.step`."""
 
     model_fn: ModelFn
@@ -29,142 +34,169 @@ class Task(NamedTuple):
     scaler: torch.amp.GradScaler | None = None
 
 
-class Kind(NamedTuple):
-    """What the host decides by counting steps: whether a step solves completely, and whether it looks at λ."""
+class StepKind(NamedTuple):
+    """What the host decides by counting steps: whether a step solves in full, and whether it adapts the damping."""
 
-    complete: bool
-    look: bool
-
-
-def kind_of(optimizer: Optimizer, step: int) -> Kind:
-    """The kind of the step of this number, counted from zero."""
-    settings = optimizer.param_groups[0]
-    look = settings["auto_lambda"] and step % settings["lambda_interval"] == 0
-    return Kind(step % settings["solve_interval"] == 0, bool(look))
+    full_solve: bool
+    adapt_damping: bool
 
 
-def sign_of(optimizer: Optimizer) -> float:
-    """By which the loss is multiplied to be minimised."""
-    return -1.0 if optimizer.param_groups[0]["maximize"] else 1.0
+def kind_of(settings: Settings, step: int) -> StepKind:
+    """Return the kind of the step of this number, counted from zero."""
+    adapt_damping = settings.auto_lambda and step % settings.lambda_interval == 0
+    return StepKind(step % settings.solve_interval == 0, adapt_damping)
 
 
 # torch.compile(optimizer.step) runs the step as it is: its kernels are compiled already.
-@_disable_dynamo
-def take_step(optimizer: Optimizer, task: Task) -> tuple[Tensor, Tensor]:
-    """A step, counted and noted in the history; returns loss and outputs."""
-    shared = prepared(optimizer)
+@disable_dynamo
+def take_step(optimizer: Optimizer, inputs: StepInputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Take a step, count it and note it in the history; return loss and outputs."""
+    shared = prepared(optimizer, settings)
     before = shared["scalars"]
     try:
-        return run_step(optimizer, task, shared)
+        return run_step(optimizer, inputs, shared, settings)
     finally:
-        if shared["scalars"] is not before:  # a step whose look at λ has failed is complete, too
+        if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too
             state.finish_step(shared)
 
 
-def prepared(optimizer: Optimizer) -> dict[str, Any]:
-    """The state that belongs to all parameters, ready for a step."""
+def prepared(optimizer: Optimizer, settings: Settings) -> dict[str, Any]:
+    """Return the state that belongs to all parameters, ready for a step."""
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(p.requires_grad for p in everything):
         raise RuntimeError("no parameter of this optimizer requires a gradient: nothing to train.")
-    return state.prepare(optimizer.state, everything, optimizer.param_groups[0]["lambd"], optimizer.defaults["backend"])
+    return state.prepare(optimizer.state, everything, settings.lambd, settings.backend)
 
 
-def run_step(optimizer: Optimizer, task: Task, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """All that a step does on the device; returns loss and outputs."""
+def run_step(
+    optimizer: Optimizer, inputs: StepInputs, shared: dict[str, Any], settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Do all that a step does on the device; return loss and outputs."""
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-    params = [p for group in groups for p in group]
-    replay = Replay(params, params[0].device)
+    context = _context(optimizer, inputs, groups, shared, settings)
+    kind = kind_of(settings, shared["step"])
+    replay = Replay(context.params, context.params[0].device)
     torch.clear_autocast_cache()  # it may hold half-precision copies of weights that have moved since
-    with uncompiled():
+    with force_eager():
         try:
-            loss, outputs = _advance(optimizer, task, groups, shared, replay)
+            terms = _measure(context, inputs, replay, None if kind.full_solve else shared["system"])  # r = Jᵀ(H Jz + g)
+            system, scalars = _solve(terms, inputs, shared, settings)  # [β, -ρ] = A⁺ b
+            scalars = _update(context, groups, terms, scalars)  # z ← ρz - βΔ;  w ← w + lr z
+            _remember(optimizer, inputs, shared, terms, system, scalars)
         except BaseException:
             replay.rewind()
             raise
-        torch.clear_autocast_cache()  # for the look, and for whatever follows in the same autocast
+        torch.clear_autocast_cache()  # for the run at the new weights, and for whatever follows in the same autocast
         try:
-            if kind_of(optimizer, shared["step"]).look:
-                shared["scalars"] = _adapt(optimizer, task, shared["scalars"], replay)
+            if kind.adapt_damping:
+                shared["scalars"] = _adapt_damping(inputs, terms.method, scalars, replay, settings)  # λ by γ
         finally:
             replay.finish()
-    return loss, outputs
+    return terms.loss, terms.outputs
 
 
-def _advance(
-    optimizer: Optimizer, task: Task, groups: Sequence[list[Tensor]], shared: dict[str, Any], replay: Replay
-) -> tuple[Tensor, Tensor]:
-    """Products, solve, update; returns loss and outputs."""
-    settings, backend, sign = optimizer.param_groups[0], optimizer.defaults["backend"], sign_of(optimizer)
+def _context(
+    optimizer: Optimizer,
+    inputs: StepInputs,
+    groups: Sequence[list[Tensor]],
+    shared: dict[str, Any],
+    settings: Settings,
+) -> StepContext:
     params = [p for group in groups for p in group]
-    problem = Problem(
-        params,
-        [optimizer.state[p]["z"] for p in params],
-        shared["scalars"][Z_DOT_Z],
-        _ways(optimizer, shared["way"]),
-        shared["half"],
-        shared["scale"][0] if task.scaler is None else loss_scale.of_scaler(task.scaler, params[0].device),
-        shared["scale"][1],
-        sign,
-        backend,
-        optimizer.defaults["debug"],
+    own_scale, tangent_size = shared["scale"][0], shared["scale"][1]
+    return StepContext(
+        settings=settings,
+        params=params,
+        z=[optimizer.state[p]["z"] for p in params],
+        z_dot_z=shared["scalars"][Z_DOT_Z],
+        methods=settings.methods(shared["method"]),
+        compute_dtype=shared["compute_dtype"],
+        loss_scale=own_scale if inputs.scaler is None else loss_scale.scale_from(inputs.scaler, params[0].device),
+        tangent_size=tangent_size,
     )
-    lagging = None if kind_of(optimizer, shared["step"]).complete else shared["system"]
-    if task.curvature_batch is None:
-        measured = problem.measure(task.model_fn, task.loss_fn, replay, lagging, None)
-    else:
-        measured = problem.measure_with_part(task.model_fn, task.loss_fn, task.curvature_batch, replay, lagging)
-    loss, outputs, r, products, dots, overflow = measured
 
-    solve = partial(ops.solve, shared["scalars"], sign * loss, beta=settings["beta"], lr=settings["lr"])
-    if settings["average"] == 0 and settings["solve_interval"] == 1 and task.curvature_batch is None:
-        scalars = solve(products, dots, rho=settings["rho"], backend=backend)
-    else:
-        shared["system"], scalars = economy.averaged_solve(
-            solve, shared, loss, products, dots, settings["average"], settings["rho"], backend
-        )
+
+def _measure(
+    context: StepContext, inputs: StepInputs, replay: Replay, previous_system: Tensor | None
+) -> QuadraticTerms:
+    model_fn, loss_fn, curvature_batch = inputs.model_fn, inputs.loss_fn, inputs.curvature_batch
+    if curvature_batch is None:
+        return measure(context, model_fn, loss_fn, replay, previous_system)
+    return measure_with_curvature_batch(context, model_fn, loss_fn, curvature_batch, replay, previous_system)
+
+
+def _solve(
+    terms: QuadraticTerms, inputs: StepInputs, shared: dict[str, Any], settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Return the average of the systems, which most steps leave alone, and the scalars with β and ρ."""
+    solve = partial(
+        ops.solve,
+        shared["scalars"],
+        settings.sign * terms.loss,
+        beta=settings.beta,
+        lr=settings.lr[0],
+        backend=settings.backend,
+    )
+    if settings.average == 0 and settings.solve_interval == 1 and inputs.curvature_batch is None:
+        return shared["system"], solve(terms.products, terms.dots, rho=settings.rho)
+    return averaging.averaged_solve(
+        solve,
+        shared["scalars"],
+        shared["system"],
+        terms.loss,
+        terms.products,
+        terms.dots,
+        decay=settings.average,
+        rho=settings.rho,
+    )
+
+
+def _update(context: StepContext, groups: Sequence[list[Tensor]], terms: QuadraticTerms, scalars: Tensor) -> Tensor:
+    """Move z and w; return the scalars with z·z of the new z."""
+    settings = context.settings
     update = partial(
         ops.update_groups_,
-        params,
-        problem.z,
-        r,
+        context.params,
+        context.z,
+        terms.r,
         group_sizes=[len(group) for group in groups],
-        lr=[group["lr"] for group in optimizer.param_groups],
-        weight_decay=[group["weight_decay"] for group in optimizer.param_groups],
-        backend=backend,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        backend=settings.backend,
     )
-    if overflow is not None:
-        shared["scalars"] = loss_scale.update_by_scaled(update, scalars, problem.loss_scale)
-        shared["scale"] = loss_scale.adapted(shared["scale"], overflow)
-    else:
-        shared["scalars"] = update(scalars)
-    if task.scaler is not None:
-        found = torch.zeros_like(scalars[0], dtype=torch.bool) if overflow is None else overflow.r
-        loss_scale.tell(task.scaler, optimizer, found)
-    shared["way"], shared["half"] = problem.ways[0], problem.half
-    return loss, outputs
+    if terms.overflow is None:
+        return update(scalars)
+    return loss_scale.update_by_scaled(update, scalars, context.loss_scale)
 
 
-def _ways(optimizer: Optimizer, last: str | None) -> list[str]:
-    """The ways to linearise the model, without those that came before the one that could follow it last."""
-    curvature = "compiled" if optimizer.defaults["compile"] else optimizer.defaults["curvature"]
-    ways = list(WAYS) if curvature == "auto" else [curvature]
-    return ways[ways.index(last) :] if last and last in ways else ways
+def _remember(
+    optimizer: Optimizer,
+    inputs: StepInputs,
+    shared: dict[str, Any],
+    terms: QuadraticTerms,
+    system: Tensor,
+    scalars: Tensor,
+) -> None:
+    shared |= {"system": system, "scalars": scalars, "method": terms.method, "compute_dtype": terms.compute_dtype}
+    if terms.overflow is not None:
+        shared["scale"] = loss_scale.adapted(shared["scale"], terms.overflow)
+    if inputs.scaler is not None:
+        none = torch.zeros_like(scalars[0], dtype=torch.bool)
+        found = none if terms.overflow is None else terms.overflow.r
+        loss_scale.report_overflow(inputs.scaler, optimizer, found)
 
 
-def _adapt(optimizer: Optimizer, task: Task, scalars: Tensor, replay: Replay) -> Tensor:
-    """A look at the loss at the new weights, on the same batch; returns scalars with the λ that follows from it."""
-    settings = optimizer.param_groups[0]
-    run = run_plain
-    if optimizer.defaults["compile"]:
-        from .compiled import run_compiled as run
-    new_loss = replay.again(lambda: task.loss_fn(loss_scale.at_least_float32(run(task.model_fn))))
+def _adapt_damping(inputs: StepInputs, method: str, scalars: Tensor, replay: Replay, settings: Settings) -> Tensor:
+    """Compare the loss at the new weights, on the same batch, with the predicted one; return scalars with the new λ."""
+    evaluate = METHODS[method].evaluate
+    new_loss = replay.again(lambda: inputs.loss_fn(at_least_float32(evaluate(inputs.model_fn))))
     return ops.adapt_damping(
         scalars,
-        sign_of(optimizer) * checked_loss(new_loss).detach(),
-        low=settings["lambda_low"],
-        high=settings["lambda_high"],
-        factor=settings["lambda_factor"] ** settings["lambda_interval"],
-        minimum=settings["lambda_min"],
-        maximum=settings["lambda_max"],
-        backend=optimizer.defaults["backend"],
+        settings.sign * checked_loss(new_loss).detach(),
+        low=settings.lambda_low,
+        high=settings.lambda_high,
+        factor=settings.lambda_factor**settings.lambda_interval,
+        minimum=settings.lambda_min,
+        maximum=settings.lambda_max,
+        backend=settings.backend,
     )

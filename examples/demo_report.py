@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 Array = npt.NDArray[Any]
 Runs = Mapping[str, Sequence[Run]]  # by optimizer, one run per seed
 
-COLORS = ("#d55e00", "#0072b2", "#009e73")  # told apart by colour-blind readers too
+COLORS = ("#d55e00", "#0072b2", "#009e73")  # told apart by color-blind readers too
 STATS_STYLE = {
     "rho": ("#cc79a7", r"momentum $\rho$"),
     "beta": ("#e69f00", r"step size $\beta$"),

@@ -30,8 +30,8 @@ DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # as in setup.py
 RULES = (
     (r"^update_kernel",                       64,          3,           2),  # reads r, z, w; writes z, w
     (r"^dots_kernel",                         64,          2,           0),  # reads z, r
-    (r"^cross_entropy_products",             168,          2,           1),  # reads x, v; writes c
-    (r"^cross_entropy_dots",                 168,          3,           0),  # reads x, v, u
+    (r"^cross_entropy_cotangent",             168,          2,           1),  # reads x, v; writes c
+    (r"^cross_entropy_products",                 168,          3,           0),  # reads x, v, u
     (r"^element_products",                   128,          2,           1),
     (r"^element_dots",                       128,          3,           0),
     (r"",                                    128,          0,           0),  # one block: sums of sums, the 2x2 solve

@@ -161,7 +161,7 @@ def sanitizer_parts() -> list[Part]:
     parts = []
     for i, check in enumerate(("memcheck", "racecheck", "initcheck")):
         options = ("--tool", check, "--port", str(49152 + 100 * i))  # as they run side by side
-        command = (tool or "", *SANITIZER, *options, sys.executable, "tests/gpu/operators.py")
+        command = (tool or "", *SANITIZER, *options, sys.executable, "-m", "tests.gpu.operators")
         parts.append(Part(f"sanitizer, {check}", command, 100, last("SUMMARY: 0 (errors|hazards)"), skipped=why_not))
     return parts
 
@@ -213,8 +213,8 @@ def environment(capability: str, folder: Path) -> dict[str, str]:
 
 def report(folder: Path, results: list[Result], probe: dict[str, str]) -> None:
     """The summary as one more table beside those of the benchmarks."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    from report import Report
+    sys.path[:0] = [str(ROOT)]
+    from benchmarks.report import Report
 
     note = f"Built for and run on {probe['gpu']}, compute capability {probe['capability']}."
     rows = [{"": r.part, "outcome": r.outcome, "seconds": round(r.seconds, 1), "detail": r.detail} for r in results]

@@ -6,20 +6,18 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from curveball_fused import (
-    triton_activations,
-    triton_attention,
-    triton_batch_norm,
-    triton_cross_entropy,
-    triton_cross_entropy_kernels,
-    triton_kernels,
-    triton_layer_norm,
-    triton_losses,
-    triton_norms,
-    triton_rows,
-    triton_solve,
-    triton_sums,
-)
+from curveball_fused.backends.triton import activations as triton_activations
+from curveball_fused.backends.triton import attention as triton_attention
+from curveball_fused.backends.triton import batch_norm as triton_batch_norm
+from curveball_fused.backends.triton import cross_entropy as triton_cross_entropy
+from curveball_fused.backends.triton import cross_entropy_kernels as triton_cross_entropy_kernels
+from curveball_fused.backends.triton import layer_norm as triton_layer_norm
+from curveball_fused.backends.triton import losses as triton_losses
+from curveball_fused.backends.triton import norms as triton_norms
+from curveball_fused.backends.triton import parameters as triton_parameters
+from curveball_fused.backends.triton import reduce as triton_sums
+from curveball_fused.backends.triton import row_blocks as triton_rows
+from curveball_fused.backends.triton import solve as triton_solve
 
 TYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
 
@@ -66,11 +64,11 @@ def kernels() -> list[Kernel]:
         Kernel("solve", triton_solve.solve_kernel, scalar | doubles | dict(loss="*fp32", products="*fp64"),
                dict(BETA_FIXED=False, RHO_FIXED=False), 1),
         Kernel("adapt_damping", triton_solve.adapt_damping_kernel, scalar | doubles | dict(new_loss="*fp32"), {}, 1),
-        Kernel("finish update_", triton_kernels.finish_update_kernel,
+        Kernel("finish update_", triton_parameters.finish_update_kernel,
                scalar | dict(partials="*fp64", bounds="*i64", lr="*fp64", groups="i32"),
-               dict(BLOCK=triton_sums.SUM_BLOCK), triton_kernels.WARPS),
-        Kernel("finish dots", triton_kernels.finish_dots_kernel, dict(partials="*fp64", count="i32", result="*fp64"),
-               dict(BLOCK=triton_sums.SUM_BLOCK), triton_kernels.WARPS),
+               dict(BLOCK=triton_sums.SUM_BLOCK), triton_parameters.WARPS),
+        Kernel("finish dots", triton_parameters.finish_dots_kernel, dict(partials="*fp64", count="i32", result="*fp64"),
+               dict(BLOCK=triton_sums.SUM_BLOCK), triton_parameters.WARPS),
         Kernel("finish loss", triton_sums.finish_kernel,
                dict(partials="*fp64", count="i32", divisor="*fp64", sign="fp64", loss="*fp64", result="*fp64"),
                dict(BLOCK=triton_sums.SUM_BLOCK), triton_sums.SUM_WARPS),
@@ -103,7 +101,7 @@ def kernels() -> list[Kernel]:
 
 def _list_options() -> dict[str, Any]:
     names = ("CHUNK", "BODY", "TAIL")
-    return {name: getattr(triton_kernels, name) for name in names}
+    return {name: getattr(triton_parameters, name) for name in names}
 
 
 def _vectors(block: int, warps: int, *dtypes: str) -> int:
@@ -113,17 +111,17 @@ def _vectors(block: int, warps: int, *dtypes: str) -> int:
 def _update(w: str, z: str, r: str) -> Kernel:
     types = dict(table="*i64", tensors="i32", scalars="*fp64", lr="*fp64", weight_decay="*fp64", partials="*fp64")
     constants = dict(W=TYPES[w], Z=TYPES[z], R=TYPES[r], **_list_options())
-    body, warps = triton_kernels.BODY, triton_kernels.WARPS
+    body, warps = triton_parameters.BODY, triton_parameters.WARPS
     vectors = _vectors(body, warps, w, z, r), _vectors(body, warps, w, z)
-    return Kernel(f"update_ {w} {z} {r}", triton_kernels.update_kernel, types, constants, warps, vectors)
+    return Kernel(f"update_ {w} {z} {r}", triton_parameters.update_kernel, types, constants, warps, vectors)
 
 
 def _dots(z: str, r: str) -> Kernel:
     types = dict(table="*i64", tensors="i32", partials="*fp64", slots="i32")
     constants = dict(Z=TYPES[z], R=TYPES[r], **_list_options())
-    body, warps = triton_kernels.BODY, triton_kernels.WARPS
+    body, warps = triton_parameters.BODY, triton_parameters.WARPS
     return Kernel(
-        f"dots {z} {r}", triton_kernels.dots_kernel, types, constants, warps, (_vectors(body, warps, z, r), 0)
+        f"dots {z} {r}", triton_parameters.dots_kernel, types, constants, warps, (_vectors(body, warps, z, r), 0)
     )
 
 

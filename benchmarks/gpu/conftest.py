@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from report import HERE, Report
+
+from benchmarks.report import HERE, Report
 
 ROOT = HERE.parent
-sys.path.append(str(ROOT / "tests/gpu"))  # for its `device`
 
 REPORT = Report(Path(os.environ.get("CURVEBALL_RESULTS", ROOT / "build/gpu")), "gpu", "make gpu")
 COPY_SIZE = 10**9  # float32: 4 GB read, 4 GB written
@@ -39,7 +38,7 @@ def report() -> Iterator[Report]:
 @pytest.fixture(scope="session")
 def copy() -> Callable[[], object]:
     """torch's copy of 4 GB from one tensor to another."""
-    from device import DEVICE
+    from tests.gpu.device import DEVICE
 
     source = torch.empty(COPY_SIZE, device=DEVICE).normal_()
     target = torch.empty_like(source)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from compare import Spread
-from device import BACKENDS
-from report import Report, bar
+
+from benchmarks.compare import Spread
+from benchmarks.report import Report, bar
+from tests.gpu.device import BACKENDS
 
 Call = Callable[[], object]
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import compare
-from device import DEVICE, launches
-from measure import in_a_row
-from nets import CASES, Case
-from report import Report, bar
-from steps import sgd
 from torch import Tensor
 
+from benchmarks.compare import compare
+from benchmarks.gpu.measure import in_a_row
+from benchmarks.nets import CASES, Case
+from benchmarks.report import Report, bar
+from benchmarks.steps import sgd
 from curveball_fused import CurveBall, make_graphed_step
+from tests.gpu.device import DEVICE, launches
 
 BATCH, ROUNDS = 128, 10
 STEPS = 20  # a multiple of the interval of looks at λ

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from device import BACKENDS, DEVICE
-from measure import Call, bandwidth_table
-from report import Report
 from torch import Tensor
 
-from curveball_fused import closed_forms, loss_ops
-from curveball_fused.closed_forms import Quadratic
+from benchmarks.gpu.measure import Call, bandwidth_table
+from benchmarks.report import Report
+from curveball_fused.backends.reference import closed_forms
+from curveball_fused.backends.reference.closed_forms import Quadratic
+from curveball_fused.ops import losses as loss_ops
+from tests.gpu.device import BACKENDS, DEVICE
 
 LOSS_BAR = 1.3
 EAGER, COMPILED = "torch", "torch.compile"
@@ -33,8 +34,8 @@ OTHERS = (
 def first(loss: Tensor, quadratic: Quadratic | None, v: Tensor) -> tuple[Tensor, ...]:
     """Loss, c and two products, as the first call gives them."""
     assert quadratic is not None
-    gradient, centre, product = quadratic
-    seen = centre(v.to(gradient.dtype))
+    gradient, center, product = quadratic
+    seen = center(v.to(gradient.dtype))
     hv = product(seen)
     return loss, (gradient + hv).to(v.dtype), _dot(gradient, seen), _dot(hv, seen)
 
@@ -42,8 +43,8 @@ def first(loss: Tensor, quadratic: Quadratic | None, v: Tensor) -> tuple[Tensor,
 def second(quadratic: Quadratic | None, v: Tensor, u: Tensor) -> tuple[Tensor, ...]:
     """The other three products."""
     assert quadratic is not None
-    gradient, centre, product = quadratic
-    v, u = centre(v.to(gradient.dtype)), centre(u.to(gradient.dtype))
+    gradient, center, product = quadratic
+    v, u = center(v.to(gradient.dtype)), center(u.to(gradient.dtype))
     hu = product(u)
     return _dot(gradient, u), _dot(v, hu), _dot(u, hu)
 
@@ -110,20 +111,20 @@ def table(report: Report, title: str, copy: Call, calls: dict[str, Call], traffi
     bandwidth_table(report, title, note, copy, calls, traffic, LOSS_BAR, COMPILED, 1.0)
 
 
-def cross_entropy_products(dtype: torch.dtype, rows: int, classes: int, report: Report, copy: Call) -> None:
+def cross_entropy_cotangent(dtype: torch.dtype, rows: int, classes: int, report: Report, copy: Call) -> None:
     sets = [(x, v, torch.randint(classes, (rows,), device=DEVICE)) for x, v in drawn((rows, classes), dtype, 2)]
 
     def ours(backend: str, x: Tensor, v: Tensor, y: Tensor) -> object:
-        return loss_ops.cross_entropy_products(x, v, y, backend=backend)
+        return loss_ops.cross_entropy_cotangent(x, v, y, backend=backend)
 
     # x and v are read, c is written.
     traffic = 3.0 * dtype.itemsize * rows * classes
-    title = f"cross_entropy_products, {rows} x {classes} {_name(dtype)}"
+    title = f"cross_entropy_cotangent, {rows} x {classes} {_name(dtype)}"
     table(report, title, copy, alternatives(ours, entropy_first, sets), traffic)
 
 
 def test_cross_entropy_products(report: Report, copy: Call) -> None:
-    cross_entropy_products(*MAIN, report, copy)
+    cross_entropy_cotangent(*MAIN, report, copy)
 
 
 def test_cross_entropy_dots(report: Report, copy: Call) -> None:
@@ -132,17 +133,17 @@ def test_cross_entropy_dots(report: Report, copy: Call) -> None:
     sets = [(x, v, u, y) for x, v, u in drawn((rows, classes), dtype, 3)]
 
     def ours(backend: str) -> Callable[..., object]:
-        given = [loss_ops.cross_entropy_products(x, v, y, backend=backend) for x, v, _, _ in sets]
+        given = [loss_ops.cross_entropy_cotangent(x, v, y, backend=backend) for x, v, _, _ in sets]
         extended = [
             (x, v, u, y, kept, products)
             for (x, v, u, y), (_, _, products, kept) in zip(sets, given, strict=True)
         ]  # fmt: skip
-        return rotating(lambda *inputs: loss_ops.cross_entropy_dots(*inputs, backend=backend), extended)
+        return rotating(lambda *inputs: loss_ops.cross_entropy_products(*inputs, backend=backend), extended)
 
     calls = {EAGER: rotating(entropy_second, sets)}
     calls[COMPILED] = rotating(torch.compile(entropy_second, dynamic=False), sets)
     calls |= {b: ours(b) for b in BACKENDS}
-    title = f"cross_entropy_dots, {rows} x {classes} {_name(dtype)}"
+    title = f"cross_entropy_products, {rows} x {classes} {_name(dtype)}"
     table(report, title, copy, calls, 3.0 * dtype.itemsize * rows * classes)
 
 
@@ -154,7 +155,9 @@ def test_elementwise(name: str, report: Report, copy: Call) -> None:
     # The products as given are not read by the kernels but handed on.
     products = torch.zeros(2, dtype=torch.float64, device=DEVICE)
     kernels: Any = (
-        (loss_ops.mse_products, loss_ops.mse_dots) if name == "mse" else (loss_ops.bce_products, loss_ops.bce_dots)
+        (loss_ops.mse_cotangent, loss_ops.mse_products)
+        if name == "mse"
+        else (loss_ops.bce_cotangent, loss_ops.bce_products)
     )
     composed = (mse_first, mse_second) if name == "mse" else (bce_first, bce_second)
 
@@ -166,15 +169,15 @@ def test_elementwise(name: str, report: Report, copy: Call) -> None:
 
     traffic = 4.0 * 4 * ELEMENTS  # x, v, y and c; x, v, u and y
     without_u = [(x, v, y) for x, v, _, y in sets]
-    table(report, f"{name}_products, 2²⁷ float32", copy, alternatives(ours_first, composed[0], without_u), traffic)
-    table(report, f"{name}_dots, 2²⁷ float32", copy, alternatives(ours_second, composed[1], sets), traffic)
+    table(report, f"{name}_cotangent, 2²⁷ float32", copy, alternatives(ours_first, composed[0], without_u), traffic)
+    table(report, f"{name}_products, 2²⁷ float32", copy, alternatives(ours_second, composed[1], sets), traffic)
 
 
 @pytest.mark.parametrize(("dtype", "rows", "classes"), OTHERS, ids=str)
 def test_cross_entropy_products_of_other_shapes(
     dtype: torch.dtype, rows: int, classes: int, report: Report, copy: Call
 ) -> None:
-    cross_entropy_products(dtype, rows, classes, report, copy)
+    cross_entropy_cotangent(dtype, rows, classes, report, copy)
 
 
 def _name(dtype: torch.dtype) -> str:

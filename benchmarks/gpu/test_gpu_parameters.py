@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Spread
-from device import BACKENDS, DEVICE, launches, resnet50, to_device
-from measure import BANDWIDTH_BAR, MARK, ROUNDS, Call, as_text, bandwidth_table, in_turn, ratio
-from report import Report, bar
 from torch import Tensor
 
-from curveball_fused import ops, reference
+from benchmarks.compare import Spread
+from benchmarks.gpu.measure import BANDWIDTH_BAR, MARK, ROUNDS, Call, as_text, bandwidth_table, in_turn, ratio
+from benchmarks.report import Report, bar
+from curveball_fused import ops
+from curveball_fused.backends.reference import parameters as reference
+from curveball_fused.backends.scalars import SCALARS
+from tests.gpu.device import BACKENDS, DEVICE, launches, resnet50, to_device
 
 COUNT, SIZE = 256, 3_906_250  # 10⁹ elements
 SGD, COMPILED = "torch.optim.SGD, fused", "torch.compile"
@@ -28,7 +30,7 @@ def tensors(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
 
 
 def scalars() -> Tensor:
-    return to_device(BETA, RHO, LAMBD, *[0.0] * (len(reference.SCALARS) - 3))
+    return to_device(BETA, RHO, LAMBD, *[0.0] * (len(SCALARS) - 3))
 
 
 def sgd(w: list[Tensor], z: list[Tensor], r: list[Tensor]) -> torch.optim.SGD:

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch.nn.functional as F
-from compare import Timing, compare
-from device import BACKENDS, DEVICE
-from measure import in_a_row
-from nets import CASES
-from report import Report
-from steps import sgd
 from torch import Tensor
 
+from benchmarks.compare import Timing, compare
+from benchmarks.gpu.measure import in_a_row
+from benchmarks.nets import CASES
+from benchmarks.report import Report
+from benchmarks.steps import sgd
 from curveball_fused import CurveBall
+from tests.gpu.device import BACKENDS, DEVICE
 
 BATCH, ROUNDS = 128, 10
 STEPS = 5  # CurveBall looks at λ once in so many steps

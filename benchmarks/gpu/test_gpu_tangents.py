@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import Spread
-from device import DEVICE
-from measure import BANDWIDTH_BAR, MARK, ROUNDS, Call, as_text, bandwidth_table, in_turn, ratio
-from report import Report
 from torch import Tensor
 
-from curveball_fused import triton_tangents
+from benchmarks.compare import Spread
+from benchmarks.gpu.measure import BANDWIDTH_BAR, MARK, ROUNDS, Call, as_text, bandwidth_table, in_turn, ratio
+from benchmarks.report import Report
+from curveball_fused.backends.triton import tangents as triton_tangents
+from tests.gpu.device import DEVICE
 
 EAGER, OURS = "torch", "triton"
 AT_LEAST = 10**9  # bytes of all sets of inputs: many times what the cache holds
@@ -52,8 +52,8 @@ def test_layer_norm(rows: int, length: int, dtype: torch.dtype, report: Report, 
     full = [(x, dx, *more) for (x, dx), more in zip(sets, kept, strict=True)]
 
     def composed(x: Tensor, dx: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        normalised = aten.native_layer_norm_backward(dx, x, [length], mean, rstd, None, None, [True, False, False])[0]
-        return F.layer_norm(x, [length], dw, db).addcmul_(normalised, w)
+        normalized = aten.native_layer_norm_backward(dx, x, [length], mean, rstd, None, None, [True, False, False])[0]
+        return F.layer_norm(x, [length], dw, db).addcmul_(normalized, w)
 
     def ours(x: Tensor, dx: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         return triton_tangents.layer_norm_tangent(dx, x, mean.flatten(), rstd.flatten(), w, dw, db)

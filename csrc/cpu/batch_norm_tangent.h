@@ -63,8 +63,8 @@ void batch_norm_planes(const BatchNormArguments& a, int64_t begin, int64_t end) 
       const T *dx = static_cast<const T*>(a.dx) + first, *x = static_cast<const T*>(a.x) + first;
       T* dy = static_cast<T*>(a.dy) + first;
       for_each_round(0, a.plane, [&](int64_t i, auto count) __attribute__((always_inline)) {
-        const Round<T> centred = load_round(x + i, count) - mean, tangent = load_round(dx + i, count) - shift;
-        store_round(dy + i, scale * tangent + (slope * centred + offset), count);
+        const Round<T> centered = load_round(x + i, count) - mean, tangent = load_round(dx + i, count) - shift;
+        store_round(dy + i, scale * tangent + (slope * centered + offset), count);
       });
     }
   }
@@ -114,9 +114,9 @@ void batch_norm_rows(const BatchNormArguments& a, int64_t begin, int64_t end, co
                      offset = load_round(factors[4], Whole{});
       for (int64_t row = rows; row < rows_end; row++) {
         const int64_t first = row * a.channels + channel;
-        const Round<T> centred = load_round(static_cast<const T*>(a.x) + first, count) - mean;
+        const Round<T> centered = load_round(static_cast<const T*>(a.x) + first, count) - mean;
         const Round<T> tangent = load_round(static_cast<const T*>(a.dx) + first, count) - shift;
-        store_round(static_cast<T*>(a.dy) + first, scale * tangent + (slope * centred + offset), count);
+        store_round(static_cast<T*>(a.dy) + first, scale * tangent + (slope * centered + offset), count);
       }
     });
   }

@@ -68,7 +68,7 @@ CURVEBALL_LANES void store(double* p, Doubles v) { write(p, v); }
 
 CURVEBALL_LANES Doubles widen(Doubles v) { return v; }
 // GCC 12 makes two conversions and a merge of the builtin, where one instruction does it. (Of the intrinsic without a
-// mask it warns that something is uninitialised; a mask of ones costs nothing.)
+// mask it warns that something is uninitialized; a mask of ones costs nothing.)
 #if defined(CURVEBALL_AVX512)
 CURVEBALL_LANES Doubles widen(Floats v) { return (Doubles)_mm512_maskz_cvtps_pd(0xff, (__m256)v); }
 #elif defined(CURVEBALL_AVX2)

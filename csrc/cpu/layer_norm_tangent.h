@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kPartialSum = 1024;
 
 template <typename T>
-CURVEBALL_LANES void layer_norm_row(const T* dx, const T* x, T mean_, T rstd_, bool centred, const T* weight,
+CURVEBALL_LANES void layer_norm_row(const T* dx, const T* x, T mean_, T rstd_, bool centered, const T* weight,
                                     const T* dweight, const T* dbias, T* dy, int64_t size) {
   const Round<T> mean = round_of(mean_), rstd = round_of(rstd_);
   double sum = 0.0, product_sum = 0.0;
@@ -29,7 +29,7 @@ CURVEBALL_LANES void layer_norm_row(const T* dx, const T* x, T mean_, T rstd_, b
     sum += partial.total();
     product_sum += product_partial.total();
   }
-  const Round<T> mean_tangent = round_of(centred ? static_cast<T>(sum / size) : T(0));
+  const Round<T> mean_tangent = round_of(centered ? static_cast<T>(sum / size) : T(0));
   const Round<T> mean_product = round_of(static_cast<T>(product_sum / size));
   for_each_round(0, size, [&](int64_t i, auto count) __attribute__((always_inline)) {
     const Round<T> normal = (load_round(x + i, count) - mean) * rstd;

@@ -100,12 +100,12 @@ double squares_block(const void* z_, int64_t n) {
 
 template <typename T>
 constexpr void add_losses(LossKernels& k, DType dtype) {
+  k.cross_entropy_cotangent[dtype] = cross_entropy_cotangent_block<T>;
   k.cross_entropy_products[dtype] = cross_entropy_products_block<T>;
-  k.cross_entropy_dots[dtype] = cross_entropy_dots_block<T>;
-  k.mse_products[dtype] = element_products_block<SquaredError, T>;
-  k.mse_dots[dtype] = element_dots_block<SquaredError, T>;
-  k.bce_products[dtype] = element_products_block<BinaryCrossEntropy, T>;
-  k.bce_dots[dtype] = element_dots_block<BinaryCrossEntropy, T>;
+  k.mse_cotangent[dtype] = element_products_block<SquaredError, T>;
+  k.mse_products[dtype] = element_dots_block<SquaredError, T>;
+  k.bce_cotangent[dtype] = element_products_block<BinaryCrossEntropy, T>;
+  k.bce_products[dtype] = element_dots_block<BinaryCrossEntropy, T>;
 }
 
 // z is float32 for weights of at most 32 bits and float64 for float64; r has the dtype of w or of z.

@@ -45,9 +45,9 @@ using ElementsBlock = void (*)(const Elements& a, int64_t begin, int64_t end, do
 
 // By the dtype of x.
 struct LossKernels {
-  CrossEntropyBlock cross_entropy_products[kDTypeCount], cross_entropy_dots[kDTypeCount];
-  ElementsBlock mse_products[kDTypeCount], mse_dots[kDTypeCount];
-  ElementsBlock bce_products[kDTypeCount], bce_dots[kDTypeCount];
+  CrossEntropyBlock cross_entropy_cotangent[kDTypeCount], cross_entropy_products[kDTypeCount];
+  ElementsBlock mse_cotangent[kDTypeCount], mse_products[kDTypeCount];
+  ElementsBlock bce_cotangent[kDTypeCount], bce_products[kDTypeCount];
 };
 
 }  // namespace curveball::cpu

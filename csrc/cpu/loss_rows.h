@@ -113,7 +113,7 @@ CURVEBALL_LANES C no_class(const CrossEntropy& a, int64_t target) {
 }
 
 template <typename T, bool smoothed>
-void cross_entropy_products_rows(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums) {
+void cross_entropy_cotangent_rows(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums) {
   using C = Arithmetic<T>;
   C* const e = static_cast<C*>(scratch);
   const C* const weight = static_cast<const C*>(a.weight);
@@ -143,13 +143,13 @@ void cross_entropy_products_rows(const CrossEntropy& a, int64_t begin, int64_t e
     const auto round = [&](const C* e, const T* x, const T* v, const C* w, T* c) __attribute__((always_inline)) {
       for (int64_t group = 0; group < kGroups; group++) {
         const int64_t i = group * kLanes;
-        const auto exponentials = load(e + i), centred = load(v + i) - mean_v, product = exponentials * centred;
+        const auto exponentials = load(e + i), centered = load(v + i) - mean_v, product = exponentials * centered;
         auto out = scale * (exponentials + product);
-        row_vhv.groups[group] = add_product(row_vhv.groups[group], product, centred);
+        row_vhv.groups[group] = add_product(row_vhv.groups[group], product, centered);
         if constexpr (smoothed) {
           const auto weights = load(w + i);
           smooth_x.groups[group] = add_product(smooth_x.groups[group], weights, load(x + i) - maximum);
-          smooth_v.groups[group] = add_product(smooth_v.groups[group], weights, centred);
+          smooth_v.groups[group] = add_product(smooth_v.groups[group], weights, centered);
           out -= c_smooth * weights;
         }
         store(c + i, out);
@@ -187,9 +187,9 @@ void cross_entropy_products_rows(const CrossEntropy& a, int64_t begin, int64_t e
   sums[2] = vhv;
 }
 
-// The logits are normalised again, so that the rounding of their normaliser, which grows with |x|, does not matter.
+// The logits are normalized again, so that the rounding of their normalizer, which grows with |x|, does not matter.
 template <typename T, bool smoothed>
-void cross_entropy_dots_rows(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums) {
+void cross_entropy_products_rows(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums) {
   using C = Arithmetic<T>;
   C* const e = static_cast<C*>(scratch);
   const C* const weight = static_cast<const C*>(a.weight);
@@ -211,10 +211,10 @@ void cross_entropy_dots_rows(const CrossEntropy& a, int64_t begin, int64_t end, 
     const auto round = [&](const C* e, const T* v, const T* u, const C* w) __attribute__((always_inline)) {
       for (int64_t group = 0; group < kGroups; group++) {
         const int64_t i = group * kLanes;
-        const auto centred = load(u + i) - mean_u, product = load(e + i) * centred;
+        const auto centered = load(u + i) - mean_u, product = load(e + i) * centered;
         row_vhu.groups[group] = add_product(row_vhu.groups[group], product, load(v + i) - mean_v);
-        row_uhu.groups[group] = add_product(row_uhu.groups[group], product, centred);
-        if constexpr (smoothed) smooth_u.groups[group] = add_product(smooth_u.groups[group], load(w + i), centred);
+        row_uhu.groups[group] = add_product(row_uhu.groups[group], product, centered);
+        if constexpr (smoothed) smooth_u.groups[group] = add_product(smooth_u.groups[group], load(w + i), centered);
       }
     };
     int64_t i = 0;
@@ -240,14 +240,14 @@ void cross_entropy_dots_rows(const CrossEntropy& a, int64_t begin, int64_t end, 
 }
 
 template <typename T>
-void cross_entropy_products_block(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums) {
-  const auto block = a.smooth != 0.0 ? cross_entropy_products_rows<T, true> : cross_entropy_products_rows<T, false>;
+void cross_entropy_cotangent_block(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums) {
+  const auto block = a.smooth != 0.0 ? cross_entropy_cotangent_rows<T, true> : cross_entropy_cotangent_rows<T, false>;
   block(a, begin, end, scratch, sums);
 }
 
 template <typename T>
-void cross_entropy_dots_block(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums) {
-  const auto block = a.smooth != 0.0 ? cross_entropy_dots_rows<T, true> : cross_entropy_dots_rows<T, false>;
+void cross_entropy_products_block(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums) {
+  const auto block = a.smooth != 0.0 ? cross_entropy_products_rows<T, true> : cross_entropy_products_rows<T, false>;
   block(a, begin, end, scratch, sums);
 }
 

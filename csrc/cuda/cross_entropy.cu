@@ -88,7 +88,7 @@ struct CrossEntropyCall {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_products(Tensor x, Tensor v, Tensor target,
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cotangent(Tensor x, Tensor v, Tensor target,
                                                                   std::optional<Tensor> weight, int64_t ignore_index,
                                                                   bool mean, double label_smoothing, double sign) {
   check_cross_entropy(x, v, target, weight);
@@ -104,10 +104,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_products(Tensor x, Tens
     call.arguments.c = static_cast<T*>(c.mutable_data_ptr());
     call.arguments.per_row = rows.mutable_data_ptr<Compute<T>>();
     if (label_smoothing != 0.0) {
-      launch_rows(cross_entropy_products_kernel<T, WarpTeam, true>, cross_entropy_products_kernel<T, BlockTeam, true>,
+      launch_rows(cross_entropy_cotangent_kernel<T, WarpTeam, true>, cross_entropy_cotangent_kernel<T, BlockTeam, true>,
                   call.plan, call.stream, call.arguments);
     } else {
-      launch_rows(cross_entropy_products_kernel<T, WarpTeam, false>, cross_entropy_products_kernel<T, BlockTeam, false>,
+      launch_rows(cross_entropy_cotangent_kernel<T, WarpTeam, false>, cross_entropy_cotangent_kernel<T, BlockTeam, false>,
                   call.plan, call.stream, call.arguments);
     }
     std::tie(loss, products) = finish_products(call.partials, call.stream);
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_products(Tensor x, Tens
   return {loss, c, products, rows};
 }
 
-Tensor cross_entropy_dots(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight, Tensor rows,
+Tensor cross_entropy_products(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight, Tensor rows,
                           Tensor products, int64_t ignore_index, bool mean, double label_smoothing, double sign) {
   check_cross_entropy(x, v, target, weight);
   check_like(x, u, "u");
@@ -133,10 +133,10 @@ Tensor cross_entropy_dots(Tensor x, Tensor v, Tensor u, Tensor target, std::opti
     call.arguments.rows.u = data<T>(u);
     call.arguments.per_row = const_cast<Compute<T>*>(data<Compute<T>>(rows));
     if (smoothed) {
-      launch_rows(cross_entropy_dots_kernel<T, WarpTeam, true>, cross_entropy_dots_kernel<T, BlockTeam, true>,
+      launch_rows(cross_entropy_products_kernel<T, WarpTeam, true>, cross_entropy_products_kernel<T, BlockTeam, true>,
                   call.plan, call.stream, call.arguments);
     } else {
-      launch_rows(cross_entropy_dots_kernel<T, WarpTeam, false>, cross_entropy_dots_kernel<T, BlockTeam, false>,
+      launch_rows(cross_entropy_products_kernel<T, WarpTeam, false>, cross_entropy_products_kernel<T, BlockTeam, false>,
                   call.plan, call.stream, call.arguments);
     }
     five = finish_dots(call.partials, first, call.stream);
@@ -148,6 +148,6 @@ Tensor cross_entropy_dots(Tensor x, Tensor v, Tensor u, Tensor target, std::opti
 }  // namespace curveball::cuda
 
 CURVEBALL_REGISTER(library) {
+  library.impl("cross_entropy_cotangent", TORCH_BOX(&curveball::cuda::cross_entropy_cotangent));
   library.impl("cross_entropy_products", TORCH_BOX(&curveball::cuda::cross_entropy_products));
-  library.impl("cross_entropy_dots", TORCH_BOX(&curveball::cuda::cross_entropy_dots));
 }

@@ -91,7 +91,7 @@ struct RowShared {
 
 template <typename T, template <typename> class Team, bool smoothed>
 __global__ void __launch_bounds__(Team<Compute<T>>::kThreads, Team<Compute<T>>::kBlocks)
-    cross_entropy_products_kernel(const CrossEntropy<T> __grid_constant__ a) {
+    cross_entropy_cotangent_kernel(const CrossEntropy<T> __grid_constant__ a) {
   using C = Compute<T>;
   __shared__ RowShared<C> shared;
   const Common& common = shared.common;
@@ -125,13 +125,13 @@ __global__ void __launch_bounds__(Team<Compute<T>>::kThreads, Team<Compute<T>>::
       C piece_vhv = 0;
 #pragma unroll
       for (int k = 0; k < length; k++) {
-        const C e = fast_exp(x.v[k] - maximum), centred = v.v[k] - mean_v, product = e * centred;
-        piece_vhv += product * centred;
+        const C e = fast_exp(x.v[k] - maximum), centered = v.v[k] - mean_v, product = e * centered;
+        piece_vhv += product * centered;
         out.v[k] = scale * (e + product);
         if constexpr (smoothed) {
           const C w = a.weight ? a.weight[column + k] : C(1);
           smooth_x += w * (x.v[k] - maximum);
-          smooth_v += w * centred;
+          smooth_v += w * centered;
           out.v[k] -= c_smooth * w;
         }
       }
@@ -167,10 +167,10 @@ __global__ void __launch_bounds__(Team<Compute<T>>::kThreads, Team<Compute<T>>::
 
 // ---------------------------------------------------------------------------------------------- second product
 
-// The logits are normalised again, so that the rounding of their normaliser, which grows with |x|, does not matter.
+// The logits are normalized again, so that the rounding of their normalizer, which grows with |x|, does not matter.
 template <typename T, template <typename> class Team, bool smoothed>
 __global__ void __launch_bounds__(Team<Compute<T>>::kThreads, Team<Compute<T>>::kBlocks)
-    cross_entropy_dots_kernel(const CrossEntropy<T> __grid_constant__ a) {
+    cross_entropy_products_kernel(const CrossEntropy<T> __grid_constant__ a) {
   using C = Compute<T>;
   __shared__ RowShared<C> shared;
   const Common& common = shared.common;
@@ -197,10 +197,10 @@ __global__ void __launch_bounds__(Team<Compute<T>>::kThreads, Team<Compute<T>>::
       C piece_vhu = 0, piece_uhu = 0;
 #pragma unroll
       for (int k = 0; k < length; k++) {
-        const C centred = u.v[k] - mean_u, product = fast_exp(x.v[k] - maximum) * centred;
+        const C centered = u.v[k] - mean_u, product = fast_exp(x.v[k] - maximum) * centered;
         piece_vhu += product * (v.v[k] - mean_v);
-        piece_uhu += product * centred;
-        if constexpr (smoothed) smooth_u += (a.weight ? a.weight[column + k] : C(1)) * centred;
+        piece_uhu += product * centered;
+        if constexpr (smoothed) smooth_u += (a.weight ? a.weight[column + k] : C(1)) * centered;
       }
       row_vhu += piece_vhu;
       row_uhu += piece_uhu;

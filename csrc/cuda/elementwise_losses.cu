@@ -49,7 +49,7 @@ Tensor element_dots(const Tensor& x, const Tensor& u, const Tensor& products, El
   return finish_dots(partials, first, stream);
 }
 
-Products mse_products(Tensor x, Tensor v, Tensor target, bool mean, double sign) {
+Products mse_cotangent(Tensor x, Tensor v, Tensor target, bool mean, double sign) {
   check_elements(x, v, target);
   const DeviceGuard guard(x.get_device_index());
   Products result;
@@ -60,7 +60,7 @@ Products mse_products(Tensor x, Tensor v, Tensor target, bool mean, double sign)
   return result;
 }
 
-Tensor mse_dots(Tensor x, Tensor v, Tensor u, Tensor target, Tensor products, bool mean, double sign) {
+Tensor mse_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor products, bool mean, double sign) {
   check_elements(x, v, target);
   const DeviceGuard guard(x.get_device_index());
   Tensor result;
@@ -79,7 +79,7 @@ BinaryCrossEntropy<C> binary_cross_entropy(const Tensor& x, const std::optional<
   return {w, p, length, pos_length};
 }
 
-Products bce_products(Tensor x, Tensor v, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
+Products bce_cotangent(Tensor x, Tensor v, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
                       bool mean, double sign) {
   check_elements(x, v, target);
   const DeviceGuard guard(x.get_device_index());
@@ -92,7 +92,7 @@ Products bce_products(Tensor x, Tensor v, Tensor target, std::optional<Tensor> w
   return result;
 }
 
-Tensor bce_dots(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight,
+Tensor bce_products(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight,
                 std::optional<Tensor> pos_weight, Tensor products, bool mean, double sign) {
   check_elements(x, v, target);
   const DeviceGuard guard(x.get_device_index());
@@ -109,8 +109,8 @@ Tensor bce_dots(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tenso
 }  // namespace curveball::cuda
 
 CURVEBALL_REGISTER(library) {
+  library.impl("mse_cotangent", TORCH_BOX(&curveball::cuda::mse_cotangent));
   library.impl("mse_products", TORCH_BOX(&curveball::cuda::mse_products));
-  library.impl("mse_dots", TORCH_BOX(&curveball::cuda::mse_dots));
+  library.impl("bce_cotangent", TORCH_BOX(&curveball::cuda::bce_cotangent));
   library.impl("bce_products", TORCH_BOX(&curveball::cuda::bce_products));
-  library.impl("bce_dots", TORCH_BOX(&curveball::cuda::bce_dots));
 }

@@ -40,7 +40,7 @@ struct BinaryCrossEntropy {
   const C *weight, *pos_weight;  // null: ones
   int64 weight_count, pos_weight_count;
 
-  // The weights of N neighbours.
+  // The weights of N neighbors.
   template <int N>
   struct Constants {
     C weight[N], pos_weight[N];

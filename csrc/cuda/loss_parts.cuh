@@ -46,7 +46,7 @@ __device__ __forceinline__ void walk(Index begin, Index end, Index step, Load lo
   }
 }
 
-// N neighbours as they lie in memory. 16-bit numbers stay two to a word until they are used: else the compiler would
+// N neighbors as they lie in memory. 16-bit numbers stay two to a word until they are used: else the compiler would
 // keep each in a register of its own, and store them one by one.
 template <typename T, int N, bool in_pairs = sizeof(T) == 2 && N % 2 == 0>
 struct Packed {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void store_packed(T* place, const Vector<Compute<T>, 
   *reinterpret_cast<Packed<T, N>*>(place) = packed;
 }
 
-// N neighbours from each of several arrays.
+// N neighbors from each of several arrays.
 template <typename T, int N, int arrays>
 struct Pieces {
   Packed<T, N> of[arrays];

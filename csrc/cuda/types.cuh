@@ -144,7 +144,7 @@ __device__ __forceinline__ double read(const Numbers& numbers, int i) {
 
 // ---------------------------------------------------------------------------------------------- vectors
 
-// N neighbours in memory. Read or written as a whole, up to 16 bytes are one access; more are several of 16 bytes.
+// N neighbors in memory. Read or written as a whole, up to 16 bytes are one access; more are several of 16 bytes.
 // The address must be a multiple of alignof(Vector).
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {

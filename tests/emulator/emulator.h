@@ -1,5 +1,5 @@
 // A CUDA device made of fibres: every thread of a block has its own stack, and a scheduler lets them run in turn, from
-// one point of synchronisation to the next, in an order that a seed decides.
+// one point of synchronization to the next, in an order that a seed decides.
 //
 // It shows wrong indices, missing barriers and divergence. It can't show races within the memory model, nor speed.
 #pragma once

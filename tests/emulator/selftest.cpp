@@ -43,7 +43,7 @@ __global__ void reads_unset_shared(double* result) {
   result[threadIdx.x] = values[threadIdx.x];
 }
 
-// Sums of neighbours with all shuffles and, without the barrier, in an order that a seed decides.
+// Sums of neighbors with all shuffles and, without the barrier, in an order that a seed decides.
 __global__ void no_barrier(double* result) {
   __shared__ double values[64];
   values[threadIdx.x] = threadIdx.x;

@@ -6,10 +6,11 @@ import os
 from dataclasses import dataclass
 
 import torch
-from device import BACKENDS, DEVICE, DTYPES, draw, state_dtype, to_device
 from torch import Tensor
 
-from curveball_fused import loss_ops, ops
+from curveball_fused import ops
+from curveball_fused.ops import losses as loss_ops
+from tests.gpu.device import BACKENDS, DEVICE, DTYPES, draw, state_dtype, to_device
 
 SIZES = ((0,), (1,), (37,), (4, 129), (65_537,), (3, 70_001))
 # Rows and classes: a warp for each row, a block for each, and more rows than blocks that each begin elsewhere in a
@@ -73,14 +74,14 @@ def run(inputs: Inputs, backend: str) -> list[Tensor]:
     results = [*w, *z, sums, solved, updated, adapted]
     for (x, v, u), y, weight in zip(inputs.logits, inputs.classes, inputs.weight, strict=True):
         entropy = dict(ignore_index=3, label_smoothing=0.1, backend=backend)
-        first = loss_ops.cross_entropy_products(x, v, y, weight, **entropy)
+        first = loss_ops.cross_entropy_cotangent(x, v, y, weight, **entropy)
         results += first
-        results.append(loss_ops.cross_entropy_dots(x, v, u, y, first[3], first[2], weight, **entropy))
-        square = loss_ops.mse_products(x, v, u, backend=backend)
-        results += [*square, loss_ops.mse_dots(x, v, u, u, square[2], backend=backend)]
+        results.append(loss_ops.cross_entropy_products(x, v, u, y, first[3], first[2], weight, **entropy))
+        square = loss_ops.mse_cotangent(x, v, u, backend=backend)
+        results += [*square, loss_ops.mse_products(x, v, u, u, square[2], backend=backend)]
         target = u.sigmoid()
-        binary = loss_ops.bce_products(x, v, target, weight, weight, backend=backend)
-        results += [*binary, loss_ops.bce_dots(x, v, u, target, binary[2], weight, weight, backend=backend)]
+        binary = loss_ops.bce_cotangent(x, v, target, weight, weight, backend=backend)
+        results += [*binary, loss_ops.bce_products(x, v, u, target, binary[2], weight, weight, backend=backend)]
     return results
 
 

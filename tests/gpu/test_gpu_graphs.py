@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from device import BACKENDS, DEVICE, launches
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from curveball_fused import CurveBall, make_graphed_step
+from tests.gpu.device import BACKENDS, DEVICE, launches
 
 STEPS = 200
 BATCHES = 5

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, draw, every_backend, state_dtype, to_device
 from torch import Tensor
 
-from curveball_fused import ops, reference
+from curveball_fused import ops
+from curveball_fused.backends.scalars import PREDICTED_CHANGE, SCALARS, Z_DOT_Z
+from tests.gpu.device import DEVICE, DTYPES, draw, every_backend, state_dtype, to_device
 
 BETA, RHO, LAMBD = 0.3, 0.8, 0.25
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -116,19 +117,19 @@ def test_groups(backend: str, tensor_lr: bool, equal: bool) -> None:
     z, r = [draw(t.shape, state_dtype(t.dtype)) for t in w], [draw(t.shape, t.dtype) for t in w]
     groups = [g for g, size in enumerate(sizes) for _ in range(size)]
     expected = [exact(*t, rates[g], decays[g]) for *t, g in zip(w, z, r, groups)]
-    scalars = to_device(BETA, RHO, LAMBD, *torch.randn(len(reference.SCALARS) - 3).tolist())
+    scalars = to_device(BETA, RHO, LAMBD, *torch.randn(len(SCALARS) - 3).tolist())
     before = scalars.clone()
     lr = [torch.tensor(rate, device=DEVICE) if tensor_lr and g % 2 else rate for g, rate in enumerate(rates)]
     new = ops.update_groups_(w, z, r, scalars, group_sizes=sizes, lr=lr, weight_decay=decays, backend=backend)
     for w_i, z_i, e in zip(w, z, expected):
         check(w_i, z_i, e)
     squares = [sum(float(z_i.double().square().sum()) for z_i, h in zip(z, groups) if h == g) for g in range(4)]
-    model = dict(zip(reference.SCALARS, before.tolist()))
+    model = dict(zip(SCALARS, before.tolist()))
     mean = sum(rate * square for rate, square in zip(rates, squares)) / sum(squares)
     wanted = before.clone()
-    wanted[reference.Z_DOT_Z] = sum(squares)
+    wanted[Z_DOT_Z] = sum(squares)
     if not equal:
-        wanted[reference.PREDICTED_CHANGE] = -mean * model["slope"] + 0.5 * mean**2 * model["bend"]
+        wanted[PREDICTED_CHANGE] = -mean * model["linear_term"] + 0.5 * mean**2 * model["quadratic_term"]
     torch.testing.assert_close(new, wanted, rtol=1e-9, atol=1e-12)
     assert torch.equal(scalars, before)
 

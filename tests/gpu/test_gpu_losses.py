@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from device import DEVICE, DTYPES, draw, every_backend, state_dtype
 from torch import Tensor
 
-from curveball_fused import closed_forms, loss_ops
-from curveball_fused.closed_forms import Quadratic
+from curveball_fused.backends.reference import closed_forms
+from curveball_fused.backends.reference.closed_forms import Quadratic
+from curveball_fused.ops import losses as loss_ops
+from tests.gpu.device import DEVICE, DTYPES, draw, every_backend, state_dtype
 
 NAN = float("nan")
 # Rows and classes: one, odd, sides of warps, a short row and one that a block stages, more rows than blocks that each
@@ -43,10 +44,10 @@ def check(
     """
     x, v, u = given
     assert quadratic is not None
-    gradient, centre, product = quadratic
-    v_seen, u_seen, h = centre(v.double()), centre(u.double()), product(torch.ones_like(gradient))
+    gradient, center, product = quadratic
+    v_seen, u_seen, h = center(v.double()), center(u.double()), product(torch.ones_like(gradient))
     # v' is a difference too, of v and its mean.
-    v_size, u_size = (2 * t.double().abs() + (t.double() - centre(t.double())).abs() for t in (v, u))
+    v_size, u_size = (2 * t.double().abs() + (t.double() - center(t.double())).abs() for t in (v, u))
     hv, hu = product(v_seen), product(u_seen)
 
     _, c, two, *_ = first
@@ -97,8 +98,8 @@ def check_entropy(
 ) -> None:
     x, v, u = given
     options: dict[str, Any] = dict(ignore_index=ignore_index, mean=mean, label_smoothing=smoothing, sign=sign)
-    first = loss_ops.cross_entropy_products(x, v, target, weight, **options, backend=backend)
-    five = loss_ops.cross_entropy_dots(x, v, u, target, first[3], first[2], weight, **options, backend=backend)
+    first = loss_ops.cross_entropy_cotangent(x, v, target, weight, **options, backend=backend)
+    five = loss_ops.cross_entropy_products(x, v, u, target, first[3], first[2], weight, **options, backend=backend)
     # exp(x) in the arithmetic's precision is known no better than x is.
     largest = x.double().where(x.isfinite(), 0).abs().amax(1, keepdim=True)
     relative = tolerance(x) + torch.finfo(state_dtype(x.dtype)).eps * largest
@@ -146,9 +147,9 @@ def test_rows_that_are_not_finite(backend: str, classes: int) -> None:
             x[2] = -float("inf")  # no class is left
         else:
             x[2, classes // 2] = value
-        loss, c, products, _ = loss_ops.cross_entropy_products(x, v, target, mean=False, backend=backend)
+        loss, c, products, _ = loss_ops.cross_entropy_cotangent(x, v, target, mean=False, backend=backend)
         assert loss.isnan() and products.isnan().all() and c[2].isnan().any()
-        _, expected, _, _ = loss_ops.cross_entropy_products(good[0], v, target, mean=False, backend=backend)
+        _, expected, _, _ = loss_ops.cross_entropy_cotangent(good[0], v, target, mean=False, backend=backend)
         others = [0, 1, 3, 4]
         torch.testing.assert_close(c[others], expected[others])
 
@@ -162,11 +163,11 @@ def test_targets_out_of_range(backend: str, classes: int, bad: int) -> None:
     target = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     target[2] = bad
     weight = draw((classes,), torch.float32).abs()
-    loss, c, products, rows = loss_ops.cross_entropy_products(x, v, target, weight, mean=False, backend=backend)
+    loss, c, products, rows = loss_ops.cross_entropy_cotangent(x, v, target, weight, mean=False, backend=backend)
     assert loss.isnan() and c[2].isnan().all()
-    loss_ops.cross_entropy_dots(x, v, u, target, rows, products, weight, mean=False, backend=backend)
+    loss_ops.cross_entropy_products(x, v, u, target, rows, products, weight, mean=False, backend=backend)
     ignored = target.where(target == 0, -100)
-    _, expected, _, _ = loss_ops.cross_entropy_products(x, v, ignored, weight, mean=False, backend=backend)
+    _, expected, _, _ = loss_ops.cross_entropy_cotangent(x, v, ignored, weight, mean=False, backend=backend)
     others = [0, 1, 3, 4]
     torch.testing.assert_close(c[others], expected[others])
 
@@ -175,10 +176,10 @@ def test_targets_out_of_range(backend: str, classes: int, bad: int) -> None:
 def test_nothing_to_average(backend: str) -> None:
     x, v, _ = three((4, 33), torch.float32)
     ignored = torch.full((4,), -100, device=DEVICE)
-    assert loss_ops.cross_entropy_products(x, v, ignored, backend=backend)[0].isnan()
-    loss, c, products, _ = loss_ops.cross_entropy_products(x, v, ignored, mean=False, backend=backend)
+    assert loss_ops.cross_entropy_cotangent(x, v, ignored, backend=backend)[0].isnan()
+    loss, c, products, _ = loss_ops.cross_entropy_cotangent(x, v, ignored, mean=False, backend=backend)
     assert loss == 0 and not c.any() and not products.any()
-    loss, c, *_ = loss_ops.cross_entropy_products(x[:0], v[:0], ignored[:0], backend=backend)
+    loss, c, *_ = loss_ops.cross_entropy_cotangent(x[:0], v[:0], ignored[:0], backend=backend)
     assert loss.isnan() and c.shape == (0, 33)
 
 
@@ -197,7 +198,7 @@ def test_more_than_2_to_the_31_logits(backend: str, need_memory: Callable[[float
     need_memory(4.5 * rows * classes * dtype.itemsize)
     x, v = (torch.empty(rows, classes, dtype=dtype, device=DEVICE).normal_() for _ in range(2))
     target = torch.randint(classes, (rows,), device=DEVICE)
-    loss, c, products, kept = loss_ops.cross_entropy_products(x, v, target, mean=False, backend=backend)
+    loss, c, products, kept = loss_ops.cross_entropy_cotangent(x, v, target, mean=False, backend=backend)
     some = torch.tensor([0, 1, 32_767, 32_768, 65_535, 65_536, rows - 1], device=DEVICE)
     part = x[some], v[some], v[some]
     quadratic, terms, _ = entropy(part[0], target[some], None, -100, False, 0.0)
@@ -209,7 +210,7 @@ def test_more_than_2_to_the_31_logits(backend: str, need_memory: Callable[[float
     expected = sum(F.cross_entropy(a.float(), b, reduction="sum").double() for a, b in blocks)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     del c
-    five = loss_ops.cross_entropy_dots(x, v, v, target, kept, products, mean=False, backend=backend)
+    five = loss_ops.cross_entropy_products(x, v, v, target, kept, products, mean=False, backend=backend)
     # u = v: the products with it are the ones there were.
     torch.testing.assert_close(five, products[[0, 1, 0, 1, 1]], rtol=1e-6, atol=0)
 
@@ -224,8 +225,8 @@ def test_mse(backend: str, dtype: torch.dtype, mean: bool) -> None:
     for i, shape in enumerate(ELEMENTS):
         x, v, u = given = three(shape, dtype)
         y, options = draw(shape, dtype), dict(mean=mean, sign=(-1.0) ** i, backend=backend)
-        first = loss_ops.mse_products(x, v, y, **options)
-        five = loss_ops.mse_dots(x, v, u, y, first[2], **options)
+        first = loss_ops.mse_cotangent(x, v, y, **options)
+        five = loss_ops.mse_products(x, v, u, y, first[2], **options)
         reduction = "mean" if mean else "sum"
         quadratic = closed_forms.mse_loss(x.double(), y.double(), reduction=reduction)
         assert quadratic is not None
@@ -248,8 +249,8 @@ def test_bce(backend: str, dtype: torch.dtype, weighted: bool, mean: bool) -> No
         weight = draw(shape, arithmetic).abs() if weighted else None
         pos_weight = draw(shape[-1:], arithmetic).abs() if weighted else None
         options = dict(mean=mean, sign=(-1.0) ** i, backend=backend)
-        first = loss_ops.bce_products(x, v, y, weight, pos_weight, **options)
-        five = loss_ops.bce_dots(x, v, u, y, first[2], weight, pos_weight, **options)
+        first = loss_ops.bce_cotangent(x, v, y, weight, pos_weight, **options)
+        five = loss_ops.bce_products(x, v, u, y, first[2], weight, pos_weight, **options)
         exact: dict[str, Any] = dict(
             weight=None if weight is None else weight.double(),
             pos_weight=None if pos_weight is None else pos_weight.double(),
@@ -269,10 +270,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     namespace, check_op = torch.ops.curveball_fused, torch.library.opcheck
     target, weight = torch.randint(33, (5,), device=DEVICE), draw((33,), state_dtype(dtype)).abs()
     entropy_options = (-100, True, 0.1, 1.0)
-    _, _, products, rows = namespace.cross_entropy_products(x, v, target, weight, *entropy_options)
-    check_op(namespace.cross_entropy_products.default, (x, v, target, weight, *entropy_options))
-    check_op(namespace.cross_entropy_dots.default, (x, v, u, target, weight, rows, products, *entropy_options))
-    check_op(namespace.mse_products.default, (x, v, u, True, 1.0))
-    check_op(namespace.mse_dots.default, (x, v, u, u, products, True, 1.0))
-    check_op(namespace.bce_products.default, (x, v, u, weight, None, True, 1.0))
-    check_op(namespace.bce_dots.default, (x, v, u, u, None, weight, products, True, 1.0))
+    _, _, products, rows = namespace.cross_entropy_cotangent(x, v, target, weight, *entropy_options)
+    check_op(namespace.cross_entropy_cotangent.default, (x, v, target, weight, *entropy_options))
+    check_op(namespace.cross_entropy_products.default, (x, v, u, target, weight, rows, products, *entropy_options))
+    check_op(namespace.mse_cotangent.default, (x, v, u, True, 1.0))
+    check_op(namespace.mse_products.default, (x, v, u, u, products, True, 1.0))
+    check_op(namespace.bce_cotangent.default, (x, v, u, weight, None, True, 1.0))
+    check_op(namespace.bce_products.default, (x, v, u, u, None, weight, products, True, 1.0))

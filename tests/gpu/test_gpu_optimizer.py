@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from device import BACKENDS, DEVICE, every_backend
 from torch import Tensor, nn
 
 from curveball_fused import CurveBall
+from tests.gpu.device import BACKENDS, DEVICE, every_backend
+from tests.helpers import nets
 
 STEPS = 10
 # λ is looked at often and moves much.

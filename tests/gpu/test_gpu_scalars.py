@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, draw, every_backend
 from torch import Tensor
 
-from curveball_fused import backends, ops, reference
+from curveball_fused import backends, ops
+from curveball_fused.backends.scalars import SCALARS
+from tests.gpu.device import DEVICE, DTYPES, draw, every_backend
 
 NAN, INF = float("nan"), float("inf")
 SYSTEMS = ("convex", "concave", "no z", "parallel", "opposite", "nothing")
@@ -17,7 +18,7 @@ SYSTEMS = ("convex", "concave", "no z", "parallel", "opposite", "nothing")
 
 def scalars(lambd: float, z_dot_z: float, **others: float) -> Tensor:
     values = dict(lambd=lambd, z_dot_z=z_dot_z, beta=0.1, rho=0.2, ratio=0.7, loss=3.0, skipped_steps=4.0)
-    return torch.tensor([(values | others).get(name, 0.0) for name in reference.SCALARS], dtype=torch.float64)
+    return torch.tensor([(values | others).get(name, 0.0) for name in SCALARS], dtype=torch.float64)
 
 
 def system(kind: str, seed: int) -> tuple[Tensor, Tensor]:

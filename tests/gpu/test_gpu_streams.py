@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, draw, every_backend, launches, resnet50, to_device
-from operators import Inputs, make, run
 from torch import Tensor
 
 from curveball_fused import ops
+from tests.gpu.device import DEVICE, DTYPES, draw, every_backend, launches, resnet50, to_device
+from tests.gpu.operators import Inputs, make, run
 
 CYCLES = 200_000_000  # some 100 ms: the host has queued everything long before
 

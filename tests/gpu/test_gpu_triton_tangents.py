@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from device import DEVICE, DTYPES, draw, state_dtype
 from torch import Tensor
 from torch.func import jvp
 
-from curveball_fused import triton_tangents
+from curveball_fused.backends.triton import tangents as triton_tangents
+from tests.gpu.device import DEVICE, DTYPES, draw, state_dtype
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,1 @@
+"""The operators in plain torch: the specification, and what runs everywhere."""

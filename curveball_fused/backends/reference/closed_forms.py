@@ -1,0 +1,160 @@
+"""Gradient and Gauss-Newton product of torch's usual losses in closed form, with all their options.
+
+Each function takes the arguments of the loss that it stands for, and returns None for a variant without a closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from curveball_fused.backends.dtypes import at_least_float32
+
+Map = Callable[[Tensor], Tensor]
+# Gradient g_o; a map v ↦ v' that takes off what H_o and g_o do not see; and the product v' ↦ H_o v'. With v' for v,
+# v'·H_o v' is a sum of terms that are not negative, so that rounding can't make a convex loss look concave.
+Quadratic = tuple[Tensor, Map, Map]
+
+
+class Products(NamedTuple):
+    """What a step asks of a loss at the outputs.
+
+    Attributes:
+        gradient: returns g_o.
+        at: a function of v = Jz that returns the cotangent c = H_o v + g_o and a function of u = Jr, which returns the
+            products of the 2x2 system, float64 [g·v, v·Hv, g·u, v·Hu, u·Hu].
+    """
+
+    gradient: Callable[[], Tensor]
+    at: Callable[[Tensor], tuple[Tensor, Map]]
+
+
+def products(quadratic: Quadratic, sign: float) -> Products:
+    """Return the products of a loss, or, where `sign` is -1, of a loss that is to be maximized."""
+    gradient, center, product = quadratic
+    if sign < 0:
+        gradient, product_of_loss = -gradient, product
+        product = lambda v: -product_of_loss(v)  # noqa: E731
+
+    def seen(v: Tensor) -> Tensor:
+        return center(v.to(gradient.dtype))
+
+    def at(v: Tensor) -> tuple[Tensor, Map]:
+        v = seen(v)
+        hv = product(v)
+        first = (_dot(gradient, v), _dot(hv, v))
+
+        def products_with(u: Tensor) -> Tensor:
+            u = seen(u)
+            return torch.stack((*first, _dot(gradient, u), _dot(hv, u), _dot(product(u), u)))
+
+        return gradient + hv, products_with
+
+    return Products(lambda: gradient, at)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dtype=torch.float64)
+
+
+def itself(v: Tensor) -> Tensor:
+    return v
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Quadratic | None:
+    """L = -1/D Σ_nc t_nc log p_nc, with t = weight · ((1-ε) target + ε/C), s_n = Σ_c t_nc, p = softmax(input).
+
+    g = (s p - t)/D;  v' = v - <p, v>;  H v = s/D p v', positive semi-definite as s ≥ 0.
+    """
+    if size_average is not None or reduce is not None or reduction not in ("mean", "sum"):
+        return None
+    dim = 0 if input.dim() == 1 else 1
+    x, classes = at_least_float32(input.detach()), input.shape[dim]
+    p = torch.softmax(x, dim)
+    shape = [1] * x.dim()
+    shape[dim] = classes
+    w = x.new_ones(shape) if weight is None else weight.detach().to(x.dtype).view(shape)
+    if target.is_floating_point():
+        t = w * ((1 - label_smoothing) * target.detach().to(x.dtype) + label_smoothing / classes)
+        s, scale = t.sum(dim, keepdim=True), float(classes) / max(x.numel(), 1)
+        denominator = None
+        g = p * s - t
+    else:
+        index = target.long().unsqueeze(dim)
+        kept = index != ignore_index
+        index = index.where(kept, 0)
+        # The class weight of the target; 0 where the target is ignored.
+        own = kept.to(x.dtype) if weight is None else w.view(-1)[index] * kept
+        denominator, scale = own.sum(), 1.0
+        s, smooth = own, torch.zeros_like(own)
+        if label_smoothing:
+            own, smooth = (1 - label_smoothing) * own, label_smoothing / classes * (w * kept)
+            s = own + label_smoothing / classes * (w.sum() * kept)
+        g = (p * s).sub_(smooth).scatter_add_(dim, index, -own)
+    if reduction == "mean":
+        s = s * scale if denominator is None else s / denominator
+        g = g.mul_(scale) if denominator is None else g.div_(denominator)
+    h = p * s
+    return g, lambda v: v - (p * v).sum(dim, keepdim=True), lambda v: h * v
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Quadratic | None:
+    """L = s Σ (input - target)², with s = 1/n for the mean;  g = 2 s (input - target), H = 2 s."""
+    plain = size_average is None and reduce is None and weight is None and input.shape == target.shape
+    if not plain or reduction not in ("mean", "sum"):
+        return None
+    x = at_least_float32(input.detach())
+    scale = 2.0 / (max(x.numel(), 1) if reduction == "mean" else 1)
+    return (x - target.detach()).mul_(scale), itself, lambda v: scale * v
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Quadratic | None:
+    """L = s Σ w [(1-y) x + k softplus(-x)], k = 1 + (pos_weight - 1) y.
+
+    g = s w (1 - y - k σ(-x));  H = s w k σ(x) σ(-x).
+    """
+    if size_average is not None or reduce is not None or reduction not in ("mean", "sum"):
+        return None
+    x = at_least_float32(input.detach())
+    y = target.detach().to(x.dtype)
+    scale = (x.numel() and 1.0 / x.numel()) if reduction == "mean" else 1.0
+    w = scale if weight is None else scale * weight.detach().to(x.dtype)
+    k = 1.0 if pos_weight is None else 1 + (pos_weight.detach().to(x.dtype) - 1) * y
+    below = torch.sigmoid(-x)
+    h = w * k * below * torch.sigmoid(x)
+    return w * (1 - y - k * below), itself, lambda v: h * v
+
+
+CLOSED_FORMS: dict[Any, Callable[..., Quadratic | None]] = {
+    F.cross_entropy: cross_entropy,
+    F.mse_loss: mse_loss,
+    F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
+}

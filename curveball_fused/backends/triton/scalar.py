@@ -1,0 +1,22 @@
+"""Functions of one number that the Triton kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def is_finite(x):
+    return x - x == 0.0
+
+
+@triton.jit
+def as_double(x):
+    """A float64 parameter, which the interpreter hands over as a Python number."""
+    return tl.full((), x, tl.float64)
+
+
+@triton.jit
+def divide_or_zero(numerator, denominator):
+    return tl.where(denominator == 0.0, 0.0, numerator / tl.where(denominator == 0.0, 1.0, denominator))

@@ -1,0 +1,193 @@
+"""The scalar kernels in Triton: `solve` and `adapt_damping`, as `reference` and csrc/math.h specify them.
+
+One program each, in float64. Parameters of type float64 reach a kernel exactly (others would be rounded to float32).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from curveball_fused.backends import scalars as layout
+
+from .scalar import as_double, divide_or_zero, is_finite
+
+# The layout of the scalars, as kernels see it.
+BETA = tl.constexpr(layout.BETA)
+RHO = tl.constexpr(layout.RHO)
+LAMBD = tl.constexpr(layout.LAMBD)
+Z_DOT_Z = tl.constexpr(layout.Z_DOT_Z)
+LINEAR_TERM = tl.constexpr(layout.LINEAR_TERM)
+QUADRATIC_TERM = tl.constexpr(layout.QUADRATIC_TERM)
+PREDICTED_CHANGE = tl.constexpr(layout.PREDICTED_CHANGE)
+RATIO = tl.constexpr(layout.RATIO)
+LOSS = tl.constexpr(layout.LOSS)
+SKIPPED_STEPS = tl.constexpr(layout.SKIPPED_STEPS)
+SAFE_STEPS = tl.constexpr(layout.SAFE_STEPS)
+COUNT = tl.constexpr(len(layout.SCALARS))
+PLACES = tl.constexpr(triton.next_power_of_2(len(layout.SCALARS)))
+RANK_TOLERANCE = tl.constexpr(layout.RANK_TOLERANCE)
+CONVEX_TOLERANCE = tl.constexpr(layout.CONVEX_TOLERANCE)
+
+
+@triton.jit
+def predicted_change(linear_term, quadratic_term, lr):
+    """M = -lr x.b + lr^2 x'Ax / 2."""
+    return -lr * linear_term + 0.5 * lr * lr * quadratic_term
+
+
+@triton.jit
+def _solve_both(a11, a12, a22, b1, b2):
+    """x = A^+ b, after scaling A to unit diagonal; a zero on the diagonal leaves the other equation alone."""
+    s1, s2 = tl.sqrt(tl.maximum(a11, 0.0)), tl.sqrt(tl.maximum(a22, 0.0))
+    c = divide_or_zero(divide_or_zero(a12, s1), s2)
+    y1, y2 = divide_or_zero(b1, s1), divide_or_zero(b2, s2)
+    determinant = (1.0 - c) * (1.0 + c)
+    parallel = determinant <= RANK_TOLERANCE
+    t = tl.where(c < 0.0, -1.0, 1.0)  # rank one, [[1, t], [t, 1]]: its pseudo-inverse is a quarter of itself
+    x1 = tl.where(parallel, 0.25 * (y1 + t * y2), divide_or_zero(y1 - c * y2, determinant))
+    x2 = tl.where(parallel, 0.25 * (t * y1 + y2), divide_or_zero(y2 - c * y1, determinant))
+    return divide_or_zero(x1, s1), divide_or_zero(x2, s2)
+
+
+@triton.jit(do_not_specialize_on_alignment=["loss", "lr_tensor"])
+def solve_kernel(
+    scalars,
+    loss,
+    products,
+    dots,
+    beta: tl.float64,
+    rho: tl.float64,
+    lr: tl.float64,
+    lr_tensor,
+    new,
+    BETA_FIXED: tl.constexpr,
+    RHO_FIXED: tl.constexpr,
+):
+    gz, zhz, gr = tl.load(products), tl.load(products + 1), tl.load(products + 2)
+    zhr, rhr = tl.load(products + 3), tl.load(products + 4)
+    lambd = tl.load(scalars + LAMBD)
+    if dots is None:
+        zz, zr, rr = tl.load(scalars + Z_DOT_Z), gz + zhz, gr + zhr  # z.r = Jz.c, r.r = Jr.c
+    else:
+        zz, zr, rr = tl.load(dots), tl.load(dots + 1), tl.load(dots + 2)
+    rate = as_double(lr) if lr_tensor is None else tl.load(lr_tensor).to(tl.float64)
+
+    delta_delta, delta_z = rr + 2.0 * lambd * zr + lambd * lambd * zz, zr + lambd * zz
+    a11 = rhr + 2.0 * lambd * zhr + lambd * lambd * zhz + lambd * delta_delta
+    a12 = zhr + lambd * zhz + lambd * delta_z
+    a22 = zhz + lambd * zz
+    b1, b2 = gr + lambd * gz, gz
+    # A - lambda Gram / 2 is positive semi-definite for a loss that is convex in the outputs, with room for rounding.
+    n11, n12, n22 = a11 - 0.5 * lambd * delta_delta, a12 - 0.5 * lambd * delta_z, a22 - 0.5 * lambd * zz
+    steepest = divide_or_zero(b1, tl.maximum(tl.abs(a11), lambd * delta_delta))
+    if BETA_FIXED and RHO_FIXED:
+        x1, x2 = as_double(beta), -as_double(rho)
+        safe = a11 != a11
+    elif BETA_FIXED:
+        x1, safe = as_double(beta), n22 < 0.0
+        x2 = tl.where(safe, 0.0, divide_or_zero(b2 - a12 * x1, a22))
+    elif RHO_FIXED:
+        x2, safe = -as_double(rho), n11 < 0.0
+        x1 = tl.where(safe, steepest, divide_or_zero(b1 - a12 * x2, a11))
+    else:
+        x1, x2 = _solve_both(a11, a12, a22, b1, b2)
+        safe = (n11 < 0.0) | (n22 < 0.0) | (n12 * n12 > (1.0 + CONVEX_TOLERANCE) * n11 * n22)
+        x1, x2 = tl.where(safe, steepest, x1), tl.where(safe, 0.0, x2)
+
+    linear_term = x1 * b1 + x2 * b2
+    # A safe step does not believe the curvature: it predicts as if its length were the minimizer's.
+    quadratic_term = tl.where(safe, linear_term, x1 * x1 * a11 + 2.0 * x1 * x2 * a12 + x2 * x2 * a22)
+    value = tl.load(loss).to(tl.float64)
+    finite = is_finite(rate) & is_finite(value) & is_finite(x1) & is_finite(x2) & is_finite(zz) & is_finite(zr)
+    finite = finite & is_finite(rr) & is_finite(gz) & is_finite(zhz) & is_finite(gr) & is_finite(zhr) & is_finite(rhr)
+
+    place = tl.arange(0, PLACES)
+    values = tl.load(scalars + place, mask=place < COUNT)
+    nan = as_double(float("nan"))  # by which the update leaves w and z alone
+    values = tl.where(place == BETA, tl.where(finite, x1, nan), values)
+    values = tl.where(place == RHO, tl.where(finite, -x2, nan), values)
+    values = tl.where(place == LINEAR_TERM, tl.where(finite, linear_term, 0.0), values)
+    values = tl.where(place == QUADRATIC_TERM, tl.where(finite, quadratic_term, 0.0), values)
+    change = tl.where(finite, predicted_change(linear_term, quadratic_term, rate), 0.0)
+    values = tl.where(place == PREDICTED_CHANGE, change, values)
+    values = tl.where(place == LOSS, value, values)
+    values += tl.where(place == SKIPPED_STEPS, tl.where(finite, 0.0, 1.0), 0.0)
+    values += tl.where(place == SAFE_STEPS, tl.where(finite & safe, 1.0, 0.0), 0.0)
+    tl.store(new + place, values, mask=place < COUNT)
+
+
+@triton.jit(do_not_specialize_on_alignment=["new_loss"])
+def adapt_damping_kernel(
+    scalars,
+    new_loss,
+    low: tl.float64,
+    high: tl.float64,
+    factor: tl.float64,
+    minimum: tl.float64,
+    maximum: tl.float64,
+    new,
+):
+    lambd, change = tl.load(scalars + LAMBD), tl.load(scalars + PREDICTED_CHANGE)
+    value = tl.load(new_loss).to(tl.float64)
+    ratio = (value - tl.load(scalars + LOSS)) / tl.where(change == 0.0, 1.0, change)
+    # A ratio that is not a number counts as too low, and so does a step that the model itself expected to climb.
+    good = is_finite(value) & (ratio >= as_double(low)) & (change <= 0.0)
+    lowered = tl.where(ratio > as_double(high), lambd * as_double(factor), lambd)
+    adapted = tl.where(good, lowered, lambd / as_double(factor))
+    adapted = tl.where(adapted < as_double(minimum), as_double(minimum), adapted)
+    adapted = tl.where(adapted > as_double(maximum), as_double(maximum), adapted)
+    # A skipped step, or one that predicts nothing, teaches nothing.
+    taught = is_finite(tl.load(scalars + BETA)) & (change != 0.0)
+    place = tl.arange(0, PLACES)
+    values = tl.load(scalars + place, mask=place < COUNT)
+    values = tl.where(place == LAMBD, tl.where(taught, adapted, lambd), values)
+    values = tl.where(place == RATIO, tl.where(taught, ratio, tl.load(scalars + RATIO)), values)
+    tl.store(new + place, values, mask=place < COUNT)
+
+
+@torch.no_grad()
+def solve(
+    scalars: Tensor,
+    loss: Tensor,
+    products: Tensor,
+    dots: Tensor | None,
+    beta: float | None,
+    rho: float | None,
+    lr: float,
+    lr_tensor: Tensor | None = None,
+) -> Tensor:
+    """`reference.solve`: new scalars, with β and ρ, float64. All tensors on one device."""
+    new = torch.empty_like(scalars)
+    fixed = dict(BETA_FIXED=beta is not None, RHO_FIXED=rho is not None)
+    with torch.cuda.device_of(scalars):
+        solve_kernel[(1,)](
+            scalars,
+            loss,
+            products,
+            dots,
+            beta or 0.0,
+            rho or 0.0,
+            lr,
+            lr_tensor,
+            new,
+            **fixed,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
+    return new
+
+
+@torch.no_grad()
+def adapt_damping(
+    scalars: Tensor, new_loss: Tensor, low: float, high: float, factor: float, minimum: float, maximum: float
+) -> Tensor:
+    """`reference.adapt_damping`: new scalars, with λ and γ, float64. All tensors on one device."""
+    new = torch.empty_like(scalars)
+    with torch.cuda.device_of(scalars):
+        adapt_damping_kernel[(1,)](
+            scalars, new_loss, low, high, factor, minimum, maximum, new, num_warps=1, enable_fp_fusion=False
+        )
+    return new

@@ -1,0 +1,10 @@
+"""The tangent operators in Triton: what a map of the tape needs of a function in one fused pass."""
+
+from __future__ import annotations
+
+from .activations import activation
+from .attention import attention_tangent
+from .batch_norm import batch_norm_tangent
+from .layer_norm import layer_norm_tangent
+
+__all__ = ["activation", "attention_tangent", "batch_norm_tangent", "layer_norm_tangent"]

@@ -1,0 +1,299 @@
+"""The whole step as CUDA graphs: one launch on the host instead of hundreds.
+
+A graph repeats what the device did while it was captured, at the same addresses and with the host's numbers of then.
+So what changes from step to step must have a fixed place on the device: the batch, the learning rates, the state, which
+every captured step leaves where it found it, and the generators' positions. What the host decides by counting steps,
+whether a step solves completely and whether it looks at λ, is one graph for each case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import NoneType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from curveball_fused import state
+from curveball_fused.curvature import METHODS
+from curveball_fused.optimizer import CurveBall
+from curveball_fused.replay import Replay
+from curveball_fused.replay.generators import host_positions
+from curveball_fused.settings import Settings
+from curveball_fused.step import StepInputs, StepKind, kind_of, prepared, run_step
+
+from .capture import Capture, Pool
+from .host_reads import refuse_host_reads
+
+ModelOf = Callable[[Any], Tensor]
+LossOf = Callable[[Tensor, Any], Tensor]
+_WARM_UPS = 3  # libraries choose kernels and allocate workspaces in the first runs
+
+
+def make_graphed_step(
+    optimizer: CurveBall, model_fn: ModelOf, loss_fn: LossOf, sample_batch: tuple[Any, Any]
+) -> GraphedStep:
+    """`optimizer.step` for batches of one shape, captured as CUDA graphs.
+
+    Args:
+        optimizer: over CUDA parameters. Its learning rates may change from step to step; all other settings, the
+            modes of modules (train, eval) and which parameters require gradients are those of now.
+        model_fn: maps `inputs` to the predictions; a module, say. Its random numbers must come from the default
+            generator of the device.
+        loss_fn: maps the predictions and `targets` to the scalar loss; `F.cross_entropy`, say.
+        sample_batch: `(inputs, targets)`: each a tensor on the device, or nested lists, tuples or dictionaries of such.
+            Some steps are taken with it, of which nothing stays.
+
+    Returns:
+        A function `(inputs, targets) -> (loss, outputs)`, see `GraphedStep`.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used; the message says what to do.
+        RuntimeError: the model cannot be captured; the message names what it does on the host, and where.
+    """
+    return GraphedStep(optimizer, model_fn, loss_fn, sample_batch)
+
+
+class _Graph(NamedTuple):
+    """A captured step, and what it returns."""
+
+    capture: Capture
+    loss: Tensor
+    outputs: Tensor
+
+
+class GraphedStep:
+    """A step that replays graphs; made by `make_graphed_step`.
+
+    It is interchangeable with `optimizer.step`: both may be called in turn, checkpoints saved and loaded between them,
+    and the weights that come of it are the same, bit for bit.
+    """
+
+    def __init__(self, optimizer: CurveBall, model_fn: ModelOf, loss_fn: LossOf, sample_batch: tuple[Any, Any]) -> None:
+        _check(optimizer, model_fn, loss_fn, sample_batch)
+        self._optimizer = optimizer
+        self._device = optimizer._device
+        self._pool = Pool(self._device)
+        self._batch = tree_map(self._own_place, tuple(sample_batch))
+        self._inputs = StepInputs(lambda: model_fn(self._batch[0]), lambda outputs: loss_fn(outputs, self._batch[1]))
+        self._rates = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in optimizer.param_groups]
+        self._rates_hold: list[float | None] = [None] * len(self._rates)
+        with torch.no_grad():
+            shared = prepared(optimizer, Settings.of(optimizer))
+            kinds = sorted({kind_of(Settings.of(optimizer), step) for step in _examples(optimizer)})
+            self._modules = self._warm_up(kinds, shared)
+            self._shared = {name: shared[name] for name in state.REPLACED}
+            self._followed = {name: shared[name] for name in ("method", "compute_dtype")}
+            self._z = {p: optimizer.state[p]["z"] for p in optimizer._parameters if p.requires_grad}
+            self._made_for = _unchanging(optimizer, self._modules)
+            self._graphs = {kind: self._captured(kind, shared) for kind in kinds}
+
+    def __call__(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """One step on a batch of the shapes, dtypes and structure of the sample, on the device or on the CPU.
+
+        Returns:
+            The loss and the predictions at the weights before the step. The predictions are the graph's own memory,
+            which the next call overwrites: clone them to keep them.
+
+        Raises:
+            ValueError: the batch differs from the sample; nothing has been changed then.
+            RuntimeError: the optimizer or its parameters are not what the graphs were made for.
+        """
+        return _replayed(self._optimizer, self, inputs, targets)
+
+    @torch.no_grad()
+    def replay(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """As a call, without the optimizer's hooks."""
+        if _unchanging(self._optimizer, self._modules) != self._made_for:
+            raise RuntimeError(
+                "the optimizer's settings, the places of parameters or buffers, or what requires a gradient have "
+                "changed since the graphs were made: call make_graphed_step again. (Learning rates may change.)"
+            )
+        self._fill((inputs, targets))
+        shared = self._state_in_place()
+        self._set_rates()
+        graph = self._graphs[kind_of(Settings.of(self._optimizer), shared["step"])]
+        graph.capture.replay()
+        shared |= self._followed
+        state.finish_step(shared)
+        torch.autograd.graph.increment_version([*self._z, *self._z.values()])
+        return graph.loss.clone(), graph.outputs
+
+    def _own_place(self, leaf: Any) -> Any:
+        return leaf.detach().to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf
+
+    def _fill(self, batch: tuple[Any, Any]) -> None:
+        """The batch into the places that the graphs read."""
+        places, structure = tree_flatten(self._batch)
+        given, given_structure = tree_flatten(batch)
+        if structure != given_structure:
+            raise ValueError(f"this batch has the structure {given_structure}, the sample had {structure}.")
+        for place, source in zip(places, given, strict=True):
+            if _described(place) != _described(source):
+                raise ValueError(
+                    f"a graph is for one shape: the sample had {_described(place)} where this batch has "
+                    f"{_described(source)}. Leave out an incomplete last batch (drop_last=True), or call "
+                    "optimizer.step for it."
+                )
+        for place, source in zip(places, given, strict=True):
+            if isinstance(place, Tensor) and place is not source:
+                place.copy_(source, non_blocking=True)
+
+    def _state_in_place(self) -> dict[str, Any]:
+        """The optimizer's state where the graphs read it: ordinary steps, or a checkpoint, put new tensors there."""
+        shared = prepared(self._optimizer, Settings.of(self._optimizer))
+        for name, place in self._shared.items():
+            if shared[name] is not place:
+                place.copy_(shared[name])
+                shared[name] = place
+        for p, place in self._z.items():
+            if self._optimizer.state[p]["z"] is not place:
+                self._optimizer.state[p]["z"] = place.copy_(self._optimizer.state[p]["z"])
+        return shared
+
+    def _set_rates(self) -> None:
+        for i, group in enumerate(self._optimizer.param_groups):
+            rate = group["lr"]
+            if isinstance(rate, Tensor) and rate.device == self._device:
+                self._rates[i].copy_(rate.reshape(()))
+                self._rates_hold[i] = None
+            elif self._rates_hold[i] != float(rate):
+                self._rates_hold[i] = float(rate)
+                self._rates[i].fill_(float(rate))
+
+    def _warm_up(self, kinds: Sequence[StepKind], shared: dict[str, Any]) -> list[nn.Module]:
+        """Ordinary steps of each kind, of which stays what libraries have learned, and how the model was followed.
+
+        Returns:
+            The modules that the model consists of and that have buffers.
+        """
+        replay, drawn = Replay(self._optimizer._parameters, self._device), host_positions(self._device)
+
+        def run(kind: StepKind) -> None:
+            shared["step"] = _a_step_of(self._optimizer, kind)
+            try:
+                replay.first(lambda: run_step(self._optimizer, self._inputs, shared, Settings.of(self._optimizer)))
+                if drawn != host_positions(self._device):
+                    raise RuntimeError(
+                        "model_fn draws random numbers on the host, with Python's random or torch's CPU generator, "
+                        "which a graph would repeat in every step: draw them on the device."
+                    )
+            finally:
+                replay.rewind()
+
+        with self._pool.stream(), _put_back(self._optimizer, shared), self._rates_on_device():
+            for kind in kinds:
+                refuse_host_reads(partial(run, kind), self._device)
+            for kind in list(kinds) * _WARM_UPS:
+                run(kind)
+        return replay.modules()
+
+    def _captured(self, kind: StepKind, shared: dict[str, Any]) -> _Graph:
+        """The graph of steps of one kind. While it is made nothing runs on the device."""
+        before, buffers = dict(shared), [dict(module._buffers) for module in self._modules]
+        shared["step"] = _a_step_of(self._optimizer, kind)
+        capture = Capture(self._pool, METHODS[shared["method"]].reruns)
+        try:
+            with self._rates_on_device(), capture.recording():
+                loss, outputs = run_step(self._optimizer, self._inputs, shared, Settings.of(self._optimizer))
+                for name, place in self._shared.items():
+                    if shared[name] is not place:
+                        place.copy_(shared[name])
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the step could not be captured as a CUDA graph: {error}. Something in model_fn or loss_fn waits for "
+                'the device, or uses another stream; torch.cuda.set_sync_debug_mode("error") with optimizer.step may '
+                "name the line."
+            ) from error
+        finally:
+            shared.update(before)
+            torch.clear_autocast_cache()  # in which there may be copies that only a replay fills
+            moved = _unchanging(self._optimizer, self._modules) != self._made_for
+            for module, own in zip(self._modules, buffers, strict=True):
+                module._buffers.update(own)
+        if moved:
+            raise RuntimeError(
+                "the model replaces a buffer by a new tensor, which a graph cannot repeat: write to it, as with "
+                "self.mean.mul_(0.9).add_(0.1 * mean)."
+            )
+        return _Graph(capture, loss, outputs)
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """The groups' rates are those on the device, which a graph reads anew in every replay."""
+        self._set_rates()
+        given = [group["lr"] for group in self._optimizer.param_groups]
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        try:
+            yield
+        finally:
+            for group, rate in zip(self._optimizer.param_groups, given, strict=True):
+                group["lr"] = rate
+
+
+@Optimizer.profile_hook_step
+def _replayed(optimizer: CurveBall, graphed: GraphedStep, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """A replay as a step of the optimizer: with its hooks, and known to schedulers."""
+    vars(optimizer)["_opt_called"] = True  # or a scheduler warns that no step came before it
+    return graphed.replay(inputs, targets)
+
+
+def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> None:
+    if not isinstance(optimizer, CurveBall):
+        raise TypeError(f"optimizer must be a CurveBall; got {type(optimizer).__name__}.")
+    if not callable(model_fn) or not callable(loss_fn):
+        raise TypeError("model_fn and loss_fn must be functions, of the inputs and of (predictions, targets).")
+    for option in ("compile", "debug"):
+        if optimizer.defaults[option]:
+            raise ValueError(f"an optimizer with {option}=True cannot be captured: construct it without.")
+    if not isinstance(sample_batch, (tuple, list)) or len(sample_batch) != 2:
+        raise TypeError("sample_batch must be two things, (inputs, targets), as they will be given to the step.")
+    for leaf in tree_leaves(tuple(sample_batch)):
+        if not isinstance(leaf, (Tensor, int, float, str, NoneType)):
+            raise TypeError(
+                f"sample_batch holds a {type(leaf).__name__}: give tensors, numbers and strings, in lists, tuples or "
+                "dictionaries."
+            )
+
+
+def _examples(optimizer: CurveBall) -> tuple[int, ...]:
+    """Numbers of steps among which there are all kinds."""
+    settings = optimizer.param_groups[0]
+    return 0, 1, settings["solve_interval"], settings["lambda_interval"]
+
+
+def _a_step_of(optimizer: CurveBall, kind: StepKind) -> int:
+    return next(step for step in _examples(optimizer) if kind_of(Settings.of(optimizer), step) == kind)
+
+
+def _unchanging(optimizer: CurveBall, modules: Sequence[nn.Module]) -> list[Any]:
+    """What the graphs have in them: settings other than rates, and the places of parameters and buffers."""
+    names = optimizer.defaults.keys() - {"lr"}
+    settings = [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
+    places = [(p.data_ptr(), p.requires_grad) for p in optimizer._parameters]
+    buffers = [b.data_ptr() for module in modules for b in module._buffers.values() if b is not None]
+    return [settings, places, buffers]
+
+
+def _described(leaf: Any) -> str:
+    return f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+
+
+@contextmanager
+def _put_back(optimizer: CurveBall, shared: dict[str, Any]) -> Iterator[None]:
+    """Weights and state are at the end of the block what they were, except for how the model was followed."""
+    live = [p for p in optimizer._parameters if p.requires_grad]
+    live += [optimizer.state[p]["z"] for p in live]
+    values, before = [t.detach().clone() for t in live], dict(shared)
+    try:
+        yield
+    finally:
+        for t, value in zip(live, values, strict=True):
+            t.copy_(value)
+        shared.update({name: before[name] for name in (*state.REPLACED, "step")})

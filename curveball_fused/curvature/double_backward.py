@@ -1,0 +1,47 @@
+"""The method "double_backward": autograd alone, for models that hold an operator without a forward-mode formula.
+
+Jᵀu is linear in u, so the derivative of <Jᵀu, v> with respect to u is Jv (Townsend 2017, "A new trick for calculating
+Jacobian vector products").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from curveball_fused.replay import Replay
+
+from .linear_map import ModelFn, checked_outputs, dense_gradients, in_own_memory, independent_outputs
+from .torch_modes import Decompose
+
+
+class DoubleBackward:
+    """Jacobian products by autograd alone: Jᵀu is a backward pass, and Jv its transpose, a second one.
+
+    The model runs once; its graph, and that of its backward pass, are kept until the step ends. `LinearMap` documents
+    the methods.
+    """
+
+    def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
+        self._params = params
+        with torch.enable_grad(), Decompose(every_call=True):
+            self._outputs = checked_outputs(replay.first(model_fn))
+        if not self._outputs.requires_grad:
+            raise independent_outputs()
+        self._cotangent = torch.zeros_like(self._outputs, requires_grad=True)
+        gradients = torch.autograd.grad(self._outputs, params, self._cotangent, create_graph=True, allow_unused=True)
+        self._used = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+        self._transpose = [g for g in gradients if g is not None and g.requires_grad]
+        if not self._transpose:
+            raise independent_outputs()
+
+    def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        directions = [tangents[i].to(self._params[i].dtype) for i in self._used]
+        (tangent,) = torch.autograd.grad(self._transpose, self._cotangent, directions, retain_graph=True)
+        return in_own_memory(self._outputs.detach(), self._params), tangent
+
+    def vjp(self, cotangent: Tensor) -> list[Tensor]:
+        gradients = torch.autograd.grad(self._outputs, self._params, cotangent, retain_graph=True, allow_unused=True)
+        return dense_gradients(self._params, gradients)

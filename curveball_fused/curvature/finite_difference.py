@@ -1,0 +1,71 @@
+"""Jz from a difference of outputs, in steps between full solves, which need no second product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from curveball_fused.backends.dtypes import at_least_float32
+from curveball_fused.replay import Replay
+
+from .linear_map import ModelFn, checked_outputs, dense_gradients, evaluate, in_own_memory, independent_outputs
+
+DIFFERENCE = 0.1  # of z, for its tangent: enough to stand out of rounding, also of reduced-precision multiplication
+
+
+class Backward:
+    """Jᵀu alone: one run of the model and an ordinary backward pass.
+
+    Attributes:
+        outputs: the model's predictions, detached.
+    """
+
+    def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
+        self._params = params
+        with torch.enable_grad():
+            self._outputs = checked_outputs(replay.first(model_fn))
+        if not self._outputs.requires_grad:
+            raise independent_outputs()
+        self.outputs = in_own_memory(self._outputs.detach(), params)
+
+    def vjp(self, cotangent: Tensor) -> list[Tensor]:
+        """Return `Jᵀ u`, in the parameters' shapes and dtypes; it may be called once."""
+        gradients = torch.autograd.grad(self._outputs, self._params, cotangent, allow_unused=True)
+        return dense_gradients(self._params, gradients)
+
+
+def difference(
+    model_fn: ModelFn, params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
+) -> tuple[Backward, Tensor]:
+    """Return the model's `Backward`, and Jz ≈ (f(w + εz) - f(w)) / ε, of the outputs' shape.
+
+    One forward pass for Jz, where dual numbers or a tape take the work of two. Both runs see the same dropout masks; of
+    the second nothing is left in generators and buffers. w itself is put aside and back, so that it is exactly as it
+    was.
+    """
+    scratch_replay = Replay(params, params[0].device)
+    try:
+        with _moved(params, z):
+            nearby = scratch_replay.first(lambda: evaluate(model_fn))
+    finally:
+        scratch_replay.rewind()
+    linear = Backward(model_fn, params, replay)
+    return linear, (at_least_float32(nearby) - at_least_float32(linear.outputs)) / DIFFERENCE
+
+
+@contextmanager
+def _moved(params: Sequence[Tensor], tangents: Sequence[Tensor]) -> Iterator[None]:
+    """Put the parameters at w + εv, without a gradient, so that no graph of this run is kept; then back, exactly."""
+    weights = [p.data for p in params]
+    try:
+        for p, weight, tangent in zip(params, weights, tangents, strict=True):
+            p.data = weight + DIFFERENCE * tangent
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, weight in zip(params, weights, strict=True):
+            p.data = weight
+            p.requires_grad_(True)

@@ -1,0 +1,86 @@
+"""What all methods of linearizing a model share: the linear map itself, checks of what a model returns, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .torch_modes import Decompose
+
+ModelFn = Callable[[], Tensor]
+
+
+class Pullback(Protocol):
+    """The half of the Jacobian J = ∂f/∂w that one run of the model and autograd give: Jᵀ."""
+
+    def vjp(self, cotangent: Tensor) -> list[Tensor]:
+        """Return `Jᵀ u`, in the parameters' shapes and dtypes; zero for a parameter that the model did not use.
+
+        It may be called once, as the memory that it reads is freed on the way.
+        """
+
+
+class LinearMap(Pullback, Protocol):
+    """The Jacobian J of a model at its parameters, as products with vectors."""
+
+    def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return `(outputs, J v)`, both of the outputs' shape and dtype; `tangents` have the parameters' shapes."""
+
+
+class MethodUnsupported(Exception):
+    """One method cannot differentiate the model; the message says which, and why."""
+
+
+def evaluate(model_fn: ModelFn) -> Tensor:
+    """Return the outputs alone, by the same kernels as in the Jacobian products, for the loss at the new weights."""
+    torch.clear_autocast_cache()  # it may hold half-precision copies of the old weights
+    # With gradients enabled, since a model may itself differentiate inside.
+    with torch.enable_grad(), Decompose(every_call=False):
+        return checked_outputs(model_fn()).detach()
+
+
+def checked_outputs(outputs: Any) -> Tensor:
+    """Return `outputs`, or raise an error that says what `model_fn` must return."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"model_fn must return one tensor, the predictions; it returned {type(outputs).__name__}. Pick the tensor "
+            "that the loss reads, or concatenate several into one."
+        )
+    if not outputs.is_floating_point():
+        raise TypeError(f"model_fn must return a real floating-point tensor; it returned {outputs.dtype}.")
+    return outputs
+
+
+def in_own_memory(outputs: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Return `outputs`, copied where the model returned a parameter: the update must not change them."""
+    memory = outputs.untyped_storage().data_ptr()
+    return outputs.clone() if any(p.untyped_storage().data_ptr() == memory for p in params) else outputs
+
+
+def dense_gradients(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return autograd's gradients with zeros for unused parameters; raise where all are unused, or one is sparse."""
+    if all(g is None for g in gradients):
+        raise independent_outputs()
+    if any(g is not None and g.layout != torch.strided for g in gradients):
+        raise RuntimeError("CurveBall does not support sparse gradients: construct the embedding with sparse=False.")
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True)]
+
+
+def independent_outputs() -> RuntimeError:
+    """Return the error for outputs that depend on no parameter."""
+    return RuntimeError(
+        "the output of model_fn does not depend on any parameter of this optimizer: pass the parameters of the model "
+        "that model_fn calls, and don't detach its output or run it under torch.no_grad()."
+    )
+
+
+def lost_tangent() -> RuntimeError:
+    """Return the error for a parameter that has a gradient but whose tangent never reached a torch call."""
+    return RuntimeError(
+        "the tangent of a parameter was lost: model_fn detaches what comes of it, or uses it inside code that torch "
+        "functions cannot see into, such as a torch.jit-scripted or traced module or a custom autograd.Function. Call "
+        'the original Python module in model_fn, or construct CurveBall with curvature="double_backward".'
+    )

@@ -1,0 +1,45 @@
+"""The method "linearize": one run of the model, which leaves a tape of tangent maps beside autograd's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from curveball_fused.replay import Replay
+
+from .linear_map import (
+    ModelFn,
+    checked_outputs,
+    dense_gradients,
+    in_own_memory,
+    independent_outputs,
+    lost_tangent,
+)
+from .tape import Tape
+
+
+class Linearized:
+    """Jacobian products from one run of the model: Jv by the tape that it leaves, Jᵀu by autograd's graph.
+
+    What the graph holds is kept until the step ends. `LinearMap` documents the methods.
+    """
+
+    def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str = "auto") -> None:
+        self._params = params
+        self._tape = Tape(params, backend)
+        with torch.enable_grad(), self._tape:
+            self._outputs = checked_outputs(replay.first(model_fn))
+        if not self._outputs.requires_grad:
+            raise independent_outputs()
+
+    def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        directions = [t.to(p.dtype) for p, t in zip(self._params, tangents, strict=True)]
+        return in_own_memory(self._outputs.detach(), self._params), self._tape.jvp(directions, self._outputs)
+
+    def vjp(self, cotangent: Tensor) -> list[Tensor]:
+        gradients = torch.autograd.grad(self._outputs, self._params, cotangent, allow_unused=True)
+        if any(g is not None and id(p) not in self._tape.seen for p, g in zip(self._params, gradients, strict=True)):
+            raise lost_tangent()
+        return dense_gradients(self._params, gradients)

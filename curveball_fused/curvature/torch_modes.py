@@ -1,0 +1,150 @@
+"""What stands between a model and torch while it runs: parameters replaced by dual numbers, kernels by kinder ones."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from .dual_rules import RULES
+
+_ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
+_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
+# In these a dual number differs from its parameter.
+_OWN_ATTRIBUTES = frozenset(("requires_grad", "is_leaf", "grad_fn", "grad"))
+_announced: set[str] = set()
+
+
+class ForwardModeUnsupported(NotImplementedError):
+    """The model holds an operator without a forward-mode formula."""
+
+
+def announce(key: str, message: str) -> None:
+    """Warns once per process."""
+    if key not in _announced:
+        _announced.add(key)
+        warnings.warn(message, stacklevel=2)
+
+
+class Decompose(TorchFunctionMode):
+    """Runs attention and recurrent layers by kernels that can be differentiated twice, or in forward mode.
+
+    Fused kernels draw dropout masks of their own, so a layer with dropout is decomposed in every run of a step
+    (`every_call=False`); one without only where its fused kernel lacks the derivative (`every_call=True`).
+    """
+
+    def __init__(self, every_call: bool) -> None:
+        super().__init__()
+        self._every_call = every_call
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with self._kernels(func, args, kwargs):
+            return func(*args, **(kwargs or {}))
+
+    def _kernels(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> AbstractContextManager[Any]:
+        name = getattr(func, "__name__", "")
+        if name in _ATTENTION:
+            if self._every_call or _has_dropout(args, kwargs):
+                return sdpa_kernel(SDPBackend.MATH)
+        elif name in _RECURRENT and (self._every_call or _has_dropout(args, kwargs)):
+            return _plain_recurrence(args[0].device.type)
+        return nullcontext()
+
+
+class Substitute(Decompose):
+    """Replaces parameters by their dual numbers in every torch call, and calls our own dual rules where there are any.
+
+    Attributes:
+        seen: ids of the parameters that reached a torch call.
+    """
+
+    def __init__(self, duals: dict[int, Tensor], backend: str) -> None:
+        super().__init__(every_call=True)
+        self._duals = duals
+        self._backend = backend
+        self.seen: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not torch.is_grad_enabled():
+            return self._constant(func, args, kwargs or {})
+        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ in _OWN_ATTRIBUTES:
+            return func(*args)
+        swapped: list[int] = []
+        args = tuple([self._swap(a, swapped) for a in args])
+        kwargs = {k: self._swap(v, swapped) for k, v in kwargs.items()} if kwargs else {}
+        result = self._call(func, args, kwargs)
+        if swapped and _holds_tensor(result):  # to read a shape or a dtype is not to use the parameter
+            self.seen.update(swapped)
+        return result
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rule = RULES.get(func)
+        if rule is not None:
+            result = rule(self._backend, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        name = getattr(func, "__name__", "")
+        if name in _RECURRENT or name in _ATTENTION:
+            announce(name, f"curveball_fused: {name}'s fused kernel has no forward-mode formula; a plain one is used.")
+        with self._kernels(func, args, kwargs):
+            return func(*args, **kwargs)
+
+    def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Inside `no_grad`: no derivative in either mode."""
+        if not torch._C._is_fwd_grad_enabled() and any(id(a) in self._duals for a in args):
+            raise ForwardModeUnsupported("a custom autograd.Function uses a parameter inside its forward")
+        with fwAD._set_fwd_grad_enabled(False):
+            return func(*args, **kwargs)
+
+    def _swap(self, value: Any, swapped: list[int]) -> Any:
+        if isinstance(value, Tensor):
+            dual = self._duals.get(id(value))
+            if dual is not None:
+                swapped.append(id(value))
+                return dual
+            if value.requires_grad and value._base is not None and id(value._base) in self._duals:
+                raise RuntimeError(
+                    "model_fn uses a view of a parameter that was made outside of it, whose tangent is not known: make "
+                    'the view inside model_fn, or construct CurveBall with curvature="double_backward".'
+                )
+            return value
+        if type(value) in (list, tuple):
+            return type(value)([self._swap(v, swapped) for v in value])
+        return value
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(_holds_tensor(v) for v in value))
+
+
+def _has_dropout(args: Any, kwargs: dict[str, Any] | None) -> bool:
+    """Whether a positive float that may be a dropout probability is among the arguments of a fused layer."""
+    named = [v for k, v in (kwargs or {}).items() if k.startswith("dropout")]
+    return any(isinstance(v, float) and v > 0 for v in (*args, *named))
+
+
+@contextmanager
+def _plain_recurrence(device_type: str) -> Iterator[None]:
+    switch = torch.backends.cudnn if device_type == "cuda" else torch.backends.mkldnn
+    with switch.flags(enabled=False):
+        yield
+
+
+def force_eager() -> AbstractContextManager[Any]:
+    """Runs `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

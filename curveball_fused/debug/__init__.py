@@ -1,0 +1,5 @@
+"""Debug mode: the products of a step, and the derivative of each call, against finite differences."""
+
+from .step_checks import Step, check
+
+__all__ = ["Step", "check"]

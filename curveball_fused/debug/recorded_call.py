@@ -1,0 +1,179 @@
+"""Debug mode's copy of one torch call, which can be made again and again, as the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+from curveball_fused.curvature import rules
+from curveball_fused.curvature.rules import Call, tensors
+from curveball_fused.replay.generators import Saved, positions
+
+
+class RecordedCall:
+    """A call that can be made again and again, as the same function, without touching anything of the model.
+
+    Attributes:
+        active: copies of the arguments that require gradients.
+    """
+
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func, self.name = func, name_of(func)
+        self.device = tensors((args, list(kwargs.values())))[0].device
+        self.active: list[Tensor] = []
+        self._generators, self._positions = Saved(self.device), positions(self.device)
+        self.args, self.kwargs = _mapped((args, kwargs), self._frozen)
+        self._places = {id(t): place for place, t in enumerate(self.active)}
+        self._random: bool | None = None
+
+    def _frozen(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        copy = value.detach().clone()
+        if value.requires_grad:
+            self.active.append(copy)
+        return copy
+
+    def __call__(self, function: Any, replace: Callable[[Any], Any] | None = None) -> tuple[Any, tuple[Any, ...]]:
+        """What `function` returns, and the arguments it got: copies of those of the call, changed by `replace`."""
+        args, kwargs = _mapped((self.args, self.kwargs), replace or _copied)
+        self._generators.rewind()
+        return function(*args, **kwargs), args
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the call draws random numbers, which would be others in another precision."""
+        if self._random is None:
+            with torch.no_grad():
+                self(self.func)
+            self._random = positions(self.device) != self._positions
+        return self._random
+
+    def directions(self) -> list[Tensor]:
+        """Random tangents of the arguments' own size; the same for the same call."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        found = []
+        for t in self.active:
+            sizes = t[t.isfinite() & (t != 0)].abs().double()
+            # A low quantile, as a mask may have put huge numbers among the elements.
+            scale = float(sizes.kthvalue(1 + sizes.numel() // 4).values) if sizes.numel() else 1.0
+            v = torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device)
+            found.append(v * min(scale, 1e6))
+        return found
+
+    def without_padding(self, v: list[Tensor]) -> list[Tensor]:
+        """An embedding's row of padding is a constant, although the function reads it."""
+        if self.name != "embedding" or len(v) != 1:
+            return v
+        padding = self.kwargs.get("padding_idx", self.args[2] if len(self.args) > 2 else None)
+        if padding is None or (self.func is torch.embedding and padding < 0):
+            return v
+        (rows,) = v
+        return [rows.index_fill(0, torch.tensor([padding % len(rows)], device=rows.device), 0)]
+
+    def moved(self, v: list[Tensor], step: float, dtype: torch.dtype | None) -> tuple[Any, tuple[Any, ...]]:
+        """The call at x + step · v, in float64 if `dtype` says so."""
+
+        def replace(value: Any) -> Any:
+            place = self._places.get(id(value))
+            wide = _widened(value) if dtype is torch.float64 else _copied(value)
+            return wide if place is None else wide.add_(v[place].to(wide.dtype), alpha=step)
+
+        with torch.no_grad():
+            return self(self.func, replace)
+
+    def leaves(self) -> tuple[list[Tensor], Callable[[Any], Any]]:
+        """Leaves of a graph for the active arguments, and what puts copies of them in place."""
+        leaves = [t.clone().requires_grad_() for t in self.active]
+
+        def replace(value: Any) -> Any:
+            place = self._places.get(id(value))
+            return _copied(value) if place is None else leaves[place].clone()
+
+        return leaves, replace
+
+    def dual(self, v: list[Tensor]) -> Callable[[Any], Any]:
+        """What puts dual numbers of tangent `v` in place."""
+
+        def replace(value: Any) -> Any:
+            place = self._places.get(id(value))
+            return _copied(value) if place is None else fwAD.make_dual(value.clone(), v[place].clone())
+
+        return replace
+
+    def by_rule(self) -> tuple[list[Tensor], list[Any], list[Tensor]] | None:
+        """Results, the map of each and the leaves; None where the tape has no rule that takes the call."""
+        rule = rules.RULES.get(self.func) or rules.IN_PLACE.get(self.func)
+        if rule is None or any(t.is_complex() for t in self.active):
+            return None
+        places: dict[int, int | None] = {}
+        leaves, put = self.leaves()
+
+        def replace(value: Any) -> Any:
+            copy = put(value)
+            if isinstance(copy, Tensor):
+                places[id(copy)] = self._places.get(id(value))
+            return copy
+
+        try:
+            recorded, _ = self(lambda *args, **kwargs: rule(Call(places, "auto"), *args, **kwargs), replace)
+        except TypeError:
+            return None
+        if recorded is NotImplemented:
+            return None
+        result, maps = recorded
+        return ([result], [maps], leaves) if isinstance(result, Tensor) else (list(result), list(maps), leaves)
+
+
+def results_of(result: Any, args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among the results; the first argument, for a call that writes to it and returns nothing."""
+    found = [t for t in tensors((result,)) if t.is_floating_point() or t.is_complex()]
+    return [args[0]] if result is None and args and isinstance(args[0], Tensor) else found
+
+
+def name_of(func: Any) -> str:
+    name = str(getattr(func, "__name__", func))
+    return str(func.__self__.__name__) if name == "__get__" else name
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    saved = Saved(device)
+    try:
+        yield
+    finally:
+        saved.rewind()
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested tuples, lists and dictionaries with each leaf changed; a tensor that occurs twice is changed once."""
+    made: dict[int, tuple[Any, Any]] = {}
+
+    def walk(value: Any) -> Any:
+        if type(value) is dict:
+            return {key: walk(v) for key, v in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)([walk(v) for v in value])
+        if id(value) not in made:
+            made[id(value)] = (value, change(value))
+        return made[id(value)][1]
+
+    return walk(value)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _widened(value: Any) -> Any:
+    """Tensors and names of dtypes in double precision."""
+    dtype = value if isinstance(value, torch.dtype) else getattr(value, "dtype", None)
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
+        return _copied(value)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return wide if isinstance(value, torch.dtype) else value.to(wide, copy=True)

@@ -1,0 +1,189 @@
+"""What CurveBall would do with a model and a loss, and at what cost, told before training."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curveball_fused import backends
+from curveball_fused.backends.dtypes import compute_dtype
+from curveball_fused.backends.reference.closed_forms import CLOSED_FORMS
+from curveball_fused.curvature import AUTO, MethodUnsupported, ModelFn, checked_outputs, torch_modes
+from curveball_fused.curvature.torch_modes import force_eager
+from curveball_fused.losses import LossFn, checked_loss
+from curveball_fused.losses.fused import fused
+from curveball_fused.losses.recognition import Recognizer
+from curveball_fused.optimizer import CurveBall
+from curveball_fused.replay import Replay
+from curveball_fused.settings import Settings
+from curveball_fused.step import StepInputs, take_step
+
+from .cost import Cost, counted, median_seconds
+from .report import Explanation, MethodReport
+from .trace_report import Function, Survey
+
+
+def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explanation:
+    """Tells what CurveBall would do with a model, by running it some dozens of times.
+
+    Weights, buffers and generators are put back, so that a training that follows is the same as without.
+
+    Args:
+        model_fn: as for `CurveBall.step`.
+        loss_fn: as for `CurveBall.step`.
+        params: as for `CurveBall`.
+
+    Returns:
+        The findings. That no method can follow the model is one of them, and no error. On CUDA, torch's statistics of
+        peak memory begin anew.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: parameters, model or loss cannot be used at all, as from `CurveBall` and
+            `CurveBall.step`.
+    """
+    optimizer = CurveBall(params, auto_lambda=False)
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not (callable(model_fn) and callable(loss_fn) and trained):
+        optimizer.step(model_fn, loss_fn)  # which raises, and says why
+    device = trained[0].device
+
+    def forward() -> Tensor:
+        with torch.enable_grad():
+            return checked_loss(loss_fn(checked_outputs(model_fn())))
+
+    def backward() -> None:
+        torch.autograd.grad(forward(), trained, allow_unused=True)
+
+    def step(method: str) -> None:
+        with torch.no_grad():
+            take_step(optimizer, StepInputs(model_fn, loss_fn), replace(Settings.of(optimizer), curvature=method))
+
+    with _quiet(), force_eager(), _unchanged(forward, trained) as restore:
+        errors = {method: _error(partial(step, method), restore) for method in AUTO}
+        if all(errors.values()) and not all(map(_is_refusal, errors.values())):
+            raise next(error for error in errors.values() if error and not _is_refusal(error))
+        functions, loss, loss_products = _survey(model_fn, loss_fn, trained)
+        runs: dict[str, Callable[[], Any]] = {"": forward}
+        if not all(errors.values()) or _error(backward, restore) is None:
+            runs["backward"] = backward
+        runs |= {method: partial(step, method) for method, error in errors.items() if error is None}
+        costs = dict(zip(runs, _costs(list(runs.values()), functions, restore, device), strict=True))
+
+    better = (("cuda", "triton") if device.type == "cuda" else ("cpu",)) if device.type in ("cuda", "cpu") else ()
+    why_not = {name: backends.why_not(name, device) for name in better}
+    return Explanation(
+        functions=functions,
+        loss=loss,
+        loss_products=loss_products,
+        methods=tuple(
+            MethodReport(method, _reason(error), error is not None and not _is_refusal(error), costs.get(method))
+            for method, error in errors.items()
+        ),
+        forward=costs[""],
+        backward=costs.get("backward"),
+        backend=backends.choose("auto", device),
+        why_not={name: reason for name, reason in why_not.items() if reason},
+        device=device,
+        parameters=sum(p.numel() for p in trained),
+        parameter_bytes=sum(p.nbytes for p in trained),
+        state_bytes=sum(p.numel() * compute_dtype(p.dtype).itemsize for p in trained),
+        lambda_interval=optimizer.defaults["lambda_interval"],
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings; those that are given once per process are left to the training."""
+    announced = set(torch_modes._announced)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            torch_modes._announced.intersection_update(announced)
+
+
+@contextmanager
+def _unchanged(forward: Callable[[], Any], params: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
+    """Gives a function that puts back what runs of the model and steps have changed, which is called at the end too."""
+    weights = [p.detach().clone() for p in params]
+    replay = Replay(params, params[0].device)
+
+    def restore() -> None:
+        replay.rewind()
+        with torch.no_grad():
+            for p, weight in zip(params, weights, strict=True):
+                p.copy_(weight)
+
+    try:
+        replay.first(forward)
+        yield restore
+    finally:
+        restore()
+
+
+def _error(run: Callable[[], Any], restore: Callable[[], None]) -> Exception | None:
+    """What a run raises; None where it works."""
+    restore()
+    try:
+        run()
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:  # what the frames hold takes memory
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        return error
+    return None
+
+
+def _is_refusal(error: Exception | None) -> bool:
+    """Whether an error of a step says that this method cannot follow the model, so that "auto" tries the next."""
+    return error is not None and isinstance(error.__cause__, MethodUnsupported)
+
+
+def _reason(error: Exception | None) -> str:
+    if error is None:
+        return ""
+    return str(error.__cause__).partition(": ")[2] if _is_refusal(error) else str(error)
+
+
+def _survey(model_fn: ModelFn, loss_fn: LossFn, params: Sequence[Tensor]) -> tuple[tuple[Function, ...], str, str]:
+    """The functions of the model, the name of the loss, and how its products are computed."""
+    survey = Survey(params, "auto")
+    with torch.enable_grad(), survey:
+        outputs = checked_outputs(model_fn())
+    functions = survey.functions(outputs)
+    leaf = outputs.detach().requires_grad_()
+    with torch.enable_grad(), Recognizer(leaf) as seen:
+        call = seen.recognized(loss_fn(leaf))
+    if call is None:
+        return functions, "", "autograd"
+    name = f"F.{call.function.__name__}"
+    if fused(call.function, call.args, call.kwargs, 1.0, "auto") is not None:
+        return functions, name, "fused kernels"
+    has_closed_form = CLOSED_FORMS[call.function](*call.args, **call.kwargs) is not None
+    return functions, name, "closed form" if has_closed_form else "autograd"
+
+
+def _costs(
+    runs: Sequence[Callable[[], Any]], functions: Sequence[Function], restore: Callable[[], None], device: torch.device
+) -> list[Cost]:
+    counts = []
+    for run in runs:
+        restore()
+        multiply_adds, peak_bytes = counted(run, device)
+        if any(function.name.rpartition(".")[2] in torch_modes._RECURRENT for function in functions):
+            restore()
+            with torch_modes._plain_recurrence(device.type):  # torch does not count the fused ones
+                multiply_adds, _ = counted(run, device)
+        counts.append((multiply_adds, peak_bytes))
+    seconds = median_seconds(runs, restore, device)
+    return [Cost(count[0], time, count[1]) for count, time in zip(counts, seconds, strict=True)]

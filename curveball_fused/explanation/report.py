@@ -1,0 +1,181 @@
+"""An explanation as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from curveball_fused.backends import ADVICE
+from curveball_fused.curvature import METHODS
+
+from .cost import Cost
+from .trace_report import COMPOSITE, DUAL, IN_PLACE_RULE, OWN, REFUSED, Function
+
+_FOLLOWED = {
+    OWN: "own rule",
+    IN_PLACE_RULE: "own rule, in place",
+    COMPOSITE: "the functions it is composed of",
+    DUAL: "torch's dual numbers",
+}
+_WIDTHS = (13, 9, 9, 9, 6, 11)
+_SEEN_BY = {
+    "cpu": "Peak memory: of the tensors that operators returned; what one allocates inside itself is not seen.",
+    "cuda": "Peak memory: what torch's allocator gave out.",
+}
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """One of CurveBall's methods to differentiate a model.
+
+    Attributes:
+        name: as in `curvature=`.
+        refusal: why it cannot follow the model; empty where it can.
+        is_error: whether the refusal is one that "auto" does not retreat from, but raises.
+        cost: of a step of CurveBall, without a look at λ; None where it cannot.
+    """
+
+    name: str
+    refusal: str
+    is_error: bool
+    cost: Cost | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` has found; `str()` of it is a report.
+
+    Attributes:
+        functions: those that the model calls on the method from the parameters to the outputs.
+        loss: torch's name of the loss that was recognized, or "" for any other.
+        loss_products: how its gradient and curvature are computed: "fused kernels", "closed form" or "autograd".
+        methods: all, in the order in which "auto" tries them.
+        forward: cost of model and loss alone.
+        backward: cost of model, loss and backward pass, as for SGD; None where torch has no backward pass.
+        backend: whose kernels do the arithmetic on the parameters.
+        why_not: for each better backend, why it does not run here.
+        device: where the parameters are.
+        parameters: number of their elements.
+        parameter_bytes, state_bytes: of the parameters that are trained, and of CurveBall's state for them.
+        lambda_interval: in one of so many steps a look at λ costs a forward pass more.
+    """
+
+    functions: tuple[Function, ...]
+    loss: str
+    loss_products: str
+    methods: tuple[MethodReport, ...]
+    forward: Cost
+    backward: Cost | None
+    backend: str
+    why_not: dict[str, str]
+    device: torch.device
+    parameters: int
+    parameter_bytes: int
+    state_bytes: int
+    lambda_interval: int
+
+    @property
+    def method(self) -> str | None:
+        """The method that curvature="auto" takes; None where it raises."""
+        first = next((method for method in self.methods if method.cost is not None or method.is_error), None)
+        return None if first is None or first.is_error else first.name
+
+    def forward_equivalents(self, cost: Cost) -> float | None:
+        """Multiply-adds over those of a forward pass; None where that has none that torch counts."""
+        return cost.multiply_adds / self.forward.multiply_adds if self.forward.multiply_adds else None
+
+    def __str__(self) -> str:
+        return report(self)
+
+
+def report(explanation: Explanation) -> str:
+    """Readable text, for a terminal of 100 columns."""
+    parts = (_summary, _functions, _costs)
+    return "\n\n".join("\n".join(part(explanation)) for part in parts)
+
+
+def _summary(e: Explanation) -> Iterator[str]:
+    usable = [method.name for method in e.methods if method.cost]
+    if e.method is not None:
+        yield f'curvature="auto" takes "{e.method}": {METHODS[e.method].description}.'
+    elif usable:
+        yield f'curvature="auto" ends with an error. Construct CurveBall with curvature="{usable[0]}", which works.'
+    else:
+        yield "CurveBall cannot train this model: no method of differentiating it works. Replace what the reasons name."
+    for method in e.methods:
+        if method.refusal:
+            yield f'  "{method.name}" cannot be had: {method.refusal.rstrip(".")}.'
+    yield f'{e.parameters:,} parameters on {e.device}; backend "{e.backend}" does their arithmetic.'
+    for name, reason in e.why_not.items():
+        yield f'  Why not "{name}": {reason}. To get it, {ADVICE[name]}.'
+    by = {"autograd": "autograd, twice", "closed form": "a closed form"}.get(e.loss_products, e.loss_products)
+    variant = ", in a variant that has no closed form" if e.loss and e.loss_products == "autograd" else ""
+    yield f"Loss: {e.loss or 'none of those that are recognized'}{variant}; its curvature by {by}."
+
+
+def _functions(e: Explanation) -> Iterator[str]:
+    width = max([len(_short(f.name)) for f in e.functions], default=0)
+    width = max(width, len("function"))
+    yield "On the method from the parameters to the outputs, with a linearized run"
+    yield f"  calls  {'function':{width}}  followed by"
+    for f in e.functions:
+        followed = f"refused: {f.reason}" if f.followed == REFUSED else _FOLLOWED[f.followed]
+        yield f"  {f.calls:5}  {_short(f.name):{width}}  {followed}"
+    lacking: dict[str, Function] = {f.name: f for f in e.functions if f.lacks}
+    if not lacking:
+        yield "None of these torch functions lacks a forward mode."
+    for name, f in lacking.items():
+        yield f"No forward mode for {_short(name)}: {f.lacks}"
+
+
+def _costs(e: Explanation) -> Iterator[str]:
+    heads = ("", "multiply-adds", "x forward", "time", "x forward", "x SGD", "peak memory")
+    yield _line(heads)
+    rows = {"forward": e.forward, "forward + backward (SGD)": e.backward}
+    rows |= {f"step, {method.name}": method.cost for method in e.methods}
+    for name, cost in rows.items():
+        if cost is not None:
+            yield _row(name, cost, e)
+    each = e.lambda_interval
+    yield f"One of {each} steps looks at λ: a forward pass more, which is not in these figures, nor is SGD's update."
+    beside = f"the parameters ({_bytes(e.parameter_bytes)}), CurveBall's state ({_bytes(e.state_bytes)}) and the data"
+    yield f"{_SEEN_BY.get(e.device.type, _SEEN_BY['cpu'])} Beside it:"
+    yield f"{beside}."
+
+
+def _row(name: str, cost: Cost, e: Explanation) -> str:
+    counted = e.forward_equivalents(cost)
+    times = [cost.seconds / over.seconds if over else None for over in (e.forward, e.backward)]
+    ratios = [_ratio(counted), *map(_ratio, times)]
+    return _line(
+        (name, _si(cost.multiply_adds), ratios[0], f"{_si(cost.seconds)}s", *ratios[1:], _bytes(cost.peak_bytes))
+    )
+
+
+def _line(cells: Iterable[str]) -> str:
+    first, *others = cells
+    return "  ".join([f"{first:26}", *(f"{cell:>{width}}" for cell, width in zip(others, _WIDTHS, strict=True))])
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _si(value: float) -> str:
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    if value == 0 or value >= 1:
+        return f"{value:.3g} "
+    return f"{value * 1e3:.3g} m" if value >= 1e-3 else f"{value * 1e6:.3g} µ"
+
+
+def _bytes(value: int) -> str:
+    return f"{value / 2**20:.1f} MiB"
+
+
+def _short(name: str) -> str:
+    """Torch functions as one writes them."""
+    return name.replace("torch.nn.functional.", "F.").replace("torch.Tensor.", "Tensor.").removesuffix(".__get__")

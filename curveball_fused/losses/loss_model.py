@@ -1,0 +1,168 @@
+"""The quadratic model of a loss at the model's outputs: value, gradient g_o and Gauss-Newton products v ↦ H_o v.
+
+A `loss_fn` that returns `F.cross_entropy`, `F.mse_loss` or `F.binary_cross_entropy_with_logits` of the outputs, perhaps
+reshaped or sliced, is recognized and gets closed-form products. Every other loss gets autograd's double backward, on
+the loss alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curveball_fused.backends.reference.closed_forms import CLOSED_FORMS, Map, Products, Quadratic, itself, products
+
+from .fused import fused
+from .recognition import RecognizedLoss, Recognizer
+
+LossFn = Callable[[Tensor], Tensor]
+
+
+class LossModel:
+    """Loss, gradient and Gauss-Newton products at given outputs, for the minimized objective (sign · loss).
+
+    Args:
+        loss_fn: maps the outputs to the scalar loss.
+        outputs: the model's predictions, any shape and floating dtype, detached.
+        sign: 1, or -1 where the loss is to be maximized.
+        params: parameters, which `loss_fn` must not use directly.
+        backend: whose kernels compute the products, where it has them.
+
+    Attributes:
+        loss: 0-dim, the user's own value, detached.
+
+    Raises:
+        TypeError, RuntimeError: `loss_fn` returned something other than a scalar that depends on the outputs.
+    """
+
+    def __init__(
+        self, loss_fn: LossFn, outputs: Tensor, sign: float, params: Iterable[Tensor], backend: str = "auto"
+    ) -> None:
+        self._leaf = outputs.detach().requires_grad_()
+        with torch.enable_grad(), Recognizer(self._leaf) as seen:
+            returned = _in_place_explained(loss_fn, self._leaf)
+        call = seen.recognized(returned)
+        form = None if call is None else _closed_form(call, sign, backend)
+        # What has a closed form is a scalar, and sees no other tensor that requires a gradient.
+        loss = _general(returned, params) if form is None else returned
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "loss_fn returned a value that does not depend on the outputs it was given: compute the loss from its "
+                "argument, without detach() or torch.no_grad()."
+            )
+        self.loss = loss.detach()
+        self._view = self._leaf
+        self._steps: tuple[Map, ...] = ()
+        if call is not None and form is not None:
+            self._view, self._steps = call.view, call.steps
+        self._form: Products = form or products(_by_autograd(loss, self._leaf), sign)
+
+    def gradient(self) -> Tensor:
+        """Return g_o, of the outputs' shape and dtype."""
+        return self._of_outputs(self._form.gradient())
+
+    def cotangent(self, tangent: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the cotangent to pull back, and what remains to be asked.
+
+        Args:
+            tangent: Jz, of the outputs' shape.
+
+        Returns:
+            c = H_o Jz + g_o, of the outputs' shape and dtype, and a function of Jr that returns the products of the
+            2x2 system as float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
+        """
+        c, products_with = self._form.at(self._seen_by_loss(tangent))
+        return self._of_outputs(c), lambda tangent: products_with(self._seen_by_loss(tangent))
+
+    def _of_outputs(self, cotangent: Tensor) -> Tensor:
+        """Return a cotangent of what the loss has seen as one of the outputs, in their dtype."""
+        cotangent = cotangent.to(self._view.dtype)
+        if self._view is not self._leaf:
+            (cotangent,) = torch.autograd.grad(self._view, self._leaf, cotangent, retain_graph=True)
+        return cotangent
+
+    def _seen_by_loss(self, tangent: Tensor) -> Tensor:
+        for step in self._steps:
+            tangent = step(tangent)
+        return tangent
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """`loss` as a 0-dim tensor, or an error that says what `loss_fn` must return."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return a tensor, the scalar loss; it returned {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise RuntimeError(
+            f"loss_fn must return a scalar; it returned a tensor of shape {tuple(loss.shape)}. Reduce it, for example "
+            "with .mean()."
+        )
+    return loss.reshape(())
+
+
+def _general(returned: Any, params: Iterable[Tensor]) -> Tensor:
+    """A loss of unknown origin, checked."""
+    with torch.enable_grad():
+        loss = checked_loss(returned)
+    _refuse_parameters(loss, {id(p) for p in params})
+    return loss
+
+
+def _in_place_explained(loss_fn: LossFn, outputs: Tensor) -> Tensor:
+    try:
+        return loss_fn(outputs)
+    except RuntimeError as error:
+        if "leaf Variable" in str(error):
+            raise RuntimeError(
+                "loss_fn writes to the outputs in place: use the out-of-place form there, such as masked_fill for "
+                "masked_fill_, or outputs.clone()."
+            ) from error
+        raise
+
+
+def _refuse_parameters(loss: Tensor, params: set[int]) -> None:
+    """Raises where the loss reaches a parameter other than through the outputs."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in params:
+            raise RuntimeError(
+                "loss_fn uses a parameter of the optimizer directly, which the Gauss-Newton products would miss: use "
+                "weight_decay=, or let model_fn return what the loss needs of the parameters."
+            )
+        nodes += [following for following, _ in node.next_functions]
+
+
+def _closed_form(call: RecognizedLoss, sign: float, backend: str) -> Products | None:
+    """By fused kernels, else in plain torch, or None for a variant of the loss that has no closed form."""
+    kernels = fused(call.function, call.args, call.kwargs, sign, backend)
+    if kernels is not None:
+        return kernels
+    quadratic = CLOSED_FORMS[call.function](*call.args, **call.kwargs)
+    return None if quadratic is None else products(quadratic, sign)
+
+
+def _by_autograd(loss: Tensor, outputs: Tensor) -> Quadratic:
+    """H_o v = ∂<g_o, v>/∂outputs; zero where the loss is (piecewise) linear."""
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
+
+    def product(v: Tensor) -> Tensor:
+        if not gradient.requires_grad:
+            return torch.zeros_like(v)
+        try:
+            (hv,) = torch.autograd.grad(gradient, outputs, v, retain_graph=True, materialize_grads=True)
+        except (NotImplementedError, RuntimeError) as error:
+            if "derivative" in str(error) or "differentiat" in str(error):
+                raise RuntimeError(
+                    f"the loss cannot be differentiated twice: {error}. Use a loss that can, for its curvature."
+                ) from error
+            raise
+        return hv
+
+    return gradient.detach(), itself, product

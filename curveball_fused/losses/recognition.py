@@ -1,0 +1,63 @@
+"""Following the outputs through rearrangements into a loss with a closed form."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from curveball_fused.backends.reference.closed_forms import CLOSED_FORMS, Map
+
+# Linear rearrangements that may stand between the outputs and a recognized loss, such as `out.view(-1, classes)`.
+_REARRANGEMENTS = frozenset(
+    "view reshape flatten unflatten transpose permute movedim squeeze unsqueeze contiguous swapaxes "
+    "__getitem__ narrow select float double to".split()
+)
+
+
+class RecognizedLoss(NamedTuple):
+    """A call of a loss that has a closed form."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    view: Tensor  # the outputs as the loss got them
+    steps: tuple[Map, ...]  # how they were rearranged
+
+
+class Recognizer(TorchFunctionMode):
+    """Follows the outputs through rearrangements into a loss with a closed form."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        super().__init__()
+        # The tensors to follow: each with the steps that lead there, and its version, which writing to it changes.
+        self._views: dict[int, tuple[Tensor, tuple[Map, ...], int]] = {id(outputs): (outputs, (), outputs._version)}
+        self._calls: list[tuple[Tensor, int, Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if args and isinstance(result, Tensor) and self._is_followed(args[0]):
+            # Another argument that requires a gradient depends on the outputs too.
+            others_constant = not any(isinstance(v, Tensor) and v.requires_grad for v in (*args[1:], *kwargs.values()))
+            if func in CLOSED_FORMS and others_constant:
+                self._calls.append((result, result._version, func, args, kwargs))
+            elif getattr(func, "__name__", "") in _REARRANGEMENTS and result.is_floating_point():
+                steps = self._views[id(args[0])][1]
+                step = lambda v: func(v, *args[1:], **kwargs)  # noqa: E731
+                self._views[id(result)] = (result, (*steps, step), result._version)
+        return result
+
+    def _is_followed(self, tensor: Any) -> bool:
+        entry = self._views.get(id(tensor))
+        return entry is not None and entry[2] == entry[0]._version
+
+    def recognized(self, loss: Tensor) -> RecognizedLoss | None:
+        """The call that returned `loss`, if it is one of a known function on the outputs."""
+        for result, version, function, args, kwargs in self._calls:
+            if result is loss and result._version == version and self._is_followed(args[0]):
+                return RecognizedLoss(function, args, kwargs, *self._views[id(args[0])][:2])
+        return None

@@ -1,0 +1,5 @@
+"""Running a model again as the same function."""
+
+from .replay import Replay
+
+__all__ = ["Replay"]

@@ -1,0 +1,68 @@
+"""The options of an optimizer, read once per step, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from curveball_fused.curvature import AUTO
+
+PER_GROUP = ("lr", "weight_decay")
+# How the arithmetic is done belongs to this process, and is the constructor's; the rest is in the parameter groups, as
+# in any optimizer of torch, whence checkpoints and whoever changes options in training have it.
+PER_PROCESS = ("curvature", "compile", "backend", "debug")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options of `CurveBall`, whose docstring says what they mean; `lr` and `weight_decay` for each group."""
+
+    lr: tuple[float | Tensor, ...]
+    weight_decay: tuple[float, ...]
+    beta: float | None
+    rho: float | None
+    lambd: float
+    auto_lambda: bool
+    lambda_factor: float
+    lambda_low: float
+    lambda_high: float
+    lambda_interval: int
+    lambda_min: float
+    lambda_max: float
+    average: float
+    solve_interval: int
+    maximize: bool
+    curvature: str
+    compile: bool
+    backend: str
+    debug: bool
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> Settings:
+        """Return the options as they are now."""
+        groups = optimizer.param_groups
+        values: dict[str, Any] = {name: tuple(group[name] for group in groups) for name in PER_GROUP}
+        for field in fields(cls):
+            if field.name not in values:
+                source = optimizer.defaults if field.name in PER_PROCESS else groups[0]
+                values[field.name] = source[field.name]
+        return cls(**values)
+
+    @property
+    def sign(self) -> float:
+        """The factor of the loss that makes it one to be minimized."""
+        return -1.0 if self.maximize else 1.0
+
+    @property
+    def tangent_backend(self) -> str:
+        """The backend of the tangent operators: plain torch if it is named, else the best that has them."""
+        return "torch" if self.backend == "torch" else "auto"
+
+    def methods(self, last: str | None) -> tuple[str, ...]:
+        """Return the methods to linearize the model by, in order, without those before the one that worked last."""
+        curvature = "compiled" if self.compile else self.curvature
+        methods = AUTO if curvature == "auto" else (curvature,)
+        return methods[methods.index(last) :] if last in methods else methods

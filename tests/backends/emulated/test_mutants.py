@@ -1,0 +1,66 @@
+"""The tests of the emulated kernels can fail: each mistake of tests/mutants.py is noticed by the check it names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.emulated import BUILD, ROOT, build, load
+from tests.helpers.mutants import MUTANTS, Mutant
+
+pytestmark = pytest.mark.slow
+load()
+COPIES = ROOT / "build" / "mutants"
+
+
+def write_copy(mutant: Mutant) -> None:
+    """csrc/ with the mistake. Files that are right already stay, so that they are not compiled again."""
+    for original in (ROOT / "csrc").rglob("*.*"):
+        path = original.relative_to(ROOT / "csrc")
+        text = original.read_text()
+        if str(path) == mutant.file:
+            assert text.count(mutant.old) == 1, f"{mutant.name}: its text occurs {text.count(mutant.old)} times"
+            text = text.replace(mutant.old, mutant.new)
+        copy = COPIES / mutant.name / "csrc" / path
+        if not copy.exists() or copy.read_text() != text:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
+
+
+def run(directory: Path, checks: list[str]) -> subprocess.CompletedProcess[str]:
+    tests = [str(ROOT / "tests/backends/emulated" / check) for check in checks]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"CURVEBALL_EMULATOR": str(directory)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, subprocess.CompletedProcess[str]]:
+    """All mutants are compiled, then all checks run, two at a time."""
+    for directory in COPIES.glob("*"):
+        if directory.name not in [mutant.name for mutant in MUTANTS]:
+            shutil.rmtree(directory)
+    for mutant in MUTANTS:
+        write_copy(mutant)
+    build("mutants", MUTANTS=";".join(f"{mutant.name}/{mutant.unit}" for mutant in MUTANTS))
+    with ThreadPoolExecutor(2) as pool:
+        runs = pool.map(lambda mutant: run(COPIES / mutant.name, [mutant.check]), MUTANTS)
+        return dict(zip([mutant.name for mutant in MUTANTS], runs, strict=True))
+
+
+def test_without_a_mistake_the_checks_pass() -> None:
+    result = run(BUILD, sorted({mutant.check for mutant in MUTANTS}))
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+def test_a_mistake_is_noticed(mutant: Mutant, results: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    result = results[mutant.name]
+    # 1: a test has failed. Negative: the process was killed, by an address outside memory or one that is not aligned.
+    assert result.returncode == 1 or result.returncode < 0, result.stdout + result.stderr

@@ -1,0 +1,182 @@
+"""Mistakes in the kernels that the tests must notice: a replacement of text, and a check that must then fail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str  # in csrc/
+    old: str  # occurs there once
+    new: str
+    check: str  # a test in tests/
+
+    @property
+    def unit(self) -> str:
+        """The source in csrc/cuda/ whose kernels the check runs."""
+        return "cross_entropy" if self.check.startswith("test_emulated_losses") else "ops"
+
+
+LISTS = [
+    Mutant(
+        "no_barrier_before_the_warps_sums_are_read",
+        "cuda/reduce.cuh",
+        "__syncthreads();\n#pragma unroll\n",
+        "\n#pragma unroll\n",
+        "test_lists.py::test_update_of_long_tensors",
+    ),
+    Mutant(
+        "no_barrier_before_shared_memory_is_used_again",
+        "cuda/reduce.cuh",
+        "lane * N + k] : 0.0);\n  __syncthreads();",
+        "lane * N + k] : 0.0);",
+        "test_lists.py::test_groups_of_many_chunks",
+    ),
+    Mutant(
+        "half_a_warp_is_not_added",
+        "cuda/reduce.cuh",
+        "for (int distance = 16; distance > 0; distance /= 2) x +=",
+        "for (int distance = 8; distance > 0; distance /= 2) x +=",
+        "test_lists.py::test_dots_of_long_tensors",
+    ),
+    Mutant(
+        "the_last_partial_sum_is_missing",
+        "cuda/reduce.cuh",
+        "i < end; i += blockDim.x",
+        "i + 1 < end; i += blockDim.x",
+        "test_lists.py::test_dots_of_long_tensors",
+    ),
+    Mutant(
+        "the_last_element_is_missing",
+        "cuda/lists.cuh",
+        "count - vectors * N, [&]",
+        "count - vectors * N - 1, [&]",
+        "test_lists.py::test_update_of_long_tensors",
+    ),
+    Mutant(
+        "vectors_that_are_not_aligned",
+        "cuda/lists.cuh",
+        "...)) return head;",
+        "...)) return 0;",
+        "test_lists.py::test_update_of_long_tensors",
+    ),
+    Mutant(
+        "vectors_after_the_last_full_batch_are_missing",
+        "cuda/lists.cuh",
+        "for (; i < count; i += threads) take(i, load(i));",
+        "",
+        "test_lists.py::test_update_of_long_tensors",
+    ),
+    Mutant(
+        "chunks_begin_at_32_bit_indices",
+        "cuda/lists.cuh",
+        "begin = static_cast<int64>(index) * kChunk",
+        "begin = static_cast<int>(static_cast<unsigned>(index) * kChunk)",
+        "test_numbers.py::test_more_than_2_31_elements",
+    ),
+    Mutant(
+        "the_block_at_a_border_takes_the_tensor_before",
+        "cuda/lists.cuh",
+        "list.first_block[middle] <= block",
+        "list.first_block[middle] < block",
+        "test_lists.py::test_many_tensors",
+    ),
+    Mutant(
+        "the_last_chunk_is_taken_as_full",
+        "cuda/lists.cuh",
+        "rest < kChunk ? static_cast<int>(rest) : kChunk",
+        "kChunk",
+        "test_lists.py::test_update_of_long_tensors",
+    ),
+    Mutant(
+        "launches_write_over_each_others_sums",
+        "cuda/lists.cuh",
+        "list.first_partial[low] + index",
+        "list.first_block[low] + index",
+        "test_lists.py::test_many_tensors",
+    ),
+    Mutant(
+        "all_groups_take_the_first_rate",
+        "cuda/update.cuh",
+        "learning_rate(lr_tensor, list.group[t], list.lr[t])",
+        "learning_rate(lr_tensor, 0, list.lr[0])",
+        "test_lists.py::test_groups",
+    ),
+    Mutant(
+        "a_group_counts_the_groups_before_it",
+        "cuda/update.cuh",
+        "    begin = end;\n",
+        "",
+        "test_lists.py::test_groups",
+    ),
+    Mutant(
+        "a_step_to_skip_is_taken",
+        "cuda/update.cuh",
+        "if (is_finite(beta) && is_finite(rho)) {",
+        "if (is_finite(rho)) {",
+        "test_numbers.py::test_a_skipped_step_changes_nothing",
+    ),
+    Mutant(
+        "factors_are_rounded_before_they_are_subtracted",
+        "math.h",
+        "static_cast<T>(rho - beta * lambd)",
+        "static_cast<T>(rho) - static_cast<T>(beta) * static_cast<T>(lambd)",
+        "test_numbers.py::test_factors_are_formed_in_double",
+    ),
+    Mutant(
+        "neighbours_of_16_bits_change_places",
+        "cuda/types.cuh",
+        "y.v[i + 1] = {static_cast<unsigned short>(pair >> 16)};",
+        "y.v[i + 1] = y.v[i];",
+        "test_numbers.py::test_every_16_bit_number_is_read_and_written_as_torch_does",
+    ),
+]
+
+LOSSES = [
+    Mutant(
+        "the_place_in_shared_memory_changes_from_row_to_row",
+        "cuda/row_sweeps.cuh",
+        "first_stage + rows.room",
+        "first_stage + staged",
+        "test_cross_entropy.py::test_rows_that_are_misaligned_each_in_its_own_way",
+    ),
+    Mutant(
+        "rows_do_not_take_turns",
+        "cuda/row_sweeps.cuh",
+        "    turn ^= 1;\n",
+        "",
+        "test_cross_entropy.py::test_the_same_bits_in_any_order_of_warps_and_blocks",
+    ),
+    Mutant(
+        "a_thread_reads_what_another_has_staged",
+        "cuda/row_sweeps.cuh",
+        "room - room % size",
+        "room",
+        "test_cross_entropy.py::test_how_much_of_a_row_is_staged_does_not_matter",
+    ),
+    Mutant(
+        "the_maximum_begins_at_minus_infinity",
+        "cuda/row_sweeps.cuh",
+        "kLowest = -3.4028234663852886e38f",
+        "kLowest = -INFINITY",
+        "test_cross_entropy.py::test_masked_logits",
+    ),
+    Mutant(
+        "rows_begin_at_32_bit_indices",
+        "cuda/cross_entropy.cuh",
+        "const int64 begin = n * a.rows.classes;\n    const RowSweeps<T, Team<C>, 3>",
+        "const int begin = static_cast<int>(n) * a.rows.classes;\n    const RowSweeps<T, Team<C>, 3>",
+        "test_cross_entropy.py::test_more_than_2_31_elements",
+    ),
+    Mutant(
+        "ignored_targets_count_for_the_mean",
+        "cuda/cross_entropy.cuh",
+        "y != ignore_index && y >= 0",
+        "y >= 0",
+        "test_cross_entropy.py::test_ignored_rows_are_not_even_read",
+    ),
+]
+
+MUTANTS = LISTS + LOSSES
