@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.backends import BACKENDS
 from curveball_fused.curvature import AUTO
 from curveball_fused.loss_scale import awaits_update
@@ -99,7 +100,7 @@ def curvature_batch(given: Any, params: Sequence[Tensor]) -> None:
     """Raises for a `curvature_batch` that is not two functions, or whose gradient would not add up."""
     if not isinstance(given, tuple) or len(given) != 2 or not all(callable(f) for f in given):
         raise TypeError("curvature_batch must be two functions, (model_fn, loss_fn), of a part of the batch.")
-    if any(p._backward_hooks for p in params):
+    if any(has_gradient_hooks(p) for p in params):
         raise RuntimeError("curvature_batch cannot be used with hooks that alter gradients: remove one of the two.")
 
 

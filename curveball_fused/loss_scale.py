@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from curveball_fused._torch_private import foreach_mul, scaled_optimizers
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.backends.scalars import BETA, LAMBD
 from curveball_fused.curvature import LinearMap, Pullback
@@ -136,7 +137,7 @@ def scale_tangents(tangents: Sequence[Tensor], squares: Tensor, size: Tensor) ->
     wanted = size / (squares / max(1, sum(t.numel() for t in tangents))).sqrt()
     factor = wanted / (2 * torch.frexp(wanted).mantissa)
     factor = torch.where(torch.isfinite(factor) & (factor > 0), factor, 1.0).float()
-    return ScaledTangents(list(torch._foreach_mul([at_least_float32(t) for t in tangents], factor)), factor)
+    return ScaledTangents(list(foreach_mul([at_least_float32(t) for t in tangents], factor)), factor)
 
 
 def adapted(scale: Tensor, overflow: Overflow) -> Tensor:
@@ -181,7 +182,7 @@ def report_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer, overflow
 
 def awaits_update(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
     """Return whether the scaler was told of this optimizer's last step, and not yet updated."""
-    told = vars(scaler).get("_per_optimizer_states", {})  # which `update` empties
+    told = scaled_optimizers(scaler)  # which `update` empties
     return id(_stand_ins.get(scaler, {}).get(id(optimizer))) in told
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from curveball_fused import averaging, ops
+from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.curvature import LinearMap, ModelFn, Pullback, linearize
 from curveball_fused.curvature.finite_difference import Backward, difference
@@ -54,7 +55,7 @@ class StepContext:
     @property
     def hooked(self) -> bool:
         """Whether hooks may alter gradients."""
-        return any(p._backward_hooks for p in self.params)
+        return any(has_gradient_hooks(p) for p in self.params)
 
     @property
     def precise(self) -> bool:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from curveball_fused import state
+from curveball_fused._torch_private import buffers_of, mark_as_stepped, tree_flatten, tree_leaves, tree_map
 from curveball_fused.curvature import METHODS
 from curveball_fused.optimizer import CurveBall
 from curveball_fused.replay import Replay
@@ -195,7 +195,7 @@ class GraphedStep:
 
     def _captured(self, kind: StepKind, shared: dict[str, Any]) -> _Graph:
         """The graph of steps of one kind. While it is made nothing runs on the device."""
-        before, buffers = dict(shared), [dict(module._buffers) for module in self._modules]
+        before, buffers = dict(shared), [dict(buffers_of(module)) for module in self._modules]
         shared["step"] = _a_step_of(self._optimizer, kind)
         capture = Capture(self._pool, METHODS[shared["method"]].reruns)
         try:
@@ -215,7 +215,7 @@ class GraphedStep:
             torch.clear_autocast_cache()  # in which there may be copies that only a replay fills
             moved = _unchanging(self._optimizer, self._modules) != self._made_for
             for module, own in zip(self._modules, buffers, strict=True):
-                module._buffers.update(own)
+                buffers_of(module).update(own)
         if moved:
             raise RuntimeError(
                 "the model replaces a buffer by a new tensor, which a graph cannot repeat: write to it, as with "
@@ -240,7 +240,7 @@ class GraphedStep:
 @Optimizer.profile_hook_step
 def _replayed(optimizer: CurveBall, graphed: GraphedStep, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     """A replay as a step of the optimizer: with its hooks, and known to schedulers."""
-    vars(optimizer)["_opt_called"] = True  # or a scheduler warns that no step came before it
+    mark_as_stepped(optimizer)
     return graphed.replay(inputs, targets)
 
 
@@ -277,7 +277,7 @@ def _unchanging(optimizer: CurveBall, modules: Sequence[nn.Module]) -> list[Any]
     names = optimizer.defaults.keys() - {"lr"}
     settings = [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
     places = [(p.data_ptr(), p.requires_grad) for p in optimizer._parameters]
-    buffers = [b.data_ptr() for module in modules for b in module._buffers.values() if b is not None]
+    buffers = [b.data_ptr() for module in modules for b in buffers_of(module).values() if b is not None]
     return [settings, places, buffers]
 
 

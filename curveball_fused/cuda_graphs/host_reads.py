@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from curveball_fused._torch_private import TorchDispatchMode, checks_errors, copies_to
 
 _OURS, _TORCHS = Path(__file__).parents[1], Path(torch.__file__).parent
 # Results whose value or shape the host must learn from the device.
 _TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_CHECKS = {torch.ops.aten._linalg_check_errors}  # of a decomposition, which has no such tag
+_CHECKS = {checks_errors}  # of a decomposition, which has no such tag
 _INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
 
 
@@ -49,9 +50,9 @@ class NoHostReads(TorchDispatchMode):
             return "counts the elements of a mask" if self._device_type in devices and _has_mask(args) else ""
         if self._device_type in devices and (func.overloadpacket in _CHECKS or not _TAGS.isdisjoint(func.tags)):
             return "reads a value of the device on the host"
-        if func is torch.ops.aten._to_copy.default and "device" in kwargs and kwargs["device"] is not None:
+        if func is copies_to.default and "device" in kwargs and kwargs["device"] is not None:
             devices |= {torch.device(kwargs["device"]).type}
-        copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        copies = func in (copies_to.default, torch.ops.aten.copy_.default)
         if copies and len(devices) > 1 and not _is_quiet(func, args, kwargs):
             return f"copies between {' and '.join(sorted(devices))}"
         return ""
@@ -73,7 +74,7 @@ def refuse_host_reads(run: Callable[[], None], device: torch.device) -> None:
 
 def _is_quiet(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a copy is from pinned memory and nobody waits for it."""
-    source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
+    source = args[0] if func is copies_to.default else args[1]
     waits = not kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
     return source.device.type == "cpu" and not waits and source.is_pinned()
 

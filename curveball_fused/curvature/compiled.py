@@ -15,16 +15,22 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
 from torch import Tensor, fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import detect_fake_mode
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.decomposition import select_decomp_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curveball_fused._torch_private import version_of
+from curveball_fused._torch_private.compiler import (
+    FailOnRecompileLimitHit,
+    TorchDynamoException,
+    aot_autograd,
+    boxed,
+    compile_fx_inner,
+    detect_fake_mode,
+    inductor_config,
+    min_cut_rematerialization_partition,
+    recompile_limit,
+    select_decomp_table,
+)
 from curveball_fused.replay import Replay
 
 from .linear_map import ModelFn, checked_outputs, dense_gradients, independent_outputs
@@ -102,7 +108,7 @@ def _run(model_fn: ModelFn, run: _Run) -> Tensor:
             outputs = checked_outputs(torch.compile(function, backend=backend, fullgraph=True, dynamic=False)())
     except FailOnRecompileLimitHit as error:
         raise _refusal(
-            f"it has been compiled for {torch._dynamo.config.recompile_limit} combinations of shapes, modes and "
+            f"it has been compiled for {recompile_limit()} combinations of shapes, modes and "
             "modules (pad batches to few shapes, or raise torch._dynamo.config.recompile_limit)"
         ) from error
     except (CompileUnsupported, TorchDynamoException) as error:
@@ -154,9 +160,9 @@ class _Graph:
             if not inputs[i].is_leaf:
                 raise CompileUnsupported("it uses a tensor that was computed from parameters outside of model_fn")
         candidates = range(len(inputs)) if self._written is None else self._written
-        before = {i: (inputs[i].detach().clone(), inputs[i]._version) for i in candidates if _is_plain(inputs[i])}
+        before = {i: (inputs[i].detach().clone(), version_of(inputs[i])) for i in candidates if _is_plain(inputs[i])}
         results = self._function(*inputs)
-        self._written = [i for i, (_, version) in before.items() if inputs[i]._version != version]
+        self._written = [i for i, (_, version) in before.items() if version_of(inputs[i]) != version]
         if run.replay is not None:
             for i in self._written:
                 run.replay.was_written(inputs[i], before[i][0])
@@ -210,8 +216,7 @@ class _Graph:
             run.values = dict(zip(names, values, strict=True))
             return values
 
-        forward._boxed_call = True  # type: ignore[attr-defined]
-        return forward
+        return boxed(forward)
 
 
 class Backend:

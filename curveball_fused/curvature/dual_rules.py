@@ -13,6 +13,8 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused._torch_private import in_functorch_transform
+
 from . import rules
 from .rules import Call, Rule
 
@@ -27,7 +29,7 @@ def dual(rule: Rule) -> Callable[..., Any]:
     def function(backend: str, *args: Any, **kwargs: Any) -> Any:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return NotImplemented
-        if torch._C._are_functorch_transforms_active() or kwargs.get("inplace"):
+        if in_functorch_transform() or kwargs.get("inplace"):
             return NotImplemented
         if any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
             return NotImplemented

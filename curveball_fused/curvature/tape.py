@@ -16,6 +16,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from curveball_fused._torch_private import has_saved_tensor_hooks, in_functorch_transform, version_of
 from curveball_fused.replay.generators import positions
 
 from .rules import COMPOSITES, IN_PLACE, RULES, Call, Map, Tangents, frozen, tensors, without_override
@@ -42,7 +43,7 @@ class Tape(Decompose):
     def __init__(self, params: Sequence[Tensor], backend: str) -> None:
         super().__init__(every_call=False)
         self._backend = backend
-        self._known = {id(p): (weakref.ref(p), place, p._version) for place, p in enumerate(params)}
+        self._known = {id(p): (weakref.ref(p), place, version_of(p)) for place, p in enumerate(params)}
         self._constant: dict[
             int, tuple[weakref.ref[Tensor], int]
         ] = {}  # requires a gradient, but of parameters that aren't ours
@@ -64,7 +65,7 @@ class Tape(Decompose):
         call = Call({id(t): self._place(t) for t in inputs}, self._backend)
         if not any(place is not None for place in call.places.values()):
             result = func(*args, **kwargs)
-            self._constant |= {id(t): (weakref.ref(t), t._version) for t in tensors((result,)) if t.requires_grad}
+            self._constant |= {id(t): (weakref.ref(t), version_of(t)) for t in tensors((result,)) if t.requires_grad}
             return result
         self._refuse(func)
         # Rules take derivatives for numbers, which complex ones need not have.
@@ -84,7 +85,7 @@ class Tape(Decompose):
         Raises:
             TapeUnsupported: the outputs, or what a map reads, is not what it was when the tape saw it.
         """
-        if any(t._version != version for t, version in self._kept):
+        if any(version_of(t) != version for t, version in self._kept):
             raise TapeUnsupported("a tensor that was written to after it was used")
         last = self._place(outputs)
         if last is None:
@@ -114,7 +115,7 @@ class Tape(Decompose):
         """Where the tangent of a tensor stands; None for a constant."""
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor:
-            if known[2] != tensor._version:
+            if known[2] != version_of(tensor):
                 raise TapeUnsupported("a tensor that was written to")
             if known[1] < self._parameters:
                 self.seen.add(id(tensor))
@@ -123,14 +124,14 @@ class Tape(Decompose):
             constant = self._constant.get(id(tensor))
             if constant is None or constant[0]() is not tensor:
                 raise TapeUnsupported("a result of code that torch functions cannot see into")
-            if constant[1] != tensor._version:
+            if constant[1] != version_of(tensor):
                 raise TapeUnsupported("a tensor that was written to")
         return None
 
     def _refuse(self, func: Any) -> None:
-        if torch._C._are_functorch_transforms_active():
+        if in_functorch_transform():
             raise TapeUnsupported("a transform of torch.func")
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if has_saved_tensor_hooks():
             raise TapeUnsupported("gradient checkpointing, or other hooks on saved tensors")
         if func in _DIFFERENTIATES:
             raise TapeUnsupported(f"{func.__name__} inside the model")
@@ -159,7 +160,7 @@ class Tape(Decompose):
             if torch.is_autocast_enabled(self._device_type):
                 tangent_map = _under_autocast(tangent_map, self._device_type)
             reads = list({place for place in call.places.values() if place is not None})
-            self._known[id(result)] = (weakref.ref(result), self._parameters + len(self._maps), result._version)
+            self._known[id(result)] = (weakref.ref(result), self._parameters + len(self._maps), version_of(result))
             self._maps.append(_Entry(name, tangent_map, reads, result.shape, result.dtype))
 
     def _by_dual_numbers(
@@ -169,10 +170,10 @@ class Tape(Decompose):
         name = _name(func)
         if name in _MOVES_STATISTICS and kwargs.get("running_mean", args[1] if len(args) > 1 else None) is not None:
             raise TapeUnsupported(f"{name} with running statistics, in mixed precision or over instances")
-        versions, drawn = [t._version for t in inputs], positions(inputs[0].device)
+        versions, drawn = [version_of(t) for t in inputs], positions(inputs[0].device)
         with self._kernels(func, args, kwargs):
             result = func(*args, **kwargs)
-        if versions != [t._version for t in inputs]:
+        if versions != [version_of(t) for t in inputs]:
             raise TapeUnsupported(f"{name} writes to its argument")
         results = [t for t in tensors((result,)) if t.requires_grad]
         if not results or all(any(t is known for known in inputs) for t in results):

@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from curveball_fused._torch_private import base_of, forward_grad_enabled, set_forward_grad_enabled
 
 from .dual_rules import RULES
 
@@ -103,9 +104,9 @@ class Substitute(Decompose):
 
     def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Inside `no_grad`: no derivative in either mode."""
-        if not torch._C._is_fwd_grad_enabled() and any(id(a) in self._duals for a in args):
+        if not forward_grad_enabled() and any(id(a) in self._duals for a in args):
             raise ForwardModeUnsupported("a custom autograd.Function uses a parameter inside its forward")
-        with fwAD._set_fwd_grad_enabled(False):
+        with set_forward_grad_enabled(False):
             return func(*args, **kwargs)
 
     def _swap(self, value: Any, swapped: list[int]) -> Any:
@@ -114,7 +115,7 @@ class Substitute(Decompose):
             if dual is not None:
                 swapped.append(id(value))
                 return dual
-            if value.requires_grad and value._base is not None and id(value._base) in self._duals:
+            if value.requires_grad and base_of(value) is not None and id(base_of(value)) in self._duals:
                 raise RuntimeError(
                     "model_fn uses a view of a parameter that was made outside of it, whose tangent is not known: make "
                     'the view inside model_fn, or construct CurveBall with curvature="double_backward".'

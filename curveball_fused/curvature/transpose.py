@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
-from torch._guards import detect_fake_mode
-from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from curveball_fused._torch_private import OpOverload
+from curveball_fused._torch_private.compiler import detect_fake_mode, fx_graph_cse, select_decomp_table
 
 SEVERAL = (
     "it returns more than one tensor, or keeps one beyond its run (assigns a new tensor to a buffer or attribute, "
@@ -86,5 +86,5 @@ class _Differentiable(fx.Interpreter):
     """Runs a graph with what autograd can differentiate."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = target.name() if isinstance(target, torch._ops.OpOverload) else ""
+        name = target.name() if isinstance(target, OpOverload) else ""
         return super().call_function(_PRIMITIVES.get(name, target), args, kwargs)

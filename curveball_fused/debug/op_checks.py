@@ -17,6 +17,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from curveball_fused._torch_private import in_functorch_transform
 from curveball_fused.curvature import dual_rules, rules
 from curveball_fused.curvature.rules import tensors
 from curveball_fused.curvature.torch_modes import Decompose
@@ -67,7 +68,7 @@ class OpChecks(Decompose):
     ) -> Any:
         kwargs = kwargs or {}
         inputs = list(tensors((args, list(kwargs.values()))))
-        if not any(t.requires_grad for t in inputs) or torch._C._are_functorch_transforms_active():
+        if not any(t.requires_grad for t in inputs) or in_functorch_transform():
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             result = func(*args, **kwargs)

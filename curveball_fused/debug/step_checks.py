@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.curvature import ModelFn, evaluate
 from curveball_fused.curvature.double_backward import DoubleBackward
 from curveball_fused.curvature.dual_numbers import DualNumbers
@@ -57,7 +58,7 @@ def check(step: Step) -> None:
     eps = max(calls.eps, torch.finfo(outputs.dtype).eps, *(torch.finfo(p.dtype).eps for p in step.params))
     about = _about(calls, custom)
     _judge("model_fn, run once more,", relative(step.outputs.double() - outputs, outputs.double()), eps**0.5, about)
-    if not any(p._backward_hooks for p in step.params):
+    if not any(has_gradient_hooks(p) for p in step.params):
         _check_adjoint(step, eps, about)
     stops = [*calls.stops, *custom]
     for name, direction, jv in (("Jz", step.z, step.jz), ("Jr", step.r, step.jr)):

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     addmm_flop,
     baddbmm_flop,
@@ -23,6 +21,12 @@ from torch.utils.flop_counter import (
 )
 
 from curveball_fused import backends
+from curveball_fused._torch_private import (
+    TorchDispatchMode,
+    flash_attention_for_cpu,
+    flash_attention_for_cpu_backward,
+    tree_leaves,
+)
 
 _aten = torch.ops.aten
 # torch's formulas, and some that it lacks. A multiply-add is two floating-point operations.
@@ -31,12 +35,8 @@ _FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
     _aten.baddbmm_: baddbmm_flop,
     _aten.mv: shape_wrapper(lambda a, x, **_: 2 * a[0] * a[1]),
     _aten.addmv: shape_wrapper(lambda b, a, x, **_: 2 * a[0] * a[1]),
-    _aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-    ),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(
-        lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
-    ),
+    flash_attention_for_cpu: shape_wrapper(lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)),
+    flash_attention_for_cpu_backward: shape_wrapper(lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)),
 }
 if backends.has_operators():
     # Five products, of scores with tangents and of them with values, where attention itself has two.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from curveball_fused._torch_private import version_of
 from curveball_fused.backends.reference.closed_forms import CLOSED_FORMS, Map
 
 # Linear rearrangements that may stand between the outputs and a recognized loss, such as `out.view(-1, classes)`.
@@ -32,7 +33,7 @@ class Recognizer(TorchFunctionMode):
     def __init__(self, outputs: Tensor) -> None:
         super().__init__()
         # The tensors to follow: each with the steps that lead there, and its version, which writing to it changes.
-        self._views: dict[int, tuple[Tensor, tuple[Map, ...], int]] = {id(outputs): (outputs, (), outputs._version)}
+        self._views: dict[int, tuple[Tensor, tuple[Map, ...], int]] = {id(outputs): (outputs, (), version_of(outputs))}
         self._calls: list[tuple[Tensor, int, Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_function__(
@@ -44,20 +45,20 @@ class Recognizer(TorchFunctionMode):
             # Another argument that requires a gradient depends on the outputs too.
             others_constant = not any(isinstance(v, Tensor) and v.requires_grad for v in (*args[1:], *kwargs.values()))
             if func in CLOSED_FORMS and others_constant:
-                self._calls.append((result, result._version, func, args, kwargs))
+                self._calls.append((result, version_of(result), func, args, kwargs))
             elif getattr(func, "__name__", "") in _REARRANGEMENTS and result.is_floating_point():
                 steps = self._views[id(args[0])][1]
                 step = lambda v: func(v, *args[1:], **kwargs)  # noqa: E731
-                self._views[id(result)] = (result, (*steps, step), result._version)
+                self._views[id(result)] = (result, (*steps, step), version_of(result))
         return result
 
     def _is_followed(self, tensor: Any) -> bool:
         entry = self._views.get(id(tensor))
-        return entry is not None and entry[2] == entry[0]._version
+        return entry is not None and entry[2] == version_of(entry[0])
 
     def recognized(self, loss: Tensor) -> RecognizedLoss | None:
         """The call that returned `loss`, if it is one of a known function on the outputs."""
         for result, version, function, args, kwargs in self._calls:
-            if result is loss and result._version == version and self._is_followed(args[0]):
+            if result is loss and version_of(result) == version and self._is_followed(args[0]):
                 return RecognizedLoss(function, args, kwargs, *self._views[id(args[0])][:2])
         return None

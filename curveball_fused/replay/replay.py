@@ -18,6 +18,15 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from curveball_fused._torch_private import (
+    DisableTorchFunction,
+    OpOverload,
+    OpOverloadPacket,
+    buffers_of,
+    is_functorch_wrapped,
+    schema_of,
+)
+
 from .generators import generators
 
 Result = TypeVar("Result")
@@ -62,7 +71,7 @@ class Replay:
         def on_call(module: nn.Module, _: Any) -> None:
             if threading.get_ident() == thread and id(module) not in self._modules:
                 _refuse_wrapper(module)
-                self._modules[id(module)] = (module, dict(module._buffers))
+                self._modules[id(module)] = (module, dict(buffers_of(module)))
 
         hook = register_module_forward_pre_hook(on_call)
         try:
@@ -106,7 +115,7 @@ class Replay:
                 self._after[key] = (tensor, tensor.detach().clone())
         for key, (module, buffers) in self._modules.items():
             if buffers and key not in self._modules_after:
-                self._modules_after[key] = (module, dict(module._buffers))
+                self._modules_after[key] = (module, dict(buffers_of(module)))
 
     def _save(self, tensor: Tensor) -> None:
         """Keeps the value of `tensor`, which is about to be written."""
@@ -119,7 +128,7 @@ def _put_back(
 ) -> None:
     for module, buffers in modules:  # a buffer may have been replaced by a new tensor rather than written to
         if buffers:
-            module._buffers.update(buffers)
+            buffers_of(module).update(buffers)
     with torch.no_grad():
         for tensor, value in tensors:
             tensor.copy_(value)
@@ -164,11 +173,11 @@ class _Recorder(TorchFunctionMode):
             self._save_generator(kwargs["generator"])
         written = _written(func, args, kwargs)
         if written:
-            with torch._C.DisableTorchFunction():  # reading a tensor's attributes is a torch function too
+            with DisableTorchFunction():  # reading a tensor's attributes is a torch function too
                 for tensor in _tensors(written):
                     self._save_external(tensor)
         result = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             whole = isinstance(result, Tensor)
             if whole:
                 self._dtypes.add(result.dtype)
@@ -197,7 +206,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             # Inside torch.func transforms tensors are wrapped and have no memory of their own to write to.
-            if value.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(value):
+            if value.layout == torch.strided and not is_functorch_wrapped(value):
                 yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
@@ -205,9 +214,9 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that `func` writes to."""
-    if isinstance(func, torch._ops.OpOverloadPacket):
+    if isinstance(func, OpOverloadPacket):
         func = getattr(func, func.overloads()[0])
-    if isinstance(func, torch._ops.OpOverload):
+    if isinstance(func, OpOverload):
         return _written_by_schema(func, args, kwargs)
     written = [kwargs["out"]] if "out" in kwargs else []
     name = getattr(func, "__name__", "")
@@ -231,7 +240,7 @@ def _writes_to_first(name: str) -> bool:
 
 def _written_by_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     written = []
-    for i, argument in enumerate(func._schema.arguments):
+    for i, argument in enumerate(schema_of(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             written.append(args[i] if i < len(args) else kwargs.get(argument.name))
     return written

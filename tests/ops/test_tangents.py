@@ -49,7 +49,7 @@ def test_every_instruction_set(name: str, tmp_path: Any) -> None:
     if name not in backends.build_info().get("cpu instruction sets", ""):
         pytest.skip(f"no loops for {name} in this build")
     environment = os.environ | {"CURVEBALL_INSTRUCTION_SET": name, "CURVEBALL_REQUIRE_NATIVE": "1"}
-    script = "import sys, torch; from tests.helpers.tangent_cases import everything; torch.save(everything(), sys.argv[1])"
+    script = "import sys, torch; from tests.helpers import tangent_cases as t; torch.save(t.everything(), sys.argv[1])"
     command = [sys.executable, "-c", script, str(tmp_path / "all")]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if "CURVEBALL_INSTRUCTION_SET names" in run.stderr:

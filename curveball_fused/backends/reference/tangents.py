@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from curveball_fused import _torch_private
+
 
 def layer_norm_tangent(
     dx: Tensor,
@@ -76,7 +78,7 @@ def attention_tangent(
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, -math.inf)
-    p = torch._safe_softmax(scores, -1) if scores.numel() else scores
+    p = _torch_private.safe_softmax(scores, -1) if scores.numel() else scores
     p_ds = p * (scale * (dq @ k.mT + q @ dk.mT))
     tangent = p_ds @ v + p @ dv - p_ds.sum(-1, keepdim=True) * out
     return tangent.new_empty(tangent.transpose(1, 2).shape, dtype=dtype).transpose(1, 2).copy_(tangent)

@@ -81,9 +81,9 @@ def cross_entropy_cotangent(
     not the loss. All tensors contiguous.
 
     Returns:
-        loss, 0-dim float64; c = g + H v, like x, 0 in rows whose target is ignored; float64 `[g·v', v'·Hv']`; and for
-        loss, 0-dim float64; c = g + H v, like x, 0 in rows whose target is ignored; float64 `[g·v', v'·Hv']`; and, for
-        class nor `ignore_index` makes the loss and its row of c NaN, and so does D = 0 the loss.
+        loss, 0-dim float64; c = g + H v, like x, 0 in rows whose target is ignored; float64 `[g·v', v'·Hv']`; for the
+        second call [N, 3], of the arithmetic's dtype: log Σ exp x, <p, v> and s/D. A target that is neither a class
+        nor `ignore_index` makes the loss and its row of c NaN, and so does D = 0 the loss.
     """
     c, rows = torch.empty_like(x), x.new_empty((x.shape[0], 3), dtype=arithmetic(x))
     with torch.cuda.device_of(x):

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from curveball_fused import _torch_private
+from curveball_fused._torch_private import set_forward_grad_enabled, softmax_backward
 from curveball_fused.ops import tangents as tangent_ops
 
 from .context import Call, Rule, Tangents, tensors
@@ -43,7 +45,7 @@ def elementwise(
         return NotImplemented
 
     def with_derivative(x: Tensor) -> Pair:
-        with fwAD._set_fwd_grad_enabled(True), fwAD.dual_level():
+        with set_forward_grad_enabled(True), fwAD.dual_level():
             y, derivative = fwAD.unpack_dual(function(fwAD.make_dual(x.detach(), torch.ones_like(x)), *args, **kwargs))
         return y, torch.zeros_like(y) if derivative is None else derivative
 
@@ -110,12 +112,12 @@ def softmax(
 
 def safe_softmax(call: Call, input: Tensor, dim: int) -> Any:
     """As softmax, but zero where all is -∞."""
-    return _softmax(call, input, torch._safe_softmax(input, dim), dim)
+    return _softmax(call, input, _torch_private.safe_softmax(input, dim), dim)
 
 
 def _softmax(call: Call, input: Tensor, output: Tensor, dim: int) -> Any:
     at, p = call.at(input), call.keep(output)
-    return output, lambda tangents: torch._softmax_backward_data(tangents[at], p, dim, p.dtype)
+    return output, lambda tangents: softmax_backward(tangents[at], p, dim, p.dtype)
 
 
 def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
@@ -160,7 +162,8 @@ RULES: dict[Any, Rule] = {
     F.gelu: gelu, F.silu: silu,
     torch.tanh: tanh, torch.Tensor.tanh: tanh,
     torch.sigmoid: sigmoid, torch.Tensor.sigmoid: sigmoid,
-    F.softmax: softmax, torch.softmax: softmax, torch.Tensor.softmax: softmax, torch._safe_softmax: safe_softmax,
+    F.softmax: softmax, torch.softmax: softmax, torch.Tensor.softmax: softmax,
+    _torch_private.safe_softmax: safe_softmax,
     F.dropout: dropout,
     F.dropout1d: partial(channel_dropout, 2), F.dropout2d: partial(channel_dropout, 1),
     F.dropout3d: partial(channel_dropout, 4),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused import _torch_private
 from curveball_fused.ops import tangents as tangent_ops
 
 from .context import Call, Rule, Tangents
@@ -89,7 +90,7 @@ def written_out(
     elif attn_mask is not None:
         scores = scores + attn_mask
     # Zero, as torch's kernels give it, for a row that is masked throughout.
-    p = torch.softmax(scores, -1) if attn_mask is None else torch._safe_softmax(scores, -1)
+    p = torch.softmax(scores, -1) if attn_mask is None else _torch_private.safe_softmax(scores, -1)
     return F.dropout(p, dropout_p) @ value
 
 

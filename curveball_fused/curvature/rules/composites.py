@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curveball_fused import _torch_private
+
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """w = g v / |v|, with a norm for each index of one dimension, or a single one for dim = -1."""
@@ -18,7 +20,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norm)
 
 
-COMPOSITES: dict[Any, Callable[..., Tensor]] = {torch._weight_norm: weight_norm}
+COMPOSITES: dict[Any, Callable[..., Tensor]] = {_torch_private.weight_norm: weight_norm}
 _OVERRIDES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from curveball_fused._torch_private import version_of
+
 Tangents = list[Tensor | None]
 Map = Callable[[Tangents], Tensor]
 Rule = Callable[..., Any]
@@ -39,7 +41,7 @@ class Call:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """`tensor` for the map to read, without autograd's graph; writing to it later is an error."""
-        self.kept.append((tensor.detach(), tensor._version))
+        self.kept.append((tensor.detach(), version_of(tensor)))
         return self.kept[-1][0]
 
     def constant(self, *arguments: Any) -> bool:

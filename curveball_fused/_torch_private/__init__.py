@@ -1,0 +1,96 @@
+"""All of torch's private interface that this package uses: the one room to look at when torch has a new version.
+
+What the compiler is made of is in `compiler`, as it takes seconds to import. `tests/test_torch_private.py` fails where
+another module reaches into torch by itself, and tries each name here.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor, nn
+from torch._C import DisableTorchFunction
+from torch._compile import _disable_dynamo as disable_dynamo  # unlike torch.compiler.disable, does not import Dynamo
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+__all__ = [
+    "DisableTorchFunction",
+    "OpOverload",
+    "OpOverloadPacket",
+    "TorchDispatchMode",
+    "base_of",
+    "buffers_of",
+    "checks_errors",
+    "copies_to",
+    "disable_dynamo",
+    "flash_attention_for_cpu",
+    "flash_attention_for_cpu_backward",
+    "foreach_mul",
+    "forward_grad_enabled",
+    "has_gradient_hooks",
+    "has_saved_tensor_hooks",
+    "in_functorch_transform",
+    "is_functorch_wrapped",
+    "mark_as_stepped",
+    "safe_softmax",
+    "scaled_optimizers",
+    "schema_of",
+    "set_forward_grad_enabled",
+    "softmax_backward",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "version_of",
+    "weight_norm",
+]
+
+# Functions and operators.
+foreach_mul = torch._foreach_mul
+safe_softmax = torch._safe_softmax
+softmax_backward = torch._softmax_backward_data
+weight_norm = torch._weight_norm
+checks_errors = torch.ops.aten._linalg_check_errors
+copies_to = torch.ops.aten._to_copy
+flash_attention_for_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_attention_for_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# What is switched on.
+in_functorch_transform = torch._C._are_functorch_transforms_active
+is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+forward_grad_enabled = torch._C._is_fwd_grad_enabled
+set_forward_grad_enabled = fwAD._set_fwd_grad_enabled
+
+# Attributes.
+base_of: Any = attrgetter("_base")  # of a view: the tensor whose memory it shows, or None
+version_of: Any = attrgetter("_version")  # of a tensor: how often it has been written to
+schema_of: Any = attrgetter("_schema")  # of an operator
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the module's own buffers by name; the dictionary itself, to be changed."""
+    return module._buffers
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Return whether hooks may change the gradient of a leaf."""
+    return bool(parameter._backward_hooks)
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Return whether autograd hands what it saves to hooks, as gradient checkpointing makes it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Let schedulers know that a step has come before them, where it was not taken by `optimizer.step`."""
+    vars(optimizer)["_opt_called"] = True
+
+
+def scaled_optimizers(scaler: torch.amp.GradScaler) -> Any:
+    """Return the ids of the optimizers whose gradients a scaler has unscaled since its last `update`."""
+    return vars(scaler).get("_per_optimizer_states", {})
