@@ -1,24 +1,26 @@
 """CurveBall, a second-order optimizer at the price of momentum SGD, with fused kernels.
 
-from curveball_fused import CurveBall
-optimizer = CurveBall(model.parameters())
-loss, outputs = optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
+Example::
+
+    from curveball_fused import CurveBall
+
+    optimizer = CurveBall(model.parameters())
+    loss, outputs = optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from curveball_fused.backends.selection import build_info
-
 from . import ops
+from .backends import build_info
 from .ops import losses as loss_ops
 from .optimizer import CurveBall
 
 if TYPE_CHECKING:
-    from curveball_fused.cuda_graphs.graphed_step import GraphedStep, make_graphed_step
-    from curveball_fused.explanation.procedure import explain
-    from curveball_fused.explanation.report import Explanation
+    from .cuda_graphs import GraphedStep, make_graphed_step
+    from .explanation import Explanation, explain
 
 try:
     __version__ = version("curveball_fused")
@@ -35,6 +37,7 @@ __all__ = [
     "make_graphed_step",
     "ops",
 ]
+sys.modules[f"{__name__}.loss_ops"] = loss_ops  # so that it can be imported from, as any module
 _ON_FIRST_USE = {  # since they import much that ordinary training does not need
     "Explanation": "explanation",
     "explain": "explanation",

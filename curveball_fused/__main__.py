@@ -1,5 +1,6 @@
 """`python -m curveball_fused`: what was built, what was chosen, and why; `... explain FILE_OR_MODULE:FUNCTION`: what
-CurveBall would do with a model, and at what cost."""
+CurveBall would do with a model, and at what cost.
+"""
 
 from __future__ import annotations
 

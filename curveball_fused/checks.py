@@ -1,4 +1,4 @@
-"""Bad input to the optimizer, refused before anything is changed, with a word on what to do."""
+"""Checks of what users give to the optimizer: refusals that say what to do, before anything is changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CURVATURES = ("auto", *AUTO)
 
 
 def hyper_parameters(given: dict[str, Any]) -> None:
-    """Raises ValueError or TypeError for a setting that is out of range, NaN or of the wrong type."""
+    """Raise ValueError or TypeError for an option that is out of range, NaN or of the wrong type."""
     group_values(given)
     for name, low, high in (("beta", 0.0, math.inf), ("rho", 0.0, 1.0)):
         if given[name] is not None:
@@ -64,7 +64,7 @@ def _compilable(curvature: str) -> None:
 
 
 def group_settings(group: Any, defaults: dict[str, Any]) -> None:
-    """A group may set what is its own; one solve serves all groups, so the rest is the optimizer's."""
+    """Raise for a group that sets what is not its own: one solve serves all groups, so the rest is the optimizer's."""
     if not isinstance(group, dict):
         raise TypeError(f"a parameter group must be a dict; got {type(group).__name__}.")
     group_values({name: group.get(name, defaults[name]) for name in PER_GROUP})
@@ -77,7 +77,7 @@ def group_settings(group: Any, defaults: dict[str, Any]) -> None:
 
 
 def group_values(values: dict[str, Any]) -> None:
-    """Raises for an `lr` or `weight_decay` that cannot be used."""
+    """Raise for an `lr` or `weight_decay` that cannot be used."""
     lr = values["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or not lr.is_floating_point():
@@ -88,7 +88,7 @@ def group_values(values: dict[str, Any]) -> None:
 
 
 def raise_wrong_step_call() -> NoReturn:
-    """Raises TypeError for a call of `step` in torch's old way."""
+    """Raise TypeError for a call of `step` in torch's old way."""
     raise TypeError(
         "CurveBall.step needs two functions, step(model_fn, loss_fn), as it differentiates the model itself. Instead "
         "of a closure that calls backward(), write:\n"
@@ -97,7 +97,7 @@ def raise_wrong_step_call() -> NoReturn:
 
 
 def curvature_batch(given: Any, params: Sequence[Tensor]) -> None:
-    """Raises for a `curvature_batch` that is not two functions, or whose gradient would not add up."""
+    """Raise for a `curvature_batch` that is not two functions, or whose gradient would not add up."""
     if not isinstance(given, tuple) or len(given) != 2 or not all(callable(f) for f in given):
         raise TypeError("curvature_batch must be two functions, (model_fn, loss_fn), of a part of the batch.")
     if any(has_gradient_hooks(p) for p in params):
@@ -105,7 +105,7 @@ def curvature_batch(given: Any, params: Sequence[Tensor]) -> None:
 
 
 def scaler(optimizer: Any, given: Any) -> None:
-    """Raises for something else than a scaler, and for a step that a scaler calls."""
+    """Raise for something else than a scaler, and for a step that a scaler calls."""
     if "grad_scale" in vars(optimizer):
         del optimizer.grad_scale, optimizer.found_inf
         raise RuntimeError(
@@ -119,13 +119,13 @@ def scaler(optimizer: Any, given: Any) -> None:
 
 
 def history_length(n: Any) -> None:
-    """Raises for a number of steps that the history cannot hold."""
+    """Raise for a number of steps that the history cannot hold."""
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= HISTORY:
         raise ValueError(f"n must be a whole number of steps, from 1 to {HISTORY}; got {n!r}.")
 
 
 def parameters(params: Sequence[Any]) -> None:
-    """Raises for parameters that the kernels cannot serve."""
+    """Raise for parameters that the kernels cannot serve."""
     for i, p in enumerate(params):
         if p.layout != torch.strided:
             raise ValueError(f"parameter {i} is sparse ({p.layout}): CurveBall needs dense parameters.")
@@ -140,7 +140,7 @@ def parameters(params: Sequence[Any]) -> None:
 
 
 def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError for a state dictionary that does not fit the parameters."""
+    """Raise ValueError for a state dictionary that does not fit the parameters."""
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError("not an optimizer's state_dict: it lacks 'state' and 'param_groups'.")
     saved = state_dict["param_groups"]

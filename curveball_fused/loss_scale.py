@@ -127,12 +127,12 @@ class ScaledTangents(NamedTuple):
 
 
 def scale_tangents(tangents: Sequence[Tensor], squares: Tensor, size: Tensor) -> ScaledTangents:
-    """Multiply `tangents` by the power of two that brings their root mean square to about `size` (0-dim), in float32.
+    """Return `tangents` times the power of two that brings their root mean square to about `size`, in float32.
 
     Args:
         tangents: of any shapes.
         squares: their sum of squares, 0-dim; where it is zero or not finite, the factor is 1.
-        size: the wanted root mean square.
+        size: the wanted root mean square, 0-dim.
     """
     wanted = size / (squares / max(1, sum(t.numel() for t in tangents))).sqrt()
     factor = wanted / (2 * torch.frexp(wanted).mantissa)

@@ -126,7 +126,7 @@ def measure(
     previous_system: Tensor | None = None,
     full_gradient: FullGradient | None = None,
 ) -> QuadraticTerms:
-    """Measure the terms of a step.
+    """Return the terms of a step.
 
     Args:
         context: where the step begins.

@@ -1,7 +1,7 @@
 """The compiled step: torch.compile runs the model, and its backward graph, transposed, is the map v ↦ Jv.
 
 torch.compile follows `model_fn` (and follows it anew when shapes, modes or modules change), and AOTAutograd makes of it
-a forward graph, which hands out residuals, and a backward graph u ↦ Jᵀu, which reads them. That second graph is linear
+a forward graph, which returns residuals, and a backward graph u ↦ Jᵀu, which reads them. That second graph is linear
 in u, so its own derivative with respect to u, pulled back, is v ↦ Jv: a third graph, of the same residuals. The primal
 runs once in a step, and the three graphs, compiled by Inductor, cost 7 forward-equivalents of multiply-adds together.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
 
 from curveball_fused._torch_private import version_of
 from curveball_fused._torch_private.compiler import (
@@ -33,15 +34,15 @@ from curveball_fused._torch_private.compiler import (
 )
 from curveball_fused.replay import Replay
 
-from .linear_map import ModelFn, checked_outputs, dense_gradients, independent_outputs
+from .linear_map import LinearMap, ModelFn, checked_outputs, dense_gradients, independent_outputs
 from .torch_modes import announce
 from .transpose import SEVERAL, CompileUnsupported, transpose
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Sequence[Any]]]
 
 
-class Compiled:
-    """Jacobian products from one compiled run of the model; the face of `Linearized`, for `compile=True`.
+class Compiled(LinearMap):
+    """Jacobian products from one compiled run of the model, for `compile=True`.
 
     Raises:
         RuntimeError: the model cannot be compiled as one graph; the message says why.
@@ -55,8 +56,8 @@ class Compiled:
             raise independent_outputs()
         replay.dtypes.update(v.dtype for v in self._run.values.values() if isinstance(v, Tensor))
 
+    @override
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """`(outputs, J v)`, both of the outputs' shape and dtype; `tangents` have the parameters' shapes."""
         by_id = {id(p): _like(t, p) for p, t in zip(self._params, tangents, strict=True)}
         graph, inputs = self._run.graph, self._run.inputs
         assert graph is not None
@@ -65,15 +66,15 @@ class Compiled:
         directions = [by_id[id(x)] if id(x) in by_id else torch.zeros_like(x) for x in active]
         return self._outputs.detach(), graph.jvp(self._run.values, directions)
 
+    @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
-        """`Jᵀ u`, in the parameters' shapes and dtypes; zero for a parameter that the model did not use; once."""
         return dense_gradients(
             self._params, torch.autograd.grad(self._outputs, self._params, cotangent, allow_unused=True)
         )
 
 
 def evaluate_compiled(model_fn: ModelFn) -> Tensor:
-    """The outputs alone, by the same compiled code; for a look at the loss after the update."""
+    """Return the outputs alone, by the same compiled code, for the loss at the new weights."""
     return _run(model_fn, _Run(replay=None)).detach()
 
 
@@ -248,7 +249,7 @@ def _refusal(reason: str) -> RuntimeError:
 
 
 def _reason(error: BaseException) -> str:
-    """What happened, without the compiler's hints about itself."""
+    """Return what happened, without the compiler's hints about itself."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     details = ("Explanation: ", "Developer debug context: ")
     told = [lines[0], *(line.removeprefix(d) for line in lines[1:] for d in details if line.startswith(d))]
@@ -260,7 +261,7 @@ def _results(graph: fx.GraphModule) -> Sequence[Any]:
 
 
 def _own_residuals(forward: fx.GraphModule, movable: set[fx.Node], first: int) -> dict[str, str]:
-    """Copies the residuals, results from `first` on, that lie in the memory of a movable input; names of the copies."""
+    """Copy the residuals, results from `first` on, that lie in a movable input's memory; return names of the copies."""
     output = forward.graph.find_nodes(op="output")[0]
     results, copies = list(output.args[0]), {}
     for i, node in enumerate(results[first:], first):

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from curveball_fused.replay import Replay
 
-from .linear_map import ModelFn, checked_outputs, dense_gradients, in_own_memory, independent_outputs
+from .linear_map import LinearMap, ModelFn, checked_outputs, dense_gradients, in_own_memory, independent_outputs
 from .torch_modes import Decompose
 
 
-class DoubleBackward:
+class DoubleBackward(LinearMap):
     """Jacobian products by autograd alone: Jᵀu is a backward pass, and Jv its transpose, a second one.
 
-    The model runs once; its graph, and that of its backward pass, are kept until the step ends. `LinearMap` documents
-    the methods.
+    The model runs once; its graph, and that of its backward pass, are kept until the step ends.
     """
 
     def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
@@ -37,11 +37,13 @@ class DoubleBackward:
         if not self._transpose:
             raise independent_outputs()
 
+    @override
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         directions = [tangents[i].to(self._params[i].dtype) for i in self._used]
         (tangent,) = torch.autograd.grad(self._transpose, self._cotangent, directions, retain_graph=True)
         return in_own_memory(self._outputs.detach(), self._params), tangent
 
+    @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         gradients = torch.autograd.grad(self._outputs, self._params, cotangent, retain_graph=True, allow_unused=True)
         return dense_gradients(self._params, gradients)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from typing_extensions import override
 
 from curveball_fused.replay import Replay
 
 from .linear_map import (
+    LinearMap,
     ModelFn,
     checked_outputs,
     dense_gradients,
@@ -21,11 +23,11 @@ from .linear_map import (
 from .torch_modes import Decompose, Substitute
 
 
-class DualNumbers:
+class DualNumbers(LinearMap):
     """Jacobian products by dual numbers (Jv) and an ordinary backward pass (Jᵀu).
 
     Every parameter is replaced by its dual number, by identity, in each torch call that `model_fn` makes, so any
-    callable that uses the parameters will do. Nothing is kept between the products. `LinearMap` documents the methods.
+    callable that uses the parameters will do. Nothing is kept between the products.
     """
 
     def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str = "auto") -> None:
@@ -36,6 +38,7 @@ class DualNumbers:
         self._run = replay.first
         self._seen: set[int] = set()
 
+    @override
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         # Gradients stay enabled, although none is recorded, so that a `no_grad` block of the model can be told: what
         # it computes is constant to the backward pass and must be so here.
@@ -53,6 +56,7 @@ class DualNumbers:
                 raise independent_outputs() if not self._seen else lost_tangent()
             return in_own_memory(primal.detach(), self._params), tangent.detach()
 
+    @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         with torch.enable_grad(), Decompose(every_call=False):
             outputs = checked_outputs(self._replay.again(self._model_fn))

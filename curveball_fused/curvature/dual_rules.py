@@ -20,9 +20,9 @@ from .rules import Call, Rule
 
 
 def dual(rule: Rule) -> Callable[..., Any]:
-    """`rule` as a function of a backend and of arguments any of which may be dual.
+    """Return `rule` as a function of a backend and of arguments any of which may be dual.
 
-    It returns `NotImplemented` for what is left to torch: autocast, which chooses dtypes by the call, transforms of
+    That returns `NotImplemented` for what is left to torch: autocast, which chooses dtypes by the call, transforms of
     torch.func, writing in place, and graphs that the model itself needs.
     """
 

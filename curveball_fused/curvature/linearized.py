@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from curveball_fused.replay import Replay
 
 from .linear_map import (
+    LinearMap,
     ModelFn,
     checked_outputs,
     dense_gradients,
@@ -20,10 +22,10 @@ from .linear_map import (
 from .tape import Tape
 
 
-class Linearized:
+class Linearized(LinearMap):
     """Jacobian products from one run of the model: Jv by the tape that it leaves, Jᵀu by autograd's graph.
 
-    What the graph holds is kept until the step ends. `LinearMap` documents the methods.
+    What the graph holds is kept until the step ends.
     """
 
     def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str = "auto") -> None:
@@ -34,10 +36,12 @@ class Linearized:
         if not self._outputs.requires_grad:
             raise independent_outputs()
 
+    @override
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         directions = [t.to(p.dtype) for p, t in zip(self._params, tangents, strict=True)]
         return in_own_memory(self._outputs.detach(), self._params), self._tape.jvp(directions, self._outputs)
 
+    @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         gradients = torch.autograd.grad(self._outputs, self._params, cotangent, allow_unused=True)
         if any(g is not None and id(p) not in self._tape.seen for p, g in zip(self._params, gradients, strict=True)):

@@ -119,6 +119,7 @@ def linearize(
 
     Raises:
         RuntimeError: none of the methods can follow the model.
+        ValueError: there is none.
     """
     refusals: list[str] = []
     for name in methods:
@@ -136,7 +137,7 @@ def linearize(
             if refusals:
                 announce(refusals[-1], f"curveball_fused: {'; '.join(refusals)}; {method.retreat}.")
             return name, linear, first
-    raise AssertionError("no method was given")
+    raise ValueError("no method was given.")
 
 
 @contextmanager

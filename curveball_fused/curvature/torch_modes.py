@@ -1,4 +1,4 @@
-"""What stands between a model and torch while it runs: parameters replaced by dual numbers, kernels by kinder ones."""
+"""Modes of torch under which a model runs: parameters replaced by dual numbers, fused kernels by differentiable ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ForwardModeUnsupported(NotImplementedError):
 
 
 def announce(key: str, message: str) -> None:
-    """Warns once per process."""
+    """Warn once per process."""
     if key not in _announced:
         _announced.add(key)
         warnings.warn(message, stacklevel=2)
@@ -144,7 +144,7 @@ def _plain_recurrence(device_type: str) -> Iterator[None]:
 
 
 def force_eager() -> AbstractContextManager[Any]:
-    """Runs `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch."""
+    """Run `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

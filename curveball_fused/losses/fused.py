@@ -15,7 +15,7 @@ from curveball_fused.ops import losses as loss_ops
 
 
 def fused(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sign: float, backend: str) -> Products | None:
-    """The products of the loss `function(*args, **kwargs)` by kernels; None where none serves this device or call.
+    """Return the products of the loss `function(*args, **kwargs)` by kernels; None where none serves device or call.
 
     Raises:
         RuntimeError: `backend` names one that cannot run here.

@@ -103,7 +103,7 @@ def checked_loss(loss: Any) -> Tensor:
 
 
 def _general(returned: Any, params: Iterable[Tensor]) -> Tensor:
-    """A loss of unknown origin, checked."""
+    """Return a loss of unknown origin, checked."""
     with torch.enable_grad():
         loss = checked_loss(returned)
     _refuse_parameters(loss, {id(p) for p in params})
@@ -123,7 +123,7 @@ def _in_place_explained(loss_fn: LossFn, outputs: Tensor) -> Tensor:
 
 
 def _refuse_parameters(loss: Tensor, params: set[int]) -> None:
-    """Raises where the loss reaches a parameter other than through the outputs."""
+    """Raise where the loss reaches a parameter other than through the outputs."""
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()

@@ -1,4 +1,4 @@
-"""Following the outputs through rearrangements into a loss with a closed form."""
+"""Recognize a loss with a closed form, by following the outputs through rearrangements into it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RecognizedLoss(NamedTuple):
 
 
 class Recognizer(TorchFunctionMode):
-    """Follows the outputs through rearrangements into a loss with a closed form."""
+    """Follow the outputs through rearrangements into a loss with a closed form."""
 
     def __init__(self, outputs: Tensor) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Recognizer(TorchFunctionMode):
         return entry is not None and entry[2] == version_of(entry[0])
 
     def recognized(self, loss: Tensor) -> RecognizedLoss | None:
-        """The call that returned `loss`, if it is one of a known function on the outputs."""
+        """Return the call that returned `loss`, if it is one of a known function on the outputs."""
         for result, version, function, args, kwargs in self._calls:
             if result is loss and version_of(result) == version and self._is_followed(args[0]):
                 return RecognizedLoss(function, args, kwargs, *self._views[id(args[0])][:2])

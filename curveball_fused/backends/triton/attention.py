@@ -27,7 +27,8 @@ def _dot(a, b, total):
 @triton.jit
 def _load(head, stride, rows, count, columns, width, PADDED: tl.constexpr):
     """A block of a head, rows [., 1] by columns [1, .]: zero from row `count` on, and from column `width` on, if
-    blocks are PADDED."""
+    blocks are PADDED.
+    """
     inside = rows < count
     if PADDED:
         inside = inside & (columns < width)
@@ -187,7 +188,8 @@ def attention_tangent(
 
 def shape_of(d: int, e: int, bytes: int) -> dict[str, int]:
     """Sizes of blocks, warps and stages by D, E and the size of an element: what the registers hold, and the shared
-    memory of each GPU, at least 99 KiB."""
+    memory of each GPU, at least 99 KiB.
+    """
     width_d, width_e = (max(triton.next_power_of_2(width), 16) for width in (d, e))
     if bytes == 2:
         block_d, block_e = width_d if width_d <= 128 else 64, min(width_e, 128)

@@ -42,7 +42,8 @@ WARPS = 8
 @triton.jit
 def _body(count, addresses, BODY: tl.constexpr):
     """How many elements of a chunk are whole blocks at aligned addresses. They go without a mask, which makes every
-    access 128 bits wide."""
+    access 128 bits wide.
+    """
     return tl.where(addresses % 16 == 0, count // BODY * BODY, 0)
 
 
@@ -202,7 +203,8 @@ def update_(
     lr_tensor: Tensor | None = None,
 ) -> Tensor:
     """`reference.update_`: z ← (ρ-βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z, in one launch for each
-    combination of dtypes and one more; tensors that are dense and, index by index, of the same layout."""
+    combination of dtypes and one more; tensors that are dense and, index by index, of the same layout.
+    """
     for w_i, z_i, r_i in zip(params, z, r, strict=True):
         wanted = torch.float64 if w_i.dtype == torch.float64 else torch.float32
         if z_i.dtype != wanted or r_i.dtype not in (w_i.dtype, wanted):
