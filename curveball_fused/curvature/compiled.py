@@ -227,11 +227,12 @@ class Backend:
         self._compiler = compiler
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> _Graph:
+        """Return what torch.compile is to run in the place of a graph that it has traced."""
         return _Graph(gm, inputs, self._compiler)
 
 
 def inductor(graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[[list[Any]], Sequence[Any]]:
-    """Compiles by Inductor, which keeps its results on disk; random numbers are those of uncompiled code."""
+    """Compile by Inductor, which keeps its results on disk; random numbers are those of uncompiled code."""
     announce(
         "compile",
         "curveball_fused: compiling the model and its Jacobian products, which may take minutes the first time; "

@@ -1,4 +1,4 @@
-"""Modes of torch under which a model runs: parameters replaced by dual numbers, fused kernels by differentiable ones."""
+"""Modes of torch under which a model runs: parameters become dual numbers, fused kernels differentiable ones."""
 
 from __future__ import annotations
 

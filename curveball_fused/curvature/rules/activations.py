@@ -134,10 +134,8 @@ def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, in
 def channel_dropout(
     unbatched: int, call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
-    """y = m x with one number m for each channel, which is what torch makes of a channel's one.
-
-    `unbatched` is the number of dimensions at which torch takes the first one for the channels.
-    """
+    """y = m x with one number m for each channel, which is what torch makes of a channel's one."""
+    # `unbatched` is the number of dimensions at which torch takes the first one for the channels.
     if not training or inplace or input.dim() < 2 or input.dim() == unbatched:
         return NotImplemented
     at, shape = call.at(input), (*input.shape[:2], *[1] * (input.dim() - 2))

@@ -27,10 +27,8 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """O = P V with P = softmax(s Q Kᵀ + mask); `tangent_ops.attention_tangent` has the equation.
-
-    P, larger than all else that the map would read, is computed anew, block by block.
-    """
+    """O = P V with P = softmax(s Q Kᵀ + mask); `tangent_ops.attention_tangent` has the equation."""
+    # P, larger than all else that the map would read, is computed anew, block by block.
     at_q, at_k, at_v = call.at(query), call.at(key), call.at(value)
     if at_q is None or at_k is None or at_v is None or dropout_p > 0 or enable_gqa or call.at(attn_mask) is not None:
         return NotImplemented
@@ -54,20 +52,20 @@ def scaled_dot_product_attention(
 
 
 def _heads(t: Tensor) -> Tensor:
-    """As [batch, heads, rows, columns], the last dimension contiguous."""
+    """Return `t` as [batch, heads, rows, columns], the last dimension contiguous."""
     t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
     return t if t.dim() == 4 else t.unsqueeze(0) if t.dim() == 3 else t.flatten(0, -4)
 
 
 def _additive(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """What is added to the scores, expanded to [batch, heads, queries, keys]."""
+    """Return what is added to the scores, expanded to [batch, heads, queries, keys]."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
     mask = mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
     return mask if mask.dim() == 4 else mask.unsqueeze(0) if mask.dim() == 3 else mask.flatten(0, -4)
 
 
-def written_out(
+def decomposed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -95,4 +93,4 @@ def written_out(
 
 
 RULES: dict[Any, Rule] = {F.scaled_dot_product_attention: scaled_dot_product_attention}
-COMPOSITES: dict[Any, Callable[..., Tensor]] = {F.scaled_dot_product_attention: written_out}
+COMPOSITES: dict[Any, Callable[..., Tensor]] = {F.scaled_dot_product_attention: decomposed_attention}

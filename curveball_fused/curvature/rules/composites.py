@@ -1,4 +1,4 @@
-"""Functions that are followed by the functions that they are composed of."""
+"""Composites: functions that are handled by the functions that they are composed of."""
 
 from __future__ import annotations
 
@@ -26,9 +26,13 @@ _OVERRIDES = ("has_torch_function", "has_torch_function_unary", "has_torch_funct
 
 @functools.cache
 def without_override(function: Any) -> Callable[..., Any] | None:
-    """A function of torch.nn.functional that does not offer itself to modes, so that those that it calls do.
+    """Return a function of torch.nn.functional, so changed that modes see the functions that it calls in its place.
 
-    None for a function that is not written in Python.
+    That is its own code with torch's "has anybody overridden this function?" answered with no: **the first thing to
+    break with a new torch**; `tests/curvature/test_tape.py` notices.
+
+    Returns:
+        None for a function that is not written in Python.
     """
     if not isinstance(function, FunctionType) or function.__module__ != "torch.nn.functional":
         return None

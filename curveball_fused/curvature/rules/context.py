@@ -2,7 +2,7 @@
 
 A rule is given a `Call` and the arguments of the function that it stands for, which are ordinary tensors that autograd
 follows. It returns the result and the map from all tangents to the result's, which reads only what `Call.keep` has
-handed out; or `NotImplemented`, before it has done anything, for a case that it leaves to torch's dual numbers.
+returned; or `NotImplemented`, before it has done anything, for a case that it leaves to torch's dual numbers.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ class Call:
         self.kept: list[tuple[Tensor, int]] = []
 
     def at(self, argument: Any) -> int | None:
-        """The place of an argument's tangent; None for a constant and for what is no tensor."""
+        """Return the place of an argument's tangent; None for a constant and for what is no tensor."""
         return self.places.get(id(argument))
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """`tensor` for the map to read, without autograd's graph; writing to it later is an error."""
+        """Return `tensor` for the map to read, without autograd's graph; writing to it later is an error."""
         self.kept.append((tensor.detach(), version_of(tensor)))
         return self.kept[-1][0]
 
     def constant(self, *arguments: Any) -> bool:
-        """Whether no tensor in `arguments`, lists included, has a tangent."""
+        """Return whether no tensor in `arguments`, lists included, has a tangent."""
         return all(self.at(t) is None for t in tensors(arguments))
 
 
 def tensors(values: Any) -> list[Tensor]:
-    """All tensors in nested lists and tuples."""
+    """Return all tensors in nested lists and tuples."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -61,7 +61,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 def frozen(value: Any) -> Any:
-    """Arguments as they are now, for a map to use when the model may have changed its lists and slices."""
+    """Return arguments as they are now, for a map to use when the model may have changed its lists and slices."""
     if isinstance(value, slice):
         bounds = (value.start, value.stop, value.step)
         return slice(*(int(bound) if isinstance(bound, Tensor) else bound for bound in bounds))
@@ -73,5 +73,5 @@ def frozen(value: Any) -> Any:
 
 
 def tangent_at(tangents: Tangents, place: int | None) -> Tensor | None:
-    """The tangent at a place; None for a constant."""
+    """Return the tangent at a place; None for a constant."""
     return None if place is None else tangents[place]

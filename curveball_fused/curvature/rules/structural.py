@@ -1,4 +1,4 @@
-"""Rules for functions that are linear in all that has a tangent: sums, and what moves elements about."""
+"""Structural rules: functions that are linear in all that has a tangent, sums and what moves elements about."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 from .context import Call, Map, Rule, Tangents, frozen, tangent_at, tensors
 
 
-def total(sign: int, call: Call, input: Tensor, other: Any, *, alpha: float = 1) -> Any:
+def add_sub(sign: int, call: Call, input: Tensor, other: Any, *, alpha: float = 1) -> Any:
     """y = a ± αb;  ẏ = ȧ ± αḃ."""
     factor, at_a, at_b = sign * alpha, call.at(input), call.at(other)
     output = torch.add(input, other, alpha=factor)
     return output, _sum_map(at_a, at_b, factor, output.shape, output.dtype)
 
 
-def difference_from(call: Call, input: Tensor, other: Any) -> Any:
+def reflected_sub(call: Call, input: Tensor, other: Any) -> Any:
     """y = b - a, the arguments of Python's reflected operator."""
     at_a, at_b = call.at(input), call.at(other)
     output = torch.rsub(input, other)
     return output, _sum_map(at_b, at_a, -1, output.shape, output.dtype)
 
 
-def total_(sign: int, call: Call, input: Tensor, other: Any, *, alpha: float = 1) -> Any:
+def add_sub_(sign: int, call: Call, input: Tensor, other: Any, *, alpha: float = 1) -> Any:
     """y ← a ± αb in place of a, which may have been a constant."""
     factor, at_a, at_b = sign * alpha, call.at(input), call.at(other)
     output = input.add_(other, alpha=factor)
@@ -47,11 +47,11 @@ def _sum_map(at_a: int | None, at_b: int | None, factor: float, shape: torch.Siz
     return tangent_map
 
 
-def set_item(call: Call, input: Tensor, index: Any, value: Any) -> Any:
+def setitem(call: Call, input: Tensor, index: Any, value: Any) -> Any:
     """y[i] = b;  ẏ[i] = ḃ. The old y, or b, may be a constant."""
     if not call.constant(index):
         return NotImplemented
-    index = _held(call, index)
+    index = _snapshot_of(call, index)
     at_a, at_b = call.at(input), call.at(value)
     like = input.detach()
     input[index] = value
@@ -65,7 +65,7 @@ def set_item(call: Call, input: Tensor, index: Any, value: Any) -> Any:
     return input, tangent_map
 
 
-def accumulation(
+def scatter_add(
     function: Callable[..., Tensor], call: Call, input: Tensor, dim: int, index: Tensor, source: Any
 ) -> Any:
     """y ← y + what an index sends to it of b, in place, or y ← that; linear in both."""
@@ -82,18 +82,18 @@ def accumulation(
     return function(input, dim, index, source), tangent_map
 
 
-def arrangement(function: Callable[..., Any], call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def structural(function: Callable[..., Any], call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Linear in its first argument, and all others are constant: the map is the function."""
     if call.at(input) is None or not call.constant(args, list(kwargs.values())):
         return NotImplemented
-    args, kwargs = _held(call, args), _held(call, kwargs)
+    args, kwargs = _snapshot_of(call, args), _snapshot_of(call, kwargs)
     at, output = call.at(input), function(input, *args, **kwargs)
     if isinstance(output, Tensor):
         return output, lambda tangents: function(tangents[at], *args, **kwargs)
     return output, [partial(_pick, at, i, function, args, kwargs) for i in range(len(output))]
 
 
-def _held(call: Call, arguments: Any) -> Any:
+def _snapshot_of(call: Call, arguments: Any) -> Any:
     """Constant arguments as they are now; tensors among them must stay so."""
     for constant in tensors(arguments.values() if isinstance(arguments, dict) else (arguments,)):
         call.keep(constant)
@@ -106,7 +106,7 @@ def _pick(at: int | None, index: int, function: Any, args: Any, kwargs: Any, tan
 
 
 def view(call: Call, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
-    """As an arrangement; but a tangent need not lie in memory as its tensor does."""
+    """As a structural function; but a tangent need not lie in memory as its tensor does."""
     if kwargs or isinstance(shape[0], torch.dtype):
         return NotImplemented
     at, output = call.at(input), input.view(*shape)
@@ -115,13 +115,13 @@ def view(call: Call, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
 
 
 def padding(call: Call, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
-    """The border is constant, or made of the tensor's own elements."""
+    """Pad by a constant border, or by one made of the tensor's own elements."""
     pad = frozen(pad)
     at, output = call.at(input), F.pad(input, pad, mode, value)
     return output, lambda tangents: F.pad(tangents[at], pad, mode)
 
 
-def joining(function: Callable[..., Tensor], call: Call, parts: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+def concat(function: Callable[..., Tensor], call: Call, parts: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
     """Concatenation; a part that is constant has the tangent zero."""
     places = [call.at(part) for part in parts]
     args, kwargs = frozen(args), frozen(kwargs)
@@ -162,7 +162,7 @@ def max_pool(
 
 
 T: Any = torch.Tensor
-_ARRANGEMENTS = (
+_STRUCTURAL = (
     T.reshape, torch.reshape, T.flatten, torch.flatten, T.unflatten, torch.unflatten, T.transpose, torch.transpose,
     T.swapaxes, T.permute, torch.permute, T.movedim, torch.movedim, T.t, T.T.__get__, T.mT.__get__, T.unsqueeze,
     torch.unsqueeze, T.squeeze, torch.squeeze, T.expand, T.expand_as, T.broadcast_to, T.repeat, T.repeat_interleave,
@@ -173,15 +173,15 @@ _ARRANGEMENTS = (
     F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate, F.unfold, F.fold,
     F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle,
 )  # fmt: skip
-RULES: dict[Any, Rule] = {function: partial(arrangement, function) for function in _ARRANGEMENTS}
-RULES |= {function: partial(total, 1) for function in (torch.add, T.add, T.__add__, T.__radd__)}
-RULES |= {function: partial(total, -1) for function in (torch.sub, T.sub, T.__sub__)}
-RULES |= {T.__rsub__: difference_from}
-RULES |= {function: partial(joining, function) for function in (torch.cat, torch.stack)}
+RULES: dict[Any, Rule] = {function: partial(structural, function) for function in _STRUCTURAL}
+RULES |= {function: partial(add_sub, 1) for function in (torch.add, T.add, T.__add__, T.__radd__)}
+RULES |= {function: partial(add_sub, -1) for function in (torch.sub, T.sub, T.__sub__)}
+RULES |= {T.__rsub__: reflected_sub}
+RULES |= {function: partial(concat, function) for function in (torch.cat, torch.stack)}
 RULES |= {T.view: view, F.pad: padding, F.max_pool2d: max_pool}
-IN_PLACE: dict[Any, Rule] = {function: partial(total_, 1) for function in (T.add_, T.__iadd__)}
-IN_PLACE |= {function: partial(total_, -1) for function in (T.sub_, T.__isub__)}
-IN_PLACE |= {T.__setitem__: set_item}
+IN_PLACE: dict[Any, Rule] = {function: partial(add_sub_, 1) for function in (T.add_, T.__iadd__)}
+IN_PLACE |= {function: partial(add_sub_, -1) for function in (T.sub_, T.__isub__)}
+IN_PLACE |= {T.__setitem__: setitem}
 IN_PLACE |= {
-    function: partial(accumulation, function) for function in (T.index_add_, T.scatter_add_, T.index_copy_, T.scatter_)
+    function: partial(scatter_add, function) for function in (T.index_add_, T.scatter_add_, T.index_copy_, T.scatter_)
 }
