@@ -22,7 +22,7 @@ Quadratic = tuple[Tensor, Map, Map]
 
 
 class Products(NamedTuple):
-    """What a step asks of a loss at the outputs.
+    """The products that a step needs of a loss at the outputs.
 
     Attributes:
         gradient: returns g_o.
@@ -41,16 +41,16 @@ def products(quadratic: Quadratic, sign: float) -> Products:
         gradient, product_of_loss = -gradient, product
         product = lambda v: -product_of_loss(v)  # noqa: E731
 
-    def seen(v: Tensor) -> Tensor:
+    def centered(v: Tensor) -> Tensor:
         return center(v.to(gradient.dtype))
 
     def at(v: Tensor) -> tuple[Tensor, Map]:
-        v = seen(v)
+        v = centered(v)
         hv = product(v)
         first = (_dot(gradient, v), _dot(hv, v))
 
         def products_with(u: Tensor) -> Tensor:
-            u = seen(u)
+            u = centered(u)
             return torch.stack((*first, _dot(gradient, u), _dot(hv, u), _dot(product(u), u)))
 
         return gradient + hv, products_with
