@@ -15,7 +15,7 @@ from curveball_fused.backends.triton import layer_norm as triton_layer_norm
 from curveball_fused.backends.triton import losses as triton_losses
 from curveball_fused.backends.triton import norms as triton_norms
 from curveball_fused.backends.triton import parameters as triton_parameters
-from curveball_fused.backends.triton import reduce as triton_sums
+from curveball_fused.backends.triton import reduce as triton_reduce
 from curveball_fused.backends.triton import row_blocks as triton_rows
 from curveball_fused.backends.triton import solve as triton_solve
 
@@ -66,15 +66,15 @@ def kernels() -> list[Kernel]:
         Kernel("adapt_damping", triton_solve.adapt_damping_kernel, scalar | doubles | dict(new_loss="*fp32"), {}, 1),
         Kernel("finish update_", triton_parameters.finish_update_kernel,
                scalar | dict(partials="*fp64", bounds="*i64", lr="*fp64", groups="i32"),
-               dict(BLOCK=triton_sums.SUM_BLOCK), triton_parameters.WARPS),
-        Kernel("finish dots", triton_parameters.finish_dots_kernel, dict(partials="*fp64", count="i32", result="*fp64"),
-               dict(BLOCK=triton_sums.SUM_BLOCK), triton_parameters.WARPS),
-        Kernel("finish loss", triton_sums.finish_kernel,
+               dict(BLOCK=triton_reduce.SUM_BLOCK), triton_parameters.WARPS),
+        Kernel("finish dots", triton_reduce.sum_rows_kernel, dict(partials="*fp64", count="i32", result="*fp64"),
+               dict(BLOCK=triton_reduce.SUM_BLOCK), triton_parameters.WARPS),
+        Kernel("finish loss", triton_reduce.finish_kernel,
                dict(partials="*fp64", count="i32", divisor="*fp64", sign="fp64", loss="*fp64", result="*fp64"),
-               dict(BLOCK=triton_sums.SUM_BLOCK), triton_sums.SUM_WARPS),
+               dict(BLOCK=triton_reduce.SUM_BLOCK), triton_reduce.SUM_WARPS),
         Kernel("cross_entropy D", triton_rows.divisor_kernel,
                dict(target="*i64", divisors="*fp64", n="i64", classes="i32", ignore_index="i32"),
-               dict(A=tl.float32, BLOCK=1024), 4),
+               dict(ACC=tl.float32, BLOCK=1024), 4),
     ]  # fmt: skip
     for dtypes in ("fp32 fp32 fp32", "bf16 fp32 bf16", "fp16 fp32 fp32", "fp64 fp64 fp64"):
         found.append(_update(*dtypes.split()))
@@ -100,8 +100,12 @@ def kernels() -> list[Kernel]:
 
 
 def _list_options() -> dict[str, Any]:
-    names = ("CHUNK", "BODY", "TAIL")
+    names = ("CHUNK", "BLOCK_MAIN", "BLOCK_TAIL")
     return {name: getattr(triton_parameters, name) for name in names}
+
+
+def _accumulator(x: str) -> str:
+    return "fp64" if x == "fp64" else "fp32"
 
 
 def _vectors(block: int, warps: int, *dtypes: str) -> int:
@@ -111,17 +115,17 @@ def _vectors(block: int, warps: int, *dtypes: str) -> int:
 def _update(w: str, z: str, r: str) -> Kernel:
     types = dict(table="*i64", tensors="i32", scalars="*fp64", lr="*fp64", weight_decay="*fp64", partials="*fp64")
     constants = dict(W=TYPES[w], Z=TYPES[z], R=TYPES[r], **_list_options())
-    body, warps = triton_parameters.BODY, triton_parameters.WARPS
-    vectors = _vectors(body, warps, w, z, r), _vectors(body, warps, w, z)
+    block, warps = triton_parameters.BLOCK_MAIN, triton_parameters.WARPS
+    vectors = _vectors(block, warps, w, z, r), _vectors(block, warps, w, z)
     return Kernel(f"update_ {w} {z} {r}", triton_parameters.update_kernel, types, constants, warps, vectors)
 
 
 def _dots(z: str, r: str) -> Kernel:
     types = dict(table="*i64", tensors="i32", partials="*fp64", slots="i32")
     constants = dict(Z=TYPES[z], R=TYPES[r], **_list_options())
-    body, warps = triton_parameters.BODY, triton_parameters.WARPS
+    block, warps = triton_parameters.BLOCK_MAIN, triton_parameters.WARPS
     return Kernel(
-        f"dots {z} {r}", triton_parameters.dots_kernel, types, constants, warps, (_vectors(body, warps, z, r), 0)
+        f"dots {z} {r}", triton_parameters.dots_kernel, types, constants, warps, (_vectors(block, warps, z, r), 0)
     )
 
 
@@ -133,34 +137,32 @@ def _loss(x: str, second: bool, bce: bool) -> Kernel:
         weights=1,
         pos_weights=1,
         BCE=bce,
-        A=TYPES["fp64" if x == "fp64" else "fp32"],
-        BODY=triton_losses.BODY,
-        TAIL=triton_losses.TAIL,
+        ACC=TYPES[_accumulator(x)],
+        BLOCK_MAIN=triton_losses.BLOCK_MAIN,
+        BLOCK_TAIL=triton_losses.BLOCK_TAIL,
         VECTOR=128 // TYPES[x].primitive_bitwidth,
     )
-    name = f"{'bce' if bce else 'mse'}_{'dots' if second else 'products'} {x}"
-    body, warps = triton_losses.BODY, triton_losses.WARPS
-    vectors = _vectors(body, warps, *[x] * len(operands)), 0 if second else _vectors(body, warps, x)
+    name = f"{'bce' if bce else 'mse'}_{'products' if second else 'cotangent'} {x}"
+    block, warps = triton_losses.BLOCK_MAIN, triton_losses.WARPS
+    vectors = _vectors(block, warps, *[x] * len(operands)), 0 if second else _vectors(block, warps, x)
     return Kernel(name, triton_losses.loss_kernel, types, constants, warps, vectors)
 
 
 def _cross_entropy(x: str, second: bool, classes: int) -> Kernel:
-    a = "fp64" if x == "fp64" else "fp32"
-    types = dict(x=f"*{x}", v=f"*{x}", target="*i64", rows=f"*{a}", divisors="*fp64", divisor="*fp64", partials="*fp64")
+    a = _accumulator(x)
+    types = dict(
+        x=f"*{x}", v=f"*{x}", target="*i64", row_stats=f"*{a}", divisors="*fp64", divisor="*fp64", partials="*fp64"
+    )
     types |= dict(n="i64", classes="i32", ignore_index="i32", smoothing="fp64", sign="fp64")
     types |= dict(u=f"*{x}") if second else dict(c=f"*{x}")
     shape = triton_cross_entropy.shape_of(classes, TYPES[x].primitive_bitwidth // 8)
     warps = shape.pop("num_warps")
-    function = triton_cross_entropy_kernels.dots_kernel if second else triton_cross_entropy_kernels.products_kernel
-    name = f"cross_entropy_{'dots' if second else 'products'} {x} C={classes}"
+    function = triton_cross_entropy_kernels.products_kernel if second else triton_cross_entropy_kernels.cotangent_kernel
+    name = f"cross_entropy_{'products' if second else 'cotangent'} {x} C={classes}"
     # The first sweep reads two operands, the second two or three.
-    each = _vectors(shape["BODY"], warps, x) if shape["ROWS"] == 1 else 0
+    each = _vectors(shape["BLOCK_MAIN"], warps, x) if shape["ROWS"] == 1 else 0
     vectors = (5 * each, 0) if second else (4 * each, each)
-    return Kernel(name, function, types, dict(A=TYPES[a], SMOOTH=False, **shape), warps, vectors)
-
-
-def _arithmetic(x: str) -> str:
-    return "fp64" if x == "fp64" else "fp32"
+    return Kernel(name, function, types, dict(ACC=TYPES[a], SMOOTH=False, **shape), warps, vectors)
 
 
 def _unit(x: str) -> int:
@@ -169,13 +171,13 @@ def _unit(x: str) -> int:
 
 def _layer_norm(x: str, length: int) -> Kernel:
     types = dict.fromkeys(("dx", "x", "weight", "dweight", "dbias", "dy"), f"*{x}") | dict(n="i32", units="i32")
-    types |= dict.fromkeys(("mean", "rstd"), f"*{_arithmetic(x)}")
+    types |= dict.fromkeys(("mean", "rstd"), f"*{_accumulator(x)}")
     shape = triton_layer_norm.rows_of(length)
     warps, whole = shape.pop("num_warps"), shape["WHOLE"]
     each = _vectors(shape["ROWS"] * shape["BLOCK"], warps, x)
     # x and dx, which a long row needs twice. Of the parameters a short row's may be loaded once for several rows.
     vectors = (2 * each if whole else 7 * each, each)
-    constants = dict(UNIT=_unit(x), A=TYPES[_arithmetic(x)], **shape)
+    constants = dict(UNIT=_unit(x), ACC=TYPES[_accumulator(x)], **shape)
     function = triton_layer_norm.layer_norm_kernel
     return Kernel(f"layer_norm {x} D={length}", function, types, constants, warps, vectors, straight=whole)
 
@@ -190,7 +192,7 @@ def _without(kernel: Kernel, *names: str) -> Kernel:
 
 def _batch_norm(x: str, what: str, last: bool) -> Kernel:
     """Of 1024 numbers a channel and sample, or with the channel as the last dimension."""
-    types = dict.fromkeys(("dx", "x"), f"*{x}") | dict.fromkeys(("mean", "rstd"), f"*{_arithmetic(x)}")
+    types = dict.fromkeys(("dx", "x"), f"*{x}") | dict.fromkeys(("mean", "rstd"), f"*{_accumulator(x)}")
     types |= dict.fromkeys(("rows", "planes", "units", "tiles", "parts", "count"), "i32")
     if what == "sums":
         types |= dict(partials="*fp64")
@@ -199,9 +201,9 @@ def _batch_norm(x: str, what: str, last: bool) -> Kernel:
     if what == "dy":
         types |= dict(sums="*fp64")
     columns = triton_batch_norm.COLUMNS if last else 1024
-    constants = dict(UNIT=_unit(x), A=TYPES[_arithmetic(x)], LAST=last, TRAINING=what != "eval")
-    constants |= dict(ROWS=triton_norms.TILE // columns, COLS=columns)
-    each, stores = _vectors(triton_norms.TILE, triton_norms.WARPS, x), what != "sums"
+    constants = dict(UNIT=_unit(x), ACC=TYPES[_accumulator(x)], LAST=last, TRAINING=what != "eval")
+    constants |= dict(ROWS=triton_norms.BLOCK_TILE // columns, COLS=columns)
+    each, stores = _vectors(triton_norms.BLOCK_TILE, triton_norms.WARPS, x), what != "sums"
     vectors = (4 * each if what == "both" else 2 * each, each if stores else 0)
     name = f"batch_norm {x} {what}{' channels last' if last else ''}"
     return Kernel(name, triton_batch_norm.batch_norm_kernel, types, constants, triton_norms.WARPS, vectors)
@@ -216,8 +218,8 @@ def _attention(x: str, width: int, masked: bool = False) -> Kernel:
     shape = triton_attention.shape_of(width, width, TYPES[x].primitive_bitwidth // 8)
     warps, stages = shape.pop("num_warps"), shape.pop("num_stages")
     # The innermost loop loads k, dk, v and dv; or, over blocks of a wide D, q, dq, k and dk, none of them smaller.
-    vectors = 4 * _vectors(shape["N"] * min(shape["BLOCK_D"], shape["BLOCK_E"]), warps, x), 0
-    constants = dict(D=width, E=width, A=TYPES[_arithmetic(x)], CAUSAL=True, **shape)
+    vectors = 4 * _vectors(shape["BLOCK_N"] * min(shape["BLOCK_D"], shape["BLOCK_E"]), warps, x), 0
+    constants = dict(D=width, E=width, ACC=TYPES[_accumulator(x)], CAUSAL=True, **shape)
     if masked:
         types |= dict(mask=f"*{x}", mask_strides=("i32", "i32", "i32", "1"))
     name = f"attention {x} D={width}{' masked' if masked else ''}"
@@ -229,6 +231,6 @@ def _activation(x: str, name: str) -> Kernel:
     types = dict.fromkeys(("x", "y", "derivative"), f"*{x}") | dict(n="i64")
     block, warps = triton_activations.BLOCK, triton_activations.WARPS
     each = _vectors(block, warps, x)
-    constants = dict(NAME=name, A=TYPES[_arithmetic(x)], BLOCK=block)
+    constants = dict(NAME=name, ACC=TYPES[_accumulator(x)], BLOCK=block)
     function = triton_activations.activation_kernel
     return Kernel(f"{name} {x}", function, types, constants, warps, (each, 2 * each), straight=True)

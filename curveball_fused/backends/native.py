@@ -1,4 +1,4 @@
-"""The native libraries: whether they are there, and why not."""
+"""The native libraries: whether they are loaded, and if not, why."""
 
 from __future__ import annotations
 
@@ -14,10 +14,27 @@ ADVICE = {
     "pip install --no-build-isolation",
     "triton": "pip install triton",
 }
+# What the CPU library defines in torch.ops.curveball_fused (csrc/schemas.h), each of which Python code relies on.
+OPERATORS = (
+    "update_",
+    "dots",
+    "solve",
+    "adapt_damping",
+    "cross_entropy_cotangent",
+    "cross_entropy_products",
+    "mse_cotangent",
+    "mse_products",
+    "bce_cotangent",
+    "bce_products",
+    "layer_norm_tangent",
+    "batch_norm_tangent",
+    "attention_tangent",
+    "activation",
+)
 
 
 class Library(NamedTuple):
-    """A native library; `module` is None where it cannot be loaded, and `why_not` says why."""
+    """A native library; `module` is None where it cannot be used, and `why_not` says why."""
 
     module: Any
     why_not: str
@@ -28,6 +45,19 @@ def _load(name: str) -> Library:
         return Library(importlib.import_module(f"curveball_fused.{name}"), "")
     except ImportError as error:
         return Library(None, str(error))
+
+
+def _load_cpu() -> Library:
+    """Load the CPU library, unless it is older or newer than the Python files and lacks an operator."""
+    library = _load("_C")
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.curveball_fused, name)]
+    if library.module is not None and missing:
+        return Library(
+            None,
+            f"it was built from other sources, without the operator {missing[0]}: reinstall curveball_fused with pip "
+            "install --no-build-isolation",
+        )
+    return library
 
 
 def _load_cuda() -> Library:
@@ -43,6 +73,7 @@ def _load_cuda() -> Library:
 
 
 def _require(backend: str, library: Library) -> None:
+    """Raise ImportError if a library is not loaded."""
     if library.module is None:
         raise ImportError(
             f"CURVEBALL_REQUIRE_NATIVE=1, but the native {backend} library cannot be loaded: {library.why_not}. To get "
@@ -50,7 +81,7 @@ def _require(backend: str, library: Library) -> None:
         )
 
 
-CPU = _load("_C")
+CPU = _load_cpu()
 CUDA = _load_cuda()
 if os.environ.get("CURVEBALL_REQUIRE_NATIVE") == "1":
     _require("cpu", CPU)
@@ -59,16 +90,14 @@ if os.environ.get("CURVEBALL_REQUIRE_NATIVE") == "1":
 
 
 def has_operators() -> bool:
-    """Return whether torch.ops.curveball_fused is there."""
+    """Return whether the native library is loaded, and with it all of torch.ops.curveball_fused."""
     return CPU.module is not None
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
-    """Return whether machine code for `architectures`, such as "8.0 9.0+PTX", runs on a device of a compute capability.
-
-    It does on the same major version and no earlier minor one, or, through PTX, on anything later. "9.0a" is for 9.0
-    alone.
-    """
+    """Return whether machine code for `architectures`, such as "8.0 9.0+PTX", runs on a device of `capability`."""
+    # It does on the same major version and no earlier minor one, or, through PTX, on anything later. "9.0a" is for 9.0
+    # alone.
     for architecture in architectures.split():
         number, _, ptx = architecture.partition("+")
         major, minor = (int(digits) for digits in number.rstrip("af").split("."))

@@ -1,4 +1,4 @@
-"""Which kernels are there, which of them run, and why."""
+"""Which backends can run, which of them does, and why."""
 
 from __future__ import annotations
 
@@ -13,11 +13,23 @@ import torch
 from . import native
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
+# Of which tensors a backend has tangent operators; plain torch has them of all.
+TANGENT_DTYPES = {
+    "triton": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "cpu": (torch.float32, torch.float64),
+}
 
 
 @functools.cache
 def choose(backend: str, device: torch.device) -> str:
-    """The backend that runs for tensors on `device`: "cuda", "triton", "cpu" or "torch".
+    """Choose the backend for tensors on `device`.
+
+    Args:
+        backend: one of `BACKENDS`; "auto" takes the first of "cuda", "triton", "cpu" and "torch" that can run.
+        device: where the tensors lie.
+
+    Returns:
+        "cuda", "triton", "cpu" or "torch".
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
@@ -33,14 +45,51 @@ def choose(backend: str, device: torch.device) -> str:
     return backend
 
 
+@functools.cache
+def choose_tangents(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Choose the backend of the tangent operators, which not every backend has for every dtype.
+
+    Args:
+        backend: one of `BACKENDS`; "auto" takes the first of "triton", "cpu" and "torch" that can run.
+        device: where the tensors lie.
+        dtype: that of the tensors.
+
+    Returns:
+        "triton", "cpu" or "torch".
+
+    Raises:
+        RuntimeError: a backend was asked for by name and cannot run here, or has no kernel for the dtype. As for
+            `choose`, a name that is not one of `BACKENDS` is a ValueError.
+    """
+    if backend == "auto":
+        return next(
+            name
+            for name in ("triton", "cpu", "torch")
+            if not why_not(name, device) and dtype in TANGENT_DTYPES.get(name, (dtype,))
+        )
+    if backend == "cuda":
+        raise RuntimeError(
+            'backend="cuda" has no kernels for tangents: use backend="triton", or "auto", which takes Triton where it '
+            "runs."
+        )
+    chosen = choose(backend, device)
+    if dtype not in TANGENT_DTYPES.get(chosen, (dtype,)):
+        dtypes = " and ".join(str(known) for known in TANGENT_DTYPES[chosen])
+        raise RuntimeError(
+            f'backend="{backend}" has kernels for tangents of {dtypes}, not of {dtype}: use backend="torch", or '
+            '"auto", which takes plain torch there.'
+        )
+    return chosen
+
+
 def why_not(backend: str, device: torch.device) -> str:
-    """Why `backend` cannot run for tensors on `device`; empty if it can."""
+    """Return why `backend` cannot run for tensors on `device`; empty if it can."""
     if backend == "torch":
         return ""
     if device.type != ("cpu" if backend == "cpu" else "cuda"):
         return f"its kernels work on {'CPU' if backend == 'cpu' else 'CUDA'} tensors only"
     if backend == "cpu":
-        return f"the native library was not built ({native.CPU.why_not})" if native.CPU.module is None else ""
+        return f"the native library was not loaded ({native.CPU.why_not})" if native.CPU.module is None else ""
     capability = torch.cuda.get_device_capability(device)
     name = f"sm_{capability[0]}{capability[1]}"
     if backend == "cuda":
@@ -57,7 +106,7 @@ def why_not(backend: str, device: torch.device) -> str:
 
 # Imports within functions are statements here, which torch.compile can follow; the modules import this one.
 def kernels(chosen: str) -> Any:
-    """What holds a chosen backend's `update_`, `dots`, `solve` and `adapt_damping`, called by position."""
+    """Return what holds a chosen backend's `update_`, `dots`, `solve` and `adapt_damping`, called by position."""
     if chosen == "torch":
         from .reference import parameters as reference
 
@@ -70,7 +119,7 @@ def kernels(chosen: str) -> Any:
 
 
 def loss_kernels(chosen: str) -> Any:
-    """What holds a chosen backend's loss operators, called by position."""
+    """Return what holds a chosen backend's loss operators, called by position."""
     if chosen == "torch":
         from .reference import losses as reference_losses
 
@@ -96,12 +145,34 @@ def tangent_kernels(chosen: str) -> Any:
 
 
 def has_fused_losses(chosen: str) -> bool:
-    """Whether the loss operators of a chosen backend are fused kernels."""
+    """Return whether the loss operators of a chosen backend are fused kernels."""
     return chosen != "torch"
 
 
 def build_info() -> dict[str, str]:
-    """What was built, what will run on this machine, and why, as printable text."""
+    """Return what was built, what will run on this machine, and why.
+
+    Returns:
+        Text by key, in an order for printing. "device" is the current CUDA device, if there is one, else the CPU.
+
+        * "curveball_fused", "torch", "python": versions.
+        * "device": the name of the GPU, or "cpu".
+        * "backend": what `backend="auto"` takes on that device: "cuda", "triton", "cpu" or "torch".
+        * "tangents": what computes the fused tangents (`ops.tangents`) there: "triton", "torch" or
+          "cpu for float32 and float64, else torch".
+        * "cpu library", "cuda library": "loaded", or "not loaded: " and the reason.
+        * "cpu compiler", "cpu instruction set", "cpu instruction sets", "cpu torch version": of the CPU library, if it
+          is loaded: what compiled it, the processor's instructions that it uses and those that it can use, and the
+          torch that it was built with.
+        * "cuda architectures", "cuda cuda version", "cuda torch version": what the CUDA library was built for and
+          with, if it is loaded.
+        * "why not ...", "to get ...": for each better backend that does not run, the reason and the remedy.
+
+    Example::
+
+        for key, value in curveball_fused.build_info().items():
+            print(f"{key}: {value}")
+    """
     try:
         package = version("curveball_fused")
     except PackageNotFoundError:
@@ -113,6 +184,7 @@ def build_info() -> dict[str, str]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "backend": choose("auto", device),
+        "tangents": _who_computes_tangents(device),
     }
     for title, library in (("cpu", native.CPU), ("cuda", native.CUDA)):
         info[f"{title} library"] = f"not loaded: {library.why_not}" if library.module is None else "loaded"
@@ -125,3 +197,8 @@ def build_info() -> dict[str, str]:
         info[f"why not {better}"] = why_not(better, device)
         info[f"to get {better}"] = native.ADVICE[better]
     return info
+
+
+def _who_computes_tangents(device: torch.device) -> str:
+    chosen = choose_tangents("auto", device, torch.float32)
+    return "cpu for float32 and float64, else torch" if chosen == "cpu" else chosen

@@ -1,13 +1,11 @@
-"""The typed face of the fused loss kernels: for each loss two calls, before and after the pull-back.
+"""The operators on a model's outputs: for each loss two calls, before and after the vector-Jacobian product.
 
-x are the model's outputs, v = Jz and u = Jr their tangents along z and r. The first call reads x and v and gives the
-loss, the cotangent c = Hv + g and `[g·v, v·Hv]`; the second reads x, v and u and gives `[g·v, v·Hv, g·u, v·Hu, u·Hu]`,
-all that the 2x2 system needs. `reference_losses` says in plain torch what they compute.
+x are the model's outputs, v = Jz and u = Jr their tangents along z and r, g and H the loss's gradient and Hessian in x.
+The first call reads x and v and gives the loss, the cotangent c = Hv + g and `[g·v, v·Hv]`; the second reads x, v and u
+and gives `[g·v, v·Hv, g·u, v·Hu, u·Hu]`, all that the 2x2 system needs. Together with J and Jᵀ these are products with
+the Gauss-Newton matrix JᵀHJ (Schraudolph 2002). `backends.reference.losses` says in plain torch what they compute.
 
-All tensors lie contiguous on one device. x is float16, bfloat16, float32 or float64; v, u, c share its shape and dtype.
-Arithmetic is in float64 for float64, else in float32, sums are float64. `mean` says whether the loss is a mean or a
-sum; `sign` = -1 stands for a loss that is maximized: it turns g and H, not the loss. A tensor that does not fit the
-others raises ValueError, as does an unknown backend; a named one that cannot run raises RuntimeError.
+All tensors lie contiguous on one device. Arithmetic is in float64 for float64, else in float32; sums are float64.
 """
 
 from __future__ import annotations
@@ -18,6 +16,9 @@ import torch
 from torch import Tensor
 
 from curveball_fused import backends
+from curveball_fused.backends.dtypes import compute_dtype
+
+from ._checks import check_classes, check_contiguous, check_like
 
 
 @torch.no_grad()
@@ -33,13 +34,34 @@ def cross_entropy_cotangent(
     sign: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy of logits x, `[N, C]`, with class indices `target`, int64 `[N]`, and class weights `[C]`.
+    """Return loss, cotangent c = Hv + g and `[g·v, v·Hv]` of the cross-entropy of logits with class indices.
+
+    A tensor that does not fit the others raises ValueError, as does an unknown backend.
+
+    Args:
+        x: logits, `[N, C]`, float16, bfloat16, float32 or float64, contiguous.
+        v: tangent Jz of x, like x.
+        target: classes, int64 `[N]`, contiguous.
+        weight: of the classes, `[C]`, float64 for float64 x, else float32; None (default) for ones.
+        ignore_index: the target of rows that do not count (default: -100).
+        mean: whether the loss is divided by the sum of the targets' weights (default), else a sum.
+        label_smoothing: from 0 (default) to 1.
+        sign: 1 (default), or -1 for a loss that is maximized: multiplies g and H, not the loss.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
 
     Returns:
-        loss, 0-dim float64; c, `[N, C]`; products, float64 `[g·v, v·Hv]`; rows, which the second call wants back.
+        The loss, 0-dim float64; c, `[N, C]`, like x; products, float64 `[g·v, v·Hv]`; row_stats, numbers of each row
+        that the second call wants back.
+
+    Example::
+
+        loss, c, products, row_stats = ops.losses.cross_entropy_cotangent(x, v, target)
+        u = jvp(vjp(c))
+        products = ops.losses.cross_entropy_products(x, v, u, target, row_stats, products)
     """
-    _check_classes(x, target, weight)
-    _check_like(x, v=v)
+    check_classes(x, target, weight)
+    check_like(x, v=v)
+    check_contiguous(x=x, v=v)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(backend, x).cross_entropy_cotangent(
         x, v, target, weight, ignore_index, mean, label_smoothing, sign
     )
@@ -52,7 +74,7 @@ def cross_entropy_products(
     v: Tensor,
     u: Tensor,
     target: Tensor,
-    rows: Tensor,
+    row_stats: Tensor,
     products: Tensor,
     weight: Tensor | None = None,
     *,
@@ -62,11 +84,32 @@ def cross_entropy_products(
     sign: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """All five products of `cross_entropy_cotangent`' loss, float64; `rows` and `products` are what it returned."""
-    _check_classes(x, target, weight)
-    _check_like(x, v=v, u=u)
+    """Return all five products of the loss of `cross_entropy_cotangent`, where there is an example.
+
+    A tensor that does not fit the others raises ValueError, as does an unknown backend.
+
+    Args:
+        x: logits, `[N, C]`, float16, bfloat16, float32 or float64, contiguous.
+        v: tangent Jz of x, like x.
+        u: tangent Jr of x, like x.
+        target: classes, int64 `[N]`, contiguous.
+        row_stats: what `cross_entropy_cotangent` returned for the same arguments.
+        products: likewise.
+        weight: of the classes, `[C]`, float64 for float64 x, else float32; None (default) for ones.
+        ignore_index: the target of rows that do not count (default: -100).
+        mean: whether the loss is divided by the sum of the targets' weights (default), else a sum.
+        label_smoothing: from 0 (default) to 1.
+        sign: 1 (default), or -1 for a loss that is maximized: multiplies g and H, not the loss.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
+
+    Returns:
+        Float64 `[g·v, v·Hv, g·u, v·Hu, u·Hu]`.
+    """
+    check_classes(x, target, weight)
+    check_like(x, v=v, u=u)
+    check_contiguous(x=x, v=v, u=u)
     result: Tensor = _kernels(backend, x).cross_entropy_products(
-        x, v, u, target, weight, rows, products, ignore_index, mean, label_smoothing, sign
+        x, v, u, target, weight, row_stats, products, ignore_index, mean, label_smoothing, sign
     )
     return result
 
@@ -75,8 +118,29 @@ def cross_entropy_products(
 def mse_cotangent(
     x: Tensor, v: Tensor, target: Tensor, *, mean: bool = True, sign: float = 1.0, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error of x and `target`, of the same shape and dtype. Returns loss, c, products as for cross-entropy."""
-    _check_like(x, v=v, target=target)
+    """Return loss, cotangent c = Hv + g and `[g·v, v·Hv]` of the squared error of outputs.
+
+    A tensor that does not fit the others raises ValueError, as does an unknown backend.
+
+    Args:
+        x: outputs of the model, float16, bfloat16, float32 or float64, of any shape, contiguous.
+        v: tangent Jz of x, like x.
+        target: like x.
+        mean: whether the loss is the mean over elements (default), else a sum.
+        sign: 1 (default), or -1 for a loss that is maximized: multiplies g and H, not the loss.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
+
+    Returns:
+        The loss, 0-dim float64; c, like x; products, float64 `[g·v, v·Hv]`.
+
+    Example::
+
+        loss, c, products = ops.losses.mse_cotangent(x, v, target)
+        u = jvp(vjp(c))
+        products = ops.losses.mse_products(x, v, u, target, products)
+    """
+    check_like(x, v=v, target=target)
+    check_contiguous(x=x, v=v, target=target)
     result: tuple[Tensor, Tensor, Tensor] = _kernels(backend, x).mse_cotangent(x, v, target, mean, sign)
     return result
 
@@ -93,8 +157,25 @@ def mse_products(
     sign: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """All five products of `mse_cotangent`' loss, float64."""
-    _check_like(x, v=v, u=u, target=target)
+    """Return all five products of the loss of `mse_cotangent`, where there is an example.
+
+    A tensor that does not fit the others raises ValueError, as does an unknown backend.
+
+    Args:
+        x: outputs of the model, float16, bfloat16, float32 or float64, of any shape, contiguous.
+        v: tangent Jz of x, like x.
+        u: tangent Jr of x, like x.
+        target: like x.
+        products: what `mse_cotangent` returned for the same arguments.
+        mean: whether the loss is the mean over elements (default), else a sum.
+        sign: 1 (default), or -1 for a loss that is maximized: multiplies g and H, not the loss.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
+
+    Returns:
+        Float64 `[g·v, v·Hv, g·u, v·Hu, u·Hu]`.
+    """
+    check_like(x, v=v, u=u, target=target)
+    check_contiguous(x=x, v=v, u=u, target=target)
     result: Tensor = _kernels(backend, x).mse_products(x, v, u, target, products, mean, sign)
     return result
 
@@ -111,11 +192,32 @@ def bce_cotangent(
     sign: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Binary cross-entropy with logits x and `target` of the same shape and dtype; loss, c, products as above.
+    """Return loss, cotangent c = Hv + g and `[g·v, v·Hv]` of the binary cross-entropy of logits.
 
-    `weight` and `pos_weight` are of x's trailing dimensions and of the dtype of the arithmetic.
+    A tensor that does not fit the others raises ValueError, as does an unknown backend.
+
+    Args:
+        x: logits, float16, bfloat16, float32 or float64, of any shape, contiguous.
+        v: tangent Jz of x, like x.
+        target: probabilities, like x.
+        weight: of the elements, of x's trailing dimensions, contiguous, float64 for float64 x, else float32; None
+            (default) for ones.
+        pos_weight: of the positive targets, likewise.
+        mean: whether the loss is the mean over elements (default), else a sum.
+        sign: 1 (default), or -1 for a loss that is maximized: multiplies g and H, not the loss.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
+
+    Returns:
+        The loss, 0-dim float64; c, like x; products, float64 `[g·v, v·Hv]`.
+
+    Example::
+
+        loss, c, products = ops.losses.bce_cotangent(x, v, target, pos_weight=weight)
+        u = jvp(vjp(c))
+        products = ops.losses.bce_products(x, v, u, target, products, pos_weight=weight)
     """
-    _check_like(x, v=v, target=target)
+    check_like(x, v=v, target=target)
+    check_contiguous(x=x, v=v, target=target)
     result: tuple[Tensor, Tensor, Tensor] = _kernels(backend, x).bce_cotangent(
         x, v, target, weight, pos_weight, mean, sign
     )
@@ -136,39 +238,30 @@ def bce_products(
     sign: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """All five products of `bce_cotangent`' loss, float64."""
-    _check_like(x, v=v, u=u, target=target)
+    """Return all five products of the loss of `bce_cotangent`, where there is an example.
+
+    A tensor that does not fit the others raises ValueError, as does an unknown backend.
+
+    Args:
+        x: logits, float16, bfloat16, float32 or float64, of any shape, contiguous.
+        v: tangent Jz of x, like x.
+        u: tangent Jr of x, like x.
+        target: probabilities, like x.
+        products: what `bce_cotangent` returned for the same arguments.
+        weight: of the elements, of x's trailing dimensions, contiguous, float64 for float64 x, else float32; None
+            (default) for ones.
+        pos_weight: of the positive targets, likewise.
+        mean: whether the loss is the mean over elements (default), else a sum.
+        sign: 1 (default), or -1 for a loss that is maximized: multiplies g and H, not the loss.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
+
+    Returns:
+        Float64 `[g·v, v·Hv, g·u, v·Hu, u·Hu]`.
+    """
+    check_like(x, v=v, u=u, target=target)
+    check_contiguous(x=x, v=v, u=u, target=target)
     result: Tensor = _kernels(backend, x).bce_products(x, v, u, target, weight, pos_weight, products, mean, sign)
     return result
-
-
-def _check_like(x: Tensor, **others: Tensor) -> None:
-    for name, t in others.items():
-        if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
-            raise ValueError(
-                f"{name} is {t.dtype}{list(t.shape)} on {t.device}, x is {x.dtype}{list(x.shape)} on {x.device}: they "
-                "must agree."
-            )
-    for name, t in dict(x=x, **others).items():
-        if not t.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: call .contiguous() on it first.")
-
-
-def _check_classes(x: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"x must be [rows, classes]; it has shape {list(x.shape)}.")
-    if target.dtype != torch.int64 or target.shape != x.shape[:1] or target.device != x.device:
-        raise ValueError(
-            f"target must be int64[{x.shape[0]}] on {x.device}, a class for each row of x; it is "
-            f"{target.dtype}{list(target.shape)} on {target.device}."
-        )
-    if weight is not None and (weight.shape != x.shape[1:] or weight.device != x.device):
-        raise ValueError(
-            f"weight must have one element for each of the {x.shape[1]} classes, on {x.device}; it has shape "
-            f"{list(weight.shape)} on {weight.device}."
-        )
-    if not target.is_contiguous():
-        raise ValueError("target is not contiguous: call .contiguous() on it first.")
 
 
 def _kernels(backend: str, x: Tensor) -> Any:
@@ -179,21 +272,20 @@ if backends.has_operators():
 
     @torch.library.register_fake("curveball_fused::cross_entropy_cotangent")
     def _(x, v, target, weight, ignore_index, mean, label_smoothing, sign):  # type: ignore[no-untyped-def]
-        arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return *_fake_products(x), x.new_empty((x.shape[0], 3), dtype=arithmetic)
+        return *_fake_cotangent(x), x.new_empty((x.shape[0], 3), dtype=compute_dtype(x.dtype))
 
     @torch.library.register_fake("curveball_fused::mse_cotangent")
     def _(x, v, target, mean, sign):  # type: ignore[no-untyped-def]
-        return _fake_products(x)
+        return _fake_cotangent(x)
 
     @torch.library.register_fake("curveball_fused::bce_cotangent")
     def _(x, v, target, weight, pos_weight, mean, sign):  # type: ignore[no-untyped-def]
-        return _fake_products(x)
+        return _fake_cotangent(x)
 
     for name in ("cross_entropy_products", "mse_products", "bce_products"):
         torch.library.register_fake(f"curveball_fused::{name}", lambda x, *_: x.new_empty(5, dtype=torch.float64))
 
 
-def _fake_products(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, c and products by their shapes."""
+def _fake_cotangent(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, c and products by their shapes."""
     return x.new_empty((), dtype=torch.float64), torch.empty_like(x), x.new_empty(2, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""The typed face of the kernels: one function each, whatever backend runs it.
+"""The operators on lists of parameters and on the scalars of a step.
 
-A backend's kernels are operators `torch.ops.curveball_fused.*`; `reference` says in plain torch what they compute.
+`backends.reference.parameters` says in plain torch what they compute.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor
 from curveball_fused import backends
 from curveball_fused.backends.scalars import SCALARS, Z_DOT_Z
 
+from ._checks import check_lists
+
 
 def update_(
     params: Sequence[Tensor],
@@ -24,21 +26,32 @@ def update_(
     weight_decay: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """The parameter step in one pass: z ← (ρ-βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z.
+    """Update parameters and state in one pass: z ← (ρ-βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z.
+
+    The update of Henriques et al. 2019, algorithm 1, with decoupled weight decay.
 
     Args:
         params: w, float16, bfloat16, float32 or float64, of any shapes and strides; written.
         z: state of the same shapes; float64 for float64 parameters, else float32; written.
-        r: Jᵀc, of the parameters' shapes and dtypes.
-        coefficients: float64, its first elements are β, ρ and λ. Where β or ρ is not finite, w and z stay untouched.
+        r: Jᵀc, of the parameters' shapes, in the dtypes of w or z.
+        coefficients: float64, 1-dim, its first elements are β, ρ and λ. Where β or ρ is not finite, w and z stay
+            untouched.
         lr: number or 0-dim tensor.
+        weight_decay: number (default: 0).
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
 
     Returns:
         z·z of the new z, 0-dim float64.
 
     Raises:
-        ValueError: lengths or shapes differ, or `backend` is unknown.
-        RuntimeError: a dtype is not supported, or the named backend cannot run.
+        ValueError: `coefficients` has too few or too many elements, the lists' lengths or shapes differ, or `backend`
+            is unknown.
+
+    Example::
+
+        w, z, r = [torch.ones(3)], [torch.zeros(3)], [torch.ones(3)]
+        coefficients = torch.tensor([0.5, 0.9, 1.0], dtype=torch.float64)  # β, ρ, λ
+        ops.update_(w, z, r, coefficients, lr=1.0)  # z is -0.5 and w 0.5 everywhere; returns 0.75
     """
     if not 3 <= coefficients.numel() <= len(SCALARS):
         raise ValueError(f"coefficients must hold β, ρ and λ first; it has {coefficients.numel()} elements.")
@@ -62,22 +75,28 @@ def update_groups_(
     weight_decay: Sequence[float],
     backend: str = "auto",
 ) -> Tensor:
-    """`update_` for all parameter groups at once, from scalars to scalars.
+    """Do `update_` for all parameter groups at once, from scalars to scalars; errors are those of `update_`.
 
     Args:
-        params, z, r: as in `update_`, the groups' tensors one after another.
+        params: w, the groups' tensors one after another; written.
+        z: state; written.
+        r: Jᵀc.
         scalars: float64, the values named by `backends.scalars.SCALARS`; not changed.
-        group_sizes, lr, weight_decay: for each group how many tensors it has, its rate (number or 0-dim tensor) and its
-            decay.
+        group_sizes: how many tensors each group has.
+        lr: the rate of each group, number or 0-dim tensor.
+        weight_decay: the decay of each group.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
 
     Returns:
         New scalars: z·z is that of the new z, and where the rates differ, the predicted change is that of the mean rate
         Σ lr_g z_g·z_g / z·z.
 
-    Raises:
-        ValueError, RuntimeError: as `update_`.
+    Example::
+
+        scalars = ops.solve(scalars, loss, products)
+        scalars = ops.update_groups_(w, z, r, scalars, group_sizes=[2, 1], lr=[1.0, 0.1], weight_decay=[0.0, 0.0])
     """
-    _check_lists(params, z, r)
+    check_lists(params, z, r)
     kernels = backends.kernels(backends.choose(backend, scalars.device))
     rates, rate_tensor = _rates(lr, scalars.device)
     w_flat, z_flat, r_flat, copies = [], [], [], []
@@ -98,13 +117,23 @@ def update_groups_(
 
 @torch.no_grad()
 def dots(z: Sequence[Tensor], r: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
-    """`[z·z, z·r, r·r]` over two lists of tensors in one pass, float64, summed in a fixed order.
+    """Return `[z·z, z·r, r·r]` over two lists of tensors in one pass, summed in float64 and in a fixed order.
 
-    Raises:
-        ValueError: lengths or shapes differ, or `backend` is unknown.
-        RuntimeError: a dtype is not supported, or the named backend cannot run.
+    Lists whose lengths or shapes differ raise ValueError, as does an unknown backend.
+
+    Args:
+        z: float32 or float64, of any shapes and strides.
+        r: of the same shapes, float16, bfloat16, float32 or float64.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
+
+    Returns:
+        The Gram matrix's three entries, float64 `[3]`; zeros for empty lists.
+
+    Example::
+
+        ops.dots([torch.ones(3)], [torch.full((3,), 2.0)])  # tensor([3., 6., 12.], dtype=torch.float64)
     """
-    _check_lists(z, r)
+    check_lists(z, r)
     if not z:
         return torch.zeros(3, dtype=torch.float64)
     kernels = backends.kernels(backends.choose(backend, z[0].device))
@@ -128,18 +157,35 @@ def solve(
     lr: float | Tensor = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """β and ρ of this step in closed form; see `reference.solve`.
+    """Solve for β and ρ of this step: [β, -ρ] = A⁺ b minimizes the quadratic model in the plane of Δ = r + λz and z.
+
+    With the damped Gauss-Newton matrix G = JᵀHJ + λI, A = [[Δ·GΔ, Δ·Gz], [Δ·Gz, z·Gz]] and b = [Jᵀg·Δ, Jᵀg·z]:
+    Henriques et al. 2019, equation 18, after Martens and Grosse 2015, section 7. Where the curvature is so negative
+    that A⁺ b could climb or leap, the step goes along Δ alone, no further than 1/λ, and is counted in `safe_steps`.
 
     Args:
-        scalars: float64, the values named by `backends.scalars.SCALARS`; not changed.
+        scalars: float64, the values named by `backends.scalars.SCALARS`, of which λ and z·z are read; not changed.
         loss: 0-dim, the minimized objective.
-        products: float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
-        dots: float64 `[z·z, z·r, r·r]`, or None to take them from the adjoint identities.
-        beta, rho: values fixed by the user.
+        products: float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`, as the operators in `ops.losses` give them.
+        dots: float64 `[z·z, z·r, r·r]`, or None (default) to take them from z·z of the last step and the adjoint
+            identities z·r = Jz·c and r·r = Jr·c, with c = HJz + g.
+        beta: value to keep for β; None (default) to solve for it.
+        rho: value to keep for ρ; None (default) to solve for it.
+        lr: number (default: 1) or 0-dim tensor, by which the change of the loss is predicted.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
 
     Returns:
-        New scalars. A loss or product that is not finite gives β = ρ = NaN, by which `update_` leaves all as it is,
-        and is counted in `skipped_steps`.
+        New scalars: β, ρ, the loss, the model's two terms and the predicted change M = -lr x·b + ½ lr² xᵀA x, with
+        x = [β, -ρ]. A loss, product or rate that is not finite gives β = ρ = NaN, by which `update_` leaves all as it
+        is, and is counted in `skipped_steps`.
+
+    Example::
+
+        scalars = torch.zeros(len(SCALARS), dtype=torch.float64)
+        scalars[LAMBD] = 1.0
+        loss, c, products = ops.losses.mse_cotangent(outputs, jz, target)  # r = Jᵀc, jr = Jr
+        products = ops.losses.mse_products(outputs, jz, jr, target, products)
+        scalars = ops.solve(scalars, loss, products)
     """
     kernels = backends.kernels(backends.choose(backend, scalars.device))
     (rate,), tensor = _rates([lr], scalars.device)
@@ -158,25 +204,36 @@ def adapt_damping(
     maximum: float,
     backend: str = "auto",
 ) -> Tensor:
-    """λ by the ratio γ of actual to predicted change (Levenberg-Marquardt's rule); see `reference.adapt_damping`."""
+    """Adapt λ by the ratio γ = (new loss - loss) / M of the actual to the predicted change of the loss.
+
+    The Levenberg-Marquardt rule, as in Martens 2010 and Henriques et al. 2019: λ/factor where γ < low, or γ is not
+    finite, or M > 0; λ·factor where γ > high; and then λ within the bounds.
+
+    Args:
+        scalars: float64, the values named by `backends.scalars.SCALARS`; not changed.
+        new_loss: 0-dim, the loss after the step, on the same batch.
+        low: γ below which the model was too bold; 0 < low < high.
+        high: γ above which it was too cautious.
+        factor: between 0 and 1.
+        minimum: lower bound of λ.
+        maximum: upper bound of λ.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
+
+    Returns:
+        New scalars, with λ and γ; as they were where the step was skipped or predicted no change.
+
+    Example::
+
+        rule = dict(low=0.5, high=1.5, factor=0.995, minimum=1e-6, maximum=1e6)
+        scalars = ops.adapt_damping(scalars, new_loss, **rule)
+    """
     kernels = backends.kernels(backends.choose(backend, scalars.device))
     result: Tensor = kernels.adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
     return result
 
 
-def _check_lists(first: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
-    shapes = [t.shape for t in first]
-    for other in others:
-        if [t.shape for t in other] == shapes:
-            continue
-        if len(other) != len(first):
-            raise ValueError(f"the lists must have the same length; got {len(first)} and {len(other)} tensors.")
-        i = next(i for i, t in enumerate(other) if t.shape != shapes[i])
-        raise ValueError(f"tensor {i} has shape {tuple(shapes[i])} in one list and {tuple(other[i].shape)} in another.")
-
-
 def _rates(lr: Sequence[float | Tensor], device: torch.device) -> tuple[list[float], Tensor | None]:
-    """The groups' rates as numbers, and, where one of them is a tensor, all of them as a vector on the device."""
+    """Return the groups' rates as numbers, and, where one is a tensor, all of them as a vector on the device."""
     # Reading a tensor that is on the host already has nobody wait.
     lr = [float(r) if isinstance(r, Tensor) and r.device.type == "cpu" != device.type else r for r in lr]
     if not any(isinstance(rate, Tensor) for rate in lr):
@@ -188,7 +245,7 @@ def _rates(lr: Sequence[float | Tensor], device: torch.device) -> tuple[list[flo
 
 
 def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether both fill their memory without gaps, in the same order, so that a flat walk pairs their elements."""
+    """Return whether both fill their memory without gaps, in the same order: a flat walk pairs their elements."""
     if a.is_contiguous():
         return b.is_contiguous()
     # empty_like keeps the strides of a tensor exactly if it is dense and does not overlap itself.

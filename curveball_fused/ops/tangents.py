@@ -1,12 +1,12 @@
-"""The typed face of the tangent operators: each maps tangents of a function's arguments to the tangent of its result.
+"""The tangent operators: each maps tangents of a function's arguments to the tangent of its result.
 
-One pass over memory each, where torch needs a chain of calls. `reference_tangents` says in plain torch what they
-compute. They run natively for float32 and float64 on the CPU, by Triton on a GPU, and in plain torch otherwise, which
-is also what `backend="torch"` asks for.
+One pass over memory each, where torch needs a chain of calls. `backends.reference.tangents` says in plain torch what
+they compute. `backend="auto"` takes the best that has a kernel for the device and dtype: Triton on a GPU, the native
+library for float32 and float64 on the CPU, else plain torch. A backend that is named runs or raises RuntimeError:
+"triton", "cpu" and "torch" stand for these three, and the CUDA library has no tangents.
 
 All tensors lie on one device and have the dtype of x (of q), float16, bfloat16, float32 or float64; arithmetic is in
-float64 for float64, else in float32. A tensor that does not fit the others raises ValueError, as does an unknown
-backend; a named one that cannot run raises RuntimeError. Nothing here is differentiable.
+float64 for float64, else in float32. Nothing here is differentiable.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from curveball_fused import backends
+from curveball_fused.backends.dtypes import compute_dtype
+
+from ._checks import check_like, check_shape, check_strides, check_vectors
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 
@@ -33,23 +36,37 @@ def layer_norm_tangent(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """The tangent of a layer norm, y = γ x̂ + β with x̂ = r (x - mean), or of an RMS norm, where `mean` is None.
+    """Return the tangent of a layer norm, y = γ x̂ + β with x̂ = r (x - mean); of an RMS norm, where `mean` is None.
 
     ẏ = γ r (ẋ - <ẋ> - x̂ <x̂ẋ>) + γ̇ x̂ + β̇, where <·> is the mean over a row; the term <ẋ> is absent for an RMS norm.
 
     Args:
-        dx, x: `[N, D]`, contiguous.
-        mean, rstd: the statistics of the rows, `[N]`, in float32 where x has half precision.
-        weight, dweight, dbias: γ, γ̇, β̇, `[D]`; None stands for γ = 1 and for a zero tangent.
+        dx: ẋ, like x.
+        x: `[N, D]`, contiguous.
+        mean: mean of each row, `[N]`, in float32 where x has half precision; None for an RMS norm.
+        rstd: r, the reciprocal standard deviation of each row, likewise.
+        weight: γ, `[D]`, of x's dtype, contiguous; None (default) for ones.
+        dweight: γ̇, likewise; None (default) for zeros.
+        dbias: β̇, likewise; None (default) for zeros.
+        backend: "auto" (default), "triton", "cpu" or "torch", as in the module's text.
 
     Returns:
         ẏ, `[N, D]`.
+
+    Raises:
+        ValueError: a tensor does not fit the others, or `backend` is unknown.
+
+    Example::
+
+        y, mean, rstd = torch.native_layer_norm(x, (x.shape[1],), weight, bias, 1e-5)
+        dy = ops.tangents.layer_norm_tangent(dx, x, mean[:, 0], rstd[:, 0], weight, dweight, dbias)
     """
     if x.dim() != 2 or not x.is_contiguous():
         raise ValueError(f"x must be contiguous [N, D]; it has shape {list(x.shape)} and strides {x.stride()}.")
-    _check_like(x, dx=dx)
-    _check_vectors(x, _statistics_dtype(x), x.shape[0], mean=mean, rstd=rstd)
-    _check_vectors(x, x.dtype, x.shape[1], weight=weight, dweight=dweight, dbias=dbias)
+    check_like(x, dx=dx)
+    check_strides(x, dx=dx)
+    check_vectors(x, compute_dtype(x.dtype), x.shape[0], mean=mean, rstd=rstd)
+    check_vectors(x, x.dtype, x.shape[1], weight=weight, dweight=dweight, dbias=dbias)
     result: Tensor = _kernels(backend, x).layer_norm_tangent(dx, x, mean, rstd, weight, dweight, dbias)
     return result
 
@@ -67,25 +84,40 @@ def batch_norm_tangent(
     training: bool,
     backend: str = "auto",
 ) -> Tensor:
-    """The tangent of a batch norm, y = γ x̂ + β with x̂ = r (x - mean).
+    """Return the tangent of a batch norm, y = γ x̂ + β with x̂ = r (x - mean).
 
     ẏ = γ r (ẋ - <ẋ> - x̂ <x̂ẋ>) + γ̇ x̂ + β̇, where <·> is the mean over all of a channel, if the statistics are those of x
     (`training`); else ẏ = γ r ẋ + γ̇ x̂ + β̇.
 
     Args:
-        dx, x: `[N, C, ...]`, both contiguous or both with the channel last in memory.
-        mean, rstd: the statistics of the channels, `[C]`, in float32 where x has half precision.
-        weight, dweight, dbias: γ, γ̇, β̇, `[C]`; None stands for γ = 1 and for a zero tangent.
+        dx: ẋ, like x, and laid out as it.
+        x: `[N, C, ...]`, contiguous or with the channel last in memory.
+        mean: mean of each channel, `[C]`, in float32 where x has half precision.
+        rstd: r, the reciprocal standard deviation of each channel, likewise.
+        weight: γ, `[C]`, of x's dtype, contiguous; None (default) for ones.
+        dweight: γ̇, likewise; None (default) for zeros.
+        dbias: β̇, likewise; None (default) for zeros.
+        training: whether mean and rstd are the statistics of x, which move with it, or constants.
+        backend: "auto" (default), "triton", "cpu" or "torch", as in the module's text.
 
     Returns:
         ẏ, laid out as x.
+
+    Raises:
+        ValueError: a tensor does not fit the others, or `backend` is unknown.
+
+    Example::
+
+        mean, rstd = x.mean((0, 2, 3)), (x.var((0, 2, 3), unbiased=False) + 1e-5).rsqrt()
+        dy = ops.tangents.batch_norm_tangent(dx, x, mean, rstd, weight, dweight, dbias, training=True)
     """
     if x.dim() < 2 or not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
         layout = f"shape {list(x.shape)} and strides {x.stride()}"
         raise ValueError(f"x must be [N, C, ...], contiguous or channels-last; it has {layout}.")
-    _check_like(x, dx=dx)
-    _check_vectors(x, _statistics_dtype(x), x.shape[1], mean=mean, rstd=rstd)
-    _check_vectors(x, x.dtype, x.shape[1], weight=weight, dweight=dweight, dbias=dbias)
+    check_like(x, dx=dx)
+    check_strides(x, dx=dx)
+    check_vectors(x, compute_dtype(x.dtype), x.shape[1], mean=mean, rstd=rstd)
+    check_vectors(x, x.dtype, x.shape[1], weight=weight, dweight=dweight, dbias=dbias)
     result: Tensor = _kernels(backend, x).batch_norm_tangent(dx, x, mean, rstd, weight, dweight, dbias, training)
     return result
 
@@ -105,19 +137,35 @@ def attention_tangent(
     scale: float,
     backend: str = "auto",
 ) -> Tensor:
-    """The tangent of scaled dot-product attention, out = P v with P = softmax(S) and S = scale q kᵀ + mask.
+    """Return the tangent of scaled dot-product attention, out = P v with P = softmax(S) and S = scale q kᵀ + mask.
 
     Ȯ_i = Σ_j P_ij (Ṡ_ij v_j + v̇_j) - (Σ_j P_ij Ṡ_ij) out_i, with Ṡ = scale (q̇ kᵀ + q k̇ᵀ). A row that is masked
     throughout is zero. The kernels go over the keys once and never hold a matrix of scores.
 
     Args:
-        dq, q: `[B, H, T, D]`; dk, k: `[B, H, S, D]`; dv, v: `[B, H, S, E]`; any strides, the last dimension contiguous.
-        out: what the attention returned, `[B, H, T, E]`, likewise.
-        mask: what is added to the scores, `[B, H, T, S]`, any strides, also those of an expanded tensor.
-        is_causal: query i sees the keys up to i.
+        dq: q̇, `[B, H, T, D]`, of any strides but contiguous in the last dimension, as all but the mask.
+        dk: k̇, `[B, H, S, D]`.
+        dv: v̇, `[B, H, S, E]`.
+        q: queries, `[B, H, T, D]`.
+        k: keys, `[B, H, S, D]`.
+        v: values, `[B, H, S, E]`.
+        out: what the attention returned, `[B, H, T, E]`.
+        mask: what is added to the scores, `[B, H, T, S]`, any strides, also those of an expanded tensor; None
+            (default) for nothing.
+        is_causal: whether query i sees only the keys up to i (default: False).
+        scale: of the scores, usually 1/√D.
+        backend: "auto" (default), "triton", "cpu" or "torch", as in the module's text.
 
     Returns:
         Ȯ, `[B, H, T, E]`, which lies in memory as `[B, T, H, E]`.
+
+    Raises:
+        ValueError: a tensor does not fit the others, or `backend` is unknown.
+
+    Example::
+
+        out = F.scaled_dot_product_attention(q, k, v)
+        dout = ops.tangents.attention_tangent(dq, dk, dv, q, k, v, out, scale=q.shape[-1] ** -0.5)
     """
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError("q, k and v must be [B, H, T, D], [B, H, S, D] and [B, H, S, E].")
@@ -129,21 +177,36 @@ def attention_tangent(
         (*shapes, *shapes, (batch, heads, queries, width)),
         strict=True,
     ):
-        _check_shape(q, name, t, shape)
+        check_shape(q, name, t, shape)
         if t.shape[3] > 1 and t.stride(3) != 1:
             raise ValueError(f"{name} is not contiguous in its last dimension: call .contiguous() on it first.")
     if mask is not None:
-        _check_shape(q, "mask", mask, (batch, heads, queries, keys))
+        check_shape(q, "mask", mask, (batch, heads, queries, keys))
     result: Tensor = _kernels(backend, q).attention_tangent(dq, dk, dv, q, k, v, out, mask, is_causal, scale)
     return result
 
 
 @torch.no_grad()
 def activation(x: Tensor, name: str, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """y = f(x) and f'(x), each of x's shape, for the function of that name: "gelu", "gelu_tanh" or "silu".
+    """Return y = f(x) and f'(x) for an activation f, whose tangent is ẏ = f'(x) ẋ.
 
-    x may have any shape, but must be dense in memory. float32 results are right to a few units in the last place,
-    those of the derivative near its root to a unit of 1.
+    float32 results are right to a few units in the last place, those of the derivative near its root to a unit of 1.
+
+    Args:
+        x: of any shape, dense in memory.
+        name: "gelu", "gelu_tanh" (its approximation) or "silu".
+        backend: "auto" (default), "triton", "cpu" or "torch", as in the module's text.
+
+    Returns:
+        y and f'(x), both like x.
+
+    Raises:
+        ValueError: `name` is not one of these, `x` is not dense, or `backend` is unknown.
+
+    Example::
+
+        y, derivative = ops.tangents.activation(x, "gelu")
+        dy = derivative * dx
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"There is no activation {name!r}: choose one of {', '.join(map(repr, ACTIVATIONS))}.")
@@ -153,43 +216,9 @@ def activation(x: Tensor, name: str, *, backend: str = "auto") -> tuple[Tensor, 
     return y, derivative
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _check_like(x: Tensor, **others: Tensor) -> None:
-    for name, t in others.items():
-        if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
-            raise ValueError(
-                f"{name} is {t.dtype}{list(t.shape)} on {t.device}, x is {x.dtype}{list(x.shape)} on {x.device}: they "
-                "must agree."
-            )
-        if any(n > 1 and a != b for n, a, b in zip(x.shape, x.stride(), t.stride(), strict=True)):
-            raise ValueError(f"{name} is laid out differently in memory from x: copy it into a torch.empty_like(x).")
-
-
-def _check_shape(q: Tensor, name: str, t: Tensor, shape: tuple[int, ...]) -> None:
-    if t.shape != shape or t.dtype != q.dtype or t.device != q.device:
-        wanted = f"{q.dtype}{list(shape)} on {q.device}"
-        raise ValueError(f"{name} must be {wanted}, to fit q, k and v; it is {t.dtype}{list(t.shape)} on {t.device}.")
-
-
-def _check_vectors(x: Tensor, dtype: torch.dtype, size: int, **vectors: Tensor | None) -> None:
-    for name, t in vectors.items():
-        if t is None or (t.shape == (size,) and t.dtype == dtype and t.device == x.device and t.is_contiguous()):
-            continue
-        wanted = f"{dtype}[{size}] on {x.device}, contiguous"
-        raise ValueError(f"{name} must be {wanted}; it is {t.dtype}{list(t.shape)} on {t.device}.")
-
-
 def _kernels(backend: str, x: Tensor) -> Any:
-    """What holds the operators that run for a tensor, called by position."""
-    chosen = backends.choose(backend, x.device)
-    if chosen == "cuda":  # which has none of its own
-        chosen = "torch" if backends.why_not("triton", x.device) else "triton"
-    if chosen == "cpu" and x.dtype not in (torch.float32, torch.float64):
-        chosen = "torch"
-    return backends.tangent_kernels(chosen)
+    """Return what holds the operators that run for a tensor, called by position."""
+    return backends.tangent_kernels(backends.choose_tangents(backend, x.device, x.dtype))
 
 
 if backends.has_operators():

@@ -1,12 +1,14 @@
-"""Which backend runs, and what is said about the others, on machines made up for the purpose."""
+"""Which backend runs, and what is said about the others, on fake machines."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,19 +23,24 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def forget_choices() -> Iterator[None]:
-    backends.choose.cache_clear()
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
     backends.choose.cache_clear()
+    backends.choose_tangents.cache_clear()
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes up a GPU, what the native libraries were built for (None: not there), and whether Triton is installed."""
+    """Fakes a GPU, what the native libraries were built for (None: not there), and whether Triton is installed."""
 
     def make(
         capability: tuple[int, int] = (9, 0), cuda: str | None = "8.0 9.0+PTX", triton: bool = True, cpu: bool = True
     ) -> None:
-        backends.choose.cache_clear()
+        forget()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         library = SimpleNamespace(ARCHITECTURES=cuda) if cuda else None
         monkeypatch.setattr(native, "CUDA", native.Library(library, "" if cuda else "no such file"))
@@ -80,7 +87,7 @@ def test_auto_takes_the_best_that_runs(
         (dict(), "cuda", CPU, "CUDA tensors only"),
         (dict(), "triton", CPU, "CUDA tensors only"),
         (dict(), "cpu", GPU, "CPU tensors only"),
-        (dict(cpu=False), "cpu", CPU, "not built"),
+        (dict(cpu=False), "cpu", CPU, "not loaded"),
     ],
     ids=str,
 )
@@ -90,6 +97,74 @@ def test_a_named_backend_that_cannot_run_raises(
     machine(**description)
     with pytest.raises(RuntimeError, match=rf'backend="{backend}".*{reason}.*auto'):
         backends.choose(backend, device)
+
+
+@pytest.mark.parametrize(
+    ("description", "device", "dtype", "expected"),
+    [
+        (dict(), GPU, torch.float32, "triton"),
+        (dict(), GPU, torch.bfloat16, "triton"),
+        (dict(cuda=None), GPU, torch.float64, "triton"),
+        (dict(triton=False), GPU, torch.float32, "torch"),
+        (dict(capability=(7, 5)), GPU, torch.float32, "torch"),
+        (dict(), CPU, torch.float32, "cpu"),
+        (dict(), CPU, torch.float64, "cpu"),
+        (dict(), CPU, torch.bfloat16, "torch"),
+        (dict(), CPU, torch.float16, "torch"),
+        (dict(cpu=False), CPU, torch.float32, "torch"),
+        (dict(), torch.device("meta"), torch.float32, "torch"),
+    ],
+    ids=str,
+)
+def test_tangents_by_the_best_that_has_kernels_for_them(
+    machine: Any, description: dict[str, Any], device: torch.device, dtype: torch.dtype, expected: str
+) -> None:
+    machine(**description)
+    assert backends.choose_tangents("auto", device, dtype) == expected
+    assert backends.choose_tangents(expected, device, dtype) == expected
+    assert backends.choose_tangents("torch", device, dtype) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("description", "backend", "device", "dtype", "words"),
+    [
+        (dict(), "cuda", GPU, torch.float32, 'no kernels for tangents.*"triton".*"auto"'),
+        (dict(triton=False), "cuda", GPU, torch.float32, 'no kernels for tangents.*"triton".*"auto"'),
+        (dict(triton=False), "triton", GPU, torch.float32, 'not installed.*"auto"'),
+        (dict(), "triton", CPU, torch.float32, 'CUDA tensors only.*"auto"'),
+        (dict(), "cpu", GPU, torch.float32, 'CPU tensors only.*"auto"'),
+        (dict(cpu=False), "cpu", CPU, torch.float32, 'not loaded.*"auto"'),
+        (dict(), "cpu", CPU, torch.bfloat16, 'float32 and torch.float64, not of torch.bfloat16.*"torch".*"auto"'),
+        (dict(), "triton", GPU, torch.float8_e5m2, 'not of torch.float8_e5m2.*"torch".*"auto"'),
+    ],
+    ids=str,
+)
+def test_a_named_backend_without_kernels_for_tangents_raises(
+    machine: Any, description: dict[str, Any], backend: str, device: torch.device, dtype: torch.dtype, words: str
+) -> None:
+    machine(**description)
+    with pytest.raises(RuntimeError, match=f'backend="{backend}".*{words}'):
+        backends.choose_tangents(backend, device, dtype)
+
+
+@pytest.mark.parametrize(
+    ("description", "gpu", "expected"),
+    [
+        (dict(), True, "triton"),
+        (dict(cuda=None), True, "triton"),
+        (dict(triton=False), True, "torch"),
+        (dict(), False, "cpu for float32 and float64, else torch"),
+        (dict(cpu=False), False, "torch"),
+    ],
+    ids=str,
+)
+def test_says_who_computes_tangents(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, description: dict[str, Any], gpu: bool, expected: str
+) -> None:
+    machine(**description)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert backends.build_info()["tangents"] == expected
 
 
 @pytest.mark.parametrize(
@@ -143,3 +218,39 @@ def test_a_missing_cuda_library_is_an_error_only_where_native_is_required(
     assert (result.returncode != 0) == (required == "1"), result.stderr
     assert reason in result.stdout + result.stderr
     assert required == "0" or "nvcc" in result.stderr
+
+
+# A native library that has one operator, as an older one may lack others.
+OTHER_SOURCES = """
+import sys, torch, types
+older = torch.library.Library("curveball_fused", "DEF")
+older.define("update_(Tensor(a!)[] params) -> Tensor")
+sys.modules["curveball_fused._C"] = types.SimpleNamespace()
+import curveball_fused
+net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.GELU())
+optimizer = curveball_fused.CurveBall(net.parameters())
+optimizer.step(lambda: net(torch.eye(3)), lambda out: (out - 1).square().mean())
+info = curveball_fused.build_info()
+print(info["backend"], info["tangents"], info["cpu library"], info["why not cpu"])
+"""
+
+
+@pytest.mark.parametrize("required", ["0", "1"])
+def test_a_library_from_other_sources_counts_as_not_loaded(required: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", OTHER_SOURCES],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CURVEBALL_REQUIRE_NATIVE": required},
+    )
+    assert (result.returncode != 0) == (required == "1"), result.stderr
+    reason = "built from other sources, without the operator dots: reinstall"
+    if required == "1":
+        assert "ImportError" in result.stderr and reason in result.stderr
+    else:
+        assert result.stdout.startswith("torch torch not loaded: ") and result.stdout.count(reason) == 2
+
+
+def test_the_operators_are_those_that_the_library_defines() -> None:
+    schemas = (Path(__file__).parents[2] / "csrc" / "schemas.h").read_text()
+    assert set(re.findall(r'"(\w+)\(', schemas)) == set(native.OPERATORS)

@@ -1,4 +1,4 @@
-"""The loss operators' typed face: what it refuses, with words; and that its shapes are those of the fakes."""
+"""The loss operators: what they refuse, with words; and that their shapes are those of the fakes."""
 
 from __future__ import annotations
 

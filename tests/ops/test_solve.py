@@ -77,7 +77,7 @@ class Problem:
     lambd=st.floats(1e-3, 1e3),
     lr=st.floats(0.1, 1.5),
 )
-def test_minimises_the_model(backend: str, direct: bool, seed: int, exponent: int, lambd: float, lr: float) -> None:
+def test_minimizes_the_model(backend: str, direct: bool, seed: int, exponent: int, lambd: float, lr: float) -> None:
     problem = Problem(seed, lambd, scale=10.0**exponent)
     result = problem.solve(backend, direct, lr=lr)
     scale = np.diag(problem.a) ** -0.5

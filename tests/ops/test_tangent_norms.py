@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.ops import tangents as tangent_ops
 from tests.helpers.tangent_cases import BACKENDS, DTYPES, assert_near, batch_norm_case, doubles, jvp, layer_norm_case
 
@@ -29,8 +30,7 @@ def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype, backend: str) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm(dtype: torch.dtype, backend: str) -> None:
     (dx, x, _, _), (w, dw, db) = layer_norm_case(6, 75, dtype, offset=2.0)
-    wide = x if dtype == torch.float64 else x.float()
-    rstd = (wide.square().mean(1) + 1e-3).rsqrt()
+    rstd = (at_least_float32(x).square().mean(1) + 1e-3).rsqrt()
     result = tangent_ops.layer_norm_tangent(dx, x, None, rstd, w, dw, db, backend=backend)
     truth = jvp(lambda x, w, b: F.rms_norm(x, (75,), w, 1e-3) + b, doubles(x, w, db), doubles(dx, dw, db))
     assert_near(result, truth)

@@ -137,3 +137,45 @@ def test_arguments_that_do_not_fit(call: Any, words: str) -> None:
 def test_operators_refuse_what_does_not_fit(call: Any, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
         call(torch.ops.curveball_fused)
+
+
+CALLS = {
+    "layer_norm": lambda dtype, **options: tangent_ops.layer_norm_tangent(
+        *(t for part in layer_norm_case(3, 20, dtype) for t in part), **options
+    ),
+    "batch_norm": lambda dtype, **options: tangent_ops.batch_norm_tangent(
+        *(t for part in batch_norm_case((2, 3, 4, 5), dtype, True) for t in part), training=True, **options
+    ),
+    "attention": lambda dtype, **options: tangent_ops.attention_tangent(
+        *attention_case(1, 2, 5, 6, 4, 3, dtype), torch.zeros(1, 2, 5, 3, dtype=dtype), scale=0.5, **options
+    ),
+    "activation": lambda dtype, **options: tangent_ops.activation(torch.ones(3, dtype=dtype), "gelu", **options)[1],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "words"),
+    [
+        ("cuda", torch.float32, "no kernels for tangents"),
+        ("triton", torch.float32, "CUDA tensors only"),
+        pytest.param("cpu", torch.bfloat16, "not of torch.bfloat16", marks=native),
+        pytest.param("cpu", torch.float16, "not of torch.float16", marks=native),
+    ],
+)
+def test_a_named_backend_is_not_replaced_by_another(name: str, backend: str, dtype: torch.dtype, words: str) -> None:
+    with pytest.raises(RuntimeError, match=f'backend="{backend}".*{words}.*"auto"'):
+        CALLS[name](dtype, backend=backend)
+    for fallback in ("auto", "torch"):
+        assert CALLS[name](dtype, backend=fallback).dtype == dtype
+
+
+@native
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_is_the_named_native_backend(name: str, dtype: torch.dtype) -> None:
+    results = []
+    for backend in ("auto", "cpu"):
+        torch.manual_seed(0)
+        results.append(CALLS[name](dtype, backend=backend))
+    assert torch.equal(*results)

@@ -264,7 +264,7 @@ assert info["backend"] == "torch" and "not loaded" in info["cpu library"] and "c
 try:
     curveball_fused.CurveBall(net.parameters(), backend="cpu")
 except RuntimeError as error:
-    assert "not built" in str(error), error
+    assert "not loaded" in str(error), error
 else:
     raise AssertionError("a named backend that is not there was accepted")
 """

@@ -1,6 +1,7 @@
 """Gradient and Gauss-Newton product of torch's usual losses in closed form, with all their options.
 
 Each function takes the arguments of the loss that it stands for, and returns None for a variant without a closed form.
+JᵀHJ with these H is the Gauss-Newton matrix (Schraudolph 2002).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Quadratic = tuple[Tensor, Map, Map]
 
 
 class Products(NamedTuple):
-    """What a step asks of a loss at the outputs.
+    """The products that a step needs of a loss at the outputs.
 
     Attributes:
         gradient: returns g_o.
@@ -40,16 +41,16 @@ def products(quadratic: Quadratic, sign: float) -> Products:
         gradient, product_of_loss = -gradient, product
         product = lambda v: -product_of_loss(v)  # noqa: E731
 
-    def seen(v: Tensor) -> Tensor:
+    def centered(v: Tensor) -> Tensor:
         return center(v.to(gradient.dtype))
 
     def at(v: Tensor) -> tuple[Tensor, Map]:
-        v = seen(v)
+        v = centered(v)
         hv = product(v)
         first = (_dot(gradient, v), _dot(hv, v))
 
         def products_with(u: Tensor) -> Tensor:
-            u = seen(u)
+            u = centered(u)
             return torch.stack((*first, _dot(gradient, u), _dot(hv, u), _dot(product(u), u)))
 
         return gradient + hv, products_with
@@ -62,6 +63,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def itself(v: Tensor) -> Tensor:
+    """Return v."""
     return v
 
 
@@ -75,9 +77,23 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Quadratic | None:
-    """L = -1/D Σ_nc t_nc log p_nc, with t = weight · ((1-ε) target + ε/C), s_n = Σ_c t_nc, p = softmax(input).
+    """Return the closed form of L = -1/D Σ_nc t_nc log p_nc, with p = softmax(input).
 
+    With t = weight · ((1-ε) target + ε/C) and s_n = Σ_c t_nc:
     g = (s p - t)/D;  v' = v - <p, v>;  H v = s/D p v', positive semi-definite as s ≥ 0.
+
+    Args:
+        input: logits, `[C]` or `[N, C, ...]`.
+        target: classes or probabilities.
+        weight: of the classes, `[C]`, or None.
+        size_average: torch's former option; a value has no closed form.
+        ignore_index: the target of rows that do not count.
+        reduce: torch's former option; a value has no closed form.
+        reduction: "mean" or "sum"; "none" has no closed form.
+        label_smoothing: ε.
+
+    Returns:
+        g, v ↦ v' and v' ↦ H v', or None.
     """
     if size_average is not None or reduce is not None or reduction not in ("mean", "sum"):
         return None
@@ -119,7 +135,7 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Quadratic | None:
-    """L = s Σ (input - target)², with s = 1/n for the mean;  g = 2 s (input - target), H = 2 s."""
+    """Return the closed form of L = s Σ (input - target)², s = 1/n for the mean: g = 2 s (input - target), H = 2 s."""
     plain = size_average is None and reduce is None and weight is None and input.shape == target.shape
     if not plain or reduction not in ("mean", "sum"):
         return None
@@ -137,9 +153,21 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Quadratic | None:
-    """L = s Σ w [(1-y) x + k softplus(-x)], k = 1 + (pos_weight - 1) y.
+    """Return the closed form of L = s Σ w [(1-y) x + k softplus(-x)], k = 1 + (pos_weight - 1) y.
 
     g = s w (1 - y - k σ(-x));  H = s w k σ(x) σ(-x).
+
+    Args:
+        input: logits x.
+        target: probabilities y.
+        weight: w, which broadcasts to x, or None.
+        size_average: torch's former option; a value has no closed form.
+        reduce: torch's former option; a value has no closed form.
+        reduction: "mean" or "sum"; "none" has no closed form.
+        pos_weight: broadcasts to x, or None.
+
+    Returns:
+        g, the identity and v ↦ H v, or None.
     """
     if size_average is not None or reduce is not None or reduction not in ("mean", "sum"):
         return None

@@ -1,4 +1,4 @@
-"""The kernels in plain torch: the specification, the oracle of the tests, and the backend that works everywhere.
+"""The operators on parameters and scalars in plain torch: the specification, and the backend that works everywhere.
 
 Scalars of one step travel in a float64 tensor of `len(SCALARS)` elements, so that no value has to visit the host.
 """
@@ -37,11 +37,23 @@ def update_(
     weight_decay: Sequence[float],
     lr_tensor: Tensor | None,
 ) -> Tensor:
-    """z ← (ρ - βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z, with the group's own lr and weight decay.
+    """Do z ← (ρ - βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z, with the group's own lr and weight decay.
 
     z that is nearly subnormal, as where r has been zero for long, becomes zero: CPUs multiply such numbers slowly.
-    `group_sizes[g]` tensors of each list belong to group g; `lr_tensor`, one element per group, overrides `lr`. w and z
-    stay untouched where β or ρ is not finite. Returns new scalars, with z·z and, for groups of unequal lr, with M.
+    w and z stay untouched where β or ρ is not finite.
+
+    Args:
+        params: w; written.
+        z: state; written.
+        r: Jᵀc.
+        scalars: the values named by `SCALARS`; not changed.
+        group_sizes: how many tensors of each list belong to each group.
+        lr: rate of each group.
+        weight_decay: decay of each group.
+        lr_tensor: one rate for each group, in the place of `lr`, or None.
+
+    Returns:
+        New scalars, with z·z and, for groups of unequal lr, with M.
     """
     beta, rho, lambd = scalars[BETA], scalars[RHO], scalars[LAMBD]
     rates = _filled(scalars, lr) if lr_tensor is None else lr_tensor.to(scalars)
@@ -68,7 +80,7 @@ def update_(
 
 
 def dots(z: Sequence[Tensor], r: Sequence[Tensor]) -> Tensor:
-    """float64 `[z·z, z·r, r·r]`."""
+    """Return float64 `[z·z, z·r, r·r]`."""
     total = torch.zeros(3, dtype=torch.float64, device=z[0].device)
     for z_i, r_i in zip(z, r, strict=True):
         a, b = z_i.double(), r_i.double()
@@ -86,14 +98,25 @@ def solve(
     lr: float,
     lr_tensor: Tensor | None,
 ) -> Tensor:
-    """[β, -ρ] = A⁺ b, the minimizer of ½ xᵀA x - x·b, from `products` = `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
+    """Solve for [β, -ρ] = A⁺ b, the minimizer x of ½ xᵀA x - x·b.
 
-    `dots` = `[z·z, z·r, r·r]`; None where the adjoint identities z·r = Jz·c and r·r = Jr·c hold. A given `beta` or
-    `rho` is kept, and the other minimizes what is left. Returns new scalars.
-
+    Henriques et al. 2019, equation 18; the idea is that of Martens and Grosse 2015, section 7.
     A = Gauss-Newton + λ·Gram, so A ⪰ λ·Gram for a loss that is convex in the outputs. Where the curvature is so
     negative that A ⪰ ½λ·Gram fails, A⁺ b could climb or leap; a safe step goes down along Δ alone, no further than 1/λ:
     ρ = 0, β = b₁ / max(|A₁₁|, λ Δ·Δ).
+
+    Args:
+        scalars: the values named by `SCALARS`; not changed.
+        loss: 0-dim.
+        products: `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
+        dots: `[z·z, z·r, r·r]`, or None where the adjoint identities z·r = Jz·c and r·r = Jr·c hold.
+        beta: value that is kept, or None; the other minimizes what is left.
+        rho: likewise.
+        lr: rate of the step.
+        lr_tensor: the rate in the place of `lr`, or None.
+
+    Returns:
+        New scalars.
     """
     gz, z_hz, gr, z_hr, r_hr = products.unbind()
     lambd = scalars[LAMBD]
@@ -143,17 +166,29 @@ def solve(
 
 
 def predicted_change(scalars: Tensor, lr: Tensor) -> Tensor:
-    """M = -lr x·b + ½ lr² xᵀA x, which is -½ lr (2 - lr) x·b at the minimizer x."""
+    """Return M = -lr x·b + ½ lr² xᵀA x, which is -½ lr (2 - lr) x·b at the minimizer x."""
     return lr * (0.5 * lr * scalars[QUADRATIC_TERM] - scalars[LINEAR_TERM])
 
 
 def adapt_damping(
     scalars: Tensor, new_loss: Tensor, low: float, high: float, factor: float, minimum: float, maximum: float
 ) -> Tensor:
-    """γ = (new loss - loss) / M;  λ/factor where γ < low or γ is NaN or M > 0, λ·factor where γ > high, within
-    the bounds. (M > 0, a step that the model itself expects to climb, can come of fixed β and ρ or of lr > 2.)
+    """Adapt λ by γ = (new loss - loss) / M, by the Levenberg-Marquardt rule (Martens 2010).
 
-    Scalars stay as they are where the step was skipped or M is zero. Returns new scalars.
+    λ/factor where γ < low or γ is NaN or M > 0, λ·factor where γ > high, within the bounds. (M > 0, a step that the
+    model itself expects to climb, can come of fixed β and ρ or of lr > 2.)
+
+    Args:
+        scalars: the values named by `SCALARS`; not changed.
+        new_loss: 0-dim, after the step.
+        low: bound of γ.
+        high: bound of γ.
+        factor: between 0 and 1.
+        minimum: bound of λ.
+        maximum: bound of λ.
+
+    Returns:
+        New scalars; as they were where the step was skipped or M is zero.
     """
     lambd, change = scalars[LAMBD], scalars[PREDICTED_CHANGE]
     ratio = (new_loss.to(scalars) - scalars[LOSS]) / change
@@ -165,12 +200,12 @@ def adapt_damping(
 
 
 def _filled(scalars: Tensor, values: Sequence[float]) -> Tensor:
-    """A vector of `values` where `scalars` are, without a copy that the host would wait for."""
+    """Return a vector of `values` where `scalars` are, without a copy that the host would wait for."""
     return torch.stack([scalars.new_full((), value) for value in values])
 
 
 def _solve_both(a11: Tensor, a12: Tensor, a22: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
-    """x = A⁺ b, after scaling A to unit diagonal."""
+    """Solve x = A⁺ b, after scaling A to unit diagonal."""
     s1, s2 = a11.clamp(min=0).sqrt(), a22.clamp(min=0).sqrt()
     cos, y1, y2 = divide_or_zero(a12, s1 * s2), divide_or_zero(b1, s1), divide_or_zero(b2, s2)
     gap = (1 - cos) * (1 + cos)
@@ -183,5 +218,5 @@ def _solve_both(a11: Tensor, a12: Tensor, a22: Tensor, b1: Tensor, b2: Tensor) -
 
 
 def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and zero where b is zero."""
+    """Return a / b, and zero where b is zero."""
     return torch.where(b == 0, torch.zeros_like(a), a / torch.where(b == 0, torch.ones_like(b), b))

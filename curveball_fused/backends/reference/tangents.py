@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from curveball_fused import _torch_private
+from curveball_fused.backends.dtypes import at_least_float32
 
 
 def layer_norm_tangent(
@@ -22,9 +23,9 @@ def layer_norm_tangent(
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> Tensor:
-    """ẏ = γ r (ẋ - <ẋ> - x̂ <x̂ẋ>) + γ̇ x̂ + β̇, x̂ = r (x - mean), with means over a row; RMS norm where `mean` is None."""
+    """Return ẏ = γ r (ẋ - <ẋ> - x̂ <x̂ẋ>) + γ̇ x̂ + β̇, x̂ = r (x - mean), with means over a row; RMS norm without `mean`."""
     rstd = rstd.unsqueeze(1)
-    dx_, x_ = _widen(dx), _widen(x)
+    dx_, x_ = at_least_float32(dx), at_least_float32(x)
     x_hat = (x_ if mean is None else x_ - mean.unsqueeze(1)) * rstd
     centered = dx_ if mean is None else dx_ - dx_.mean(1, keepdim=True)
     normal = rstd * (centered - x_hat * (x_hat * dx_).mean(1, keepdim=True))
@@ -41,12 +42,12 @@ def batch_norm_tangent(
     dbias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """The same with means over a channel; ẏ = γ r ẋ + γ̇ x̂ + β̇ with given statistics, that is if not `training`."""
+    """Return the same with means over a channel; ẏ = γ r ẋ + γ̇ x̂ + β̇ for constant statistics, if not `training`."""
     shape = (-1, *(1,) * (x.dim() - 2))
     dims = [d for d in range(x.dim()) if d != 1]
     mean, rstd = mean.view(shape), rstd.view(shape)
     weight, dweight, dbias = (None if t is None else t.view(shape) for t in (weight, dweight, dbias))
-    dx_, x_hat = _widen(dx), (_widen(x) - mean) * rstd
+    dx_, x_hat = at_least_float32(dx), (at_least_float32(x) - mean) * rstd
     normal = rstd * dx_
     if training:
         products = (x_hat * dx_).mean(dims, keepdim=True)
@@ -66,18 +67,16 @@ def attention_tangent(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """S = s q kᵀ + mask, P = softmax(S), Ṡ = s (q̇ kᵀ + q k̇ᵀ);  Ȯ = P (Ṡ v + v̇) - <P, Ṡ> O, element by element in PṠ.
-
-    A row that is masked throughout is zero.
-    """
+    """Return Ȯ = (P∘Ṡ) v + P v̇ - <P, Ṡ> O, with S = s q kᵀ + mask, P = softmax(S) and Ṡ = s (q̇ kᵀ + q k̇ᵀ)."""
     dtype = q.dtype
-    dq, dk, dv, q, k, v, out = (_widen(t) for t in (dq, dk, dv, q, k, v, out))
+    dq, dk, dv, q, k, v, out = (at_least_float32(t) for t in (dq, dk, dv, q, k, v, out))
     scores = scale * (q @ k.mT)
     if mask is not None:
         scores = scores + mask
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, -math.inf)
+    # A row that is masked throughout becomes zero.
     p = _torch_private.safe_softmax(scores, -1) if scores.numel() else scores
     p_ds = p * (scale * (dq @ k.mT + q @ dk.mT))
     tangent = p_ds @ v + p @ dv - p_ds.sum(-1, keepdim=True) * out
@@ -85,8 +84,8 @@ def attention_tangent(
 
 
 def activation(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """y = f(x) and f'(x), for "gelu", "gelu_tanh" and "silu"."""
-    x_ = _widen(x)
+    """Return f(x) and f'(x), for "gelu", "gelu_tanh" and "silu"."""
+    x_ = at_least_float32(x)
     if name == "gelu":
         below = 0.5 * torch.special.erfc(-x_ / math.sqrt(2))
         y, derivative = x_ * below, below + x_ * torch.exp(-0.5 * x_ * x_) / math.sqrt(2 * math.pi)
@@ -100,14 +99,10 @@ def activation(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return y.to(x.dtype), derivative.to(x.dtype)
 
 
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _affine(
     normal: Tensor, x_hat: Tensor, weight: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
 ) -> Tensor:
-    """γ normal + γ̇ x̂ + β̇."""
+    """Return γ normal + γ̇ x̂ + β̇."""
     tangent = normal if weight is None else weight * normal
     if dweight is not None:
         tangent = tangent + dweight * x_hat

@@ -1,1 +1,1 @@
-"""The operators in Triton, for NVIDIA GPUs."""
+"""The operators in Triton, for NVIDIA GPUs from compute capability 8.0 on."""

@@ -1,11 +1,13 @@
 """Activations in Triton: value and derivative in one pass.
 
 With σ the logistic function, Φ and φ the normal distribution and its density:
+
     gelu        y = x Φ(x),     y' = Φ(x) + x φ(x)
     gelu_tanh   y = x σ(2u),    y' = σ(2u) + 2 x u' σ(2u) σ(-2u),    u = √(2/π) (x + 0.044715 x³)
     silu        y = x σ(x),     y' = σ(x) + x σ(x) σ(-x)
+
 All three need a single exponential, of a number that is not positive. Arithmetic is in float32, or in float64 for
-float64. In float32 Φ(x) and σ(x) are accurate to a few units in the last place even where they are tiny, which torch's
+float64. In float32 Φ(x) and σ(x) are accurate to a few units in the last index even where they are tiny, which torch's
 1 + erf and 1 + tanh are not; σ(2u) as far as 2u is known, of which rounding leaves |2u| such units.
 """
 
@@ -16,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import TYPES, arithmetic
+from curveball_fused.backends.dtypes import compute_dtype
+
+from .reduce import TYPES
 
 BLOCK = 1024
 WARPS = 4
@@ -24,18 +28,16 @@ WARPS = 4
 
 @triton.jit
 def _power_of_two(k):
-    """2ᵏ for whole numbers -126 ≤ k ≤ 127."""
+    """Return 2ᵏ for whole numbers -126 ≤ k ≤ 127."""
     return ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _exponential(a, b, A: tl.constexpr):
-    """exp(a + b) for a ≤ 0, where b is a small correction.
-
-    In float32 not by tl.exp, whose relative error grows with |a|: it rounds a log₂ e. Here a = k ln 2 + f, with ln 2 in
-    two parts of which the first times k is exact, and a polynomial for exp(f).
-    """
-    if tl.float64 == A:
+def _exponential(a, b, ACC: tl.constexpr):
+    """Return exp(a + b) for a ≤ 0, where b is a small correction."""
+    # In float32 not by tl.exp, whose relative error grows with |a|: it rounds a log₂ e. Here a = k ln 2 + f, with ln 2
+    # in two parts of which the first times k is exact, and a polynomial for exp(f).
+    if tl.float64 == ACC:
         result = tl.exp(a + b)
     else:
         a = tl.maximum(a, -104.0)  # where the result is 0
@@ -49,25 +51,25 @@ def _exponential(a, b, A: tl.constexpr):
 
 
 @triton.jit
-def _logistic(x, A: tl.constexpr):
-    """σ(x) and σ(-x)."""
-    small = _exponential(-tl.abs(x), 0.0, A)
+def _logistic(x, ACC: tl.constexpr):
+    """Return σ(x) and σ(-x)."""
+    small = _exponential(-tl.abs(x), 0.0, ACC)
     larger = 1.0 / (1.0 + small)
     return tl.where(x < 0.0, small * larger, larger), tl.where(x < 0.0, larger, small * larger)
 
 
 @triton.jit
-def _normal(x, A: tl.constexpr):
-    """Φ(x) and φ(x)."""
+def _normal(x, ACC: tl.constexpr):
+    """Return Φ(x) and φ(x)."""
     t = tl.abs(x)
-    if tl.float64 == A:
+    if tl.float64 == ACC:
         bell = tl.exp(-0.5 * t * t)
         above = 0.5 + 0.5 * tl.erf(x * 0.70710678118654752)
     else:
         t = tl.minimum(t, 15.0)  # where both Φ(-t) and φ(t) are 0
         # t² = high² + (t - high)(t + high), the first exact.
         high = (t.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-        bell = _exponential(-0.5 * high * high, -0.5 * (t - high) * (t + high), A)
+        bell = _exponential(-0.5 * high * high, -0.5 * (t - high) * (t + high), ACC)
         # (1 + t) Φ(-t) / exp(-t²/2), fitted to 4e-9 for t from 0 to 15 (Shepherd and Laframboise 1981 have the form).
         q = (t - 2.5) / (t + 2.5)
         p = -4.969970177626237e-07 + q * (-0.00022558943601325154 + q * -6.201226642588153e-05)
@@ -79,34 +81,43 @@ def _normal(x, A: tl.constexpr):
 
 
 @triton.jit
-def _store(x, y, derivative, offsets, mask, NAME: tl.constexpr, A: tl.constexpr):
-    v = tl.load(x + offsets, mask).to(A)
+def _store(x, y, derivative, offsets, mask, NAME: tl.constexpr, ACC: tl.constexpr):
+    v = tl.load(x + offsets, mask).to(ACC)
     if NAME == "gelu":
-        factor, slope = _normal(v, A)
+        factor, slope = _normal(v, ACC)
     elif NAME == "silu":
-        factor, other = _logistic(v, A)
+        factor, other = _logistic(v, ACC)
         slope = factor * other
     else:
         w = tl.minimum(tl.maximum(v, -30.0), 30.0)  # beyond, σ is 0 or 1, but w³ might overflow
-        factor, other = _logistic(1.5957691216057308 * w * (1.0 + 0.044715 * w * w), A)
+        factor, other = _logistic(1.5957691216057308 * w * (1.0 + 0.044715 * w * w), ACC)
         slope = 1.5957691216057308 * (1.0 + 0.134145 * w * w) * (factor * other)
     tl.store(y + offsets, (v * factor).to(y.dtype.element_ty), mask)
     tl.store(derivative + offsets, (factor + v * slope).to(y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["n"])
-def activation_kernel(x, y, derivative, n, NAME: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+def activation_kernel(
+    x,  # [n]
+    y,  # [n], written
+    derivative,  # [n], written
+    n,
+    NAME: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write value and derivative of BLOCK elements."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = begin + tl.arange(0, BLOCK)
     if begin + BLOCK <= n:  # without a mask, which makes every access 128 bits wide
-        _store(x, y, derivative, offsets, None, NAME, A)
+        _store(x, y, derivative, offsets, None, NAME, ACC)
     else:
-        _store(x, y, derivative, offsets, offsets < n, NAME, A)
+        _store(x, y, derivative, offsets, offsets < n, NAME, ACC)
 
 
 @torch.no_grad()
 def activation(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """f(x) and f'(x), both like x, for f = "gelu", "gelu_tanh" (its approximation) or "silu"; x dense."""
+    """Return f(x) and f'(x), both like x, for f = "gelu", "gelu_tanh" (its approximation) or "silu"; x is dense."""
     y, derivative = torch.empty_like(x), torch.empty_like(x)
     if x.numel() > 0:
         with torch.cuda.device_of(x):
@@ -116,7 +127,7 @@ def activation(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
                 derivative,
                 x.numel(),
                 NAME=name,
-                A=TYPES[arithmetic(x)],
+                ACC=TYPES[compute_dtype(x.dtype)],
                 BLOCK=BLOCK,
                 num_warps=WARPS,
                 enable_fp_fusion=True,

@@ -2,8 +2,10 @@
 
     S_ij = scale q_i.k_j + mask_ij,   P = softmax_j(S),   dS_ij = scale (dq_i.k_j + q_i.dk_j)
     dout_i = Σ_j P_ij (dS_ij v_j + dv_j) - (Σ_j P_ij dS_ij) out_i
+
 A program has a block of queries and walks over blocks of keys once, with a running maximum of S as flash attention
-does: the three sums, of exp(S - maximum) and of its products with dS and with dS v + dv, are kept relative to it.
+does (Dao et al. 2022): the three sums, of exp(S - maximum) and of its products with dS and with dS v + dv, are kept
+relative to it.
 
 Sums are in float32, products of float32 in full precision; all is in float64 for float64.
 """
@@ -15,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import TYPES, arithmetic
+from curveball_fused.backends.dtypes import compute_dtype
+
+from .reduce import TYPES
 from .scalar import as_double
 
 
@@ -26,9 +30,7 @@ def _dot(a, b, total):
 
 @triton.jit
 def _load(head, stride, rows, count, columns, width, PADDED: tl.constexpr):
-    """A block of a head, rows [., 1] by columns [1, .]: zero from row `count` on, and from column `width` on, if
-    blocks are PADDED.
-    """
+    """Load a block of a head, rows [., 1] by columns [1, .]: zeros beyond `count` rows and, if PADDED, `width`."""
     inside = rows < count
     if PADDED:
         inside = inside & (columns < width)
@@ -37,20 +39,21 @@ def _load(head, stride, rows, count, columns, width, PADDED: tl.constexpr):
 
 @triton.jit
 def _head(tensor, strides, b, h):
+    """Return where head h of sample b begins."""
     return tensor + b * strides[0] + h * strides[1]
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "keys"])
 def attention_kernel(
-    dq,
-    dk,
-    dv,
-    q,
-    k,
-    v,
-    out,
-    mask,
-    dout,
+    dq,  # [batch, heads, queries, D]
+    dk,  # [batch, heads, keys, D]
+    dv,  # [batch, heads, keys, E]
+    q,  # [batch, heads, queries, D]
+    k,  # [batch, heads, keys, D]
+    v,  # [batch, heads, keys, E]
+    out,  # [batch, heads, queries, E]
+    mask,  # [batch, heads, queries, keys] or None
+    dout,  # [batch, heads, queries, E], written
     dq_strides,
     dk_strides,
     dv_strides,
@@ -66,17 +69,17 @@ def attention_kernel(
     scale: tl.float64,
     D: tl.constexpr,
     E: tl.constexpr,
-    A: tl.constexpr,
+    ACC: tl.constexpr,
     CAUSAL: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A program takes M queries of a head and BLOCK_E columns of the result; N keys, and BLOCK_D of D, at a time."""
-    program, blocks = tl.program_id(0), tl.cdiv(queries, M)
-    first = (blocks - 1 - program % blocks) * M  # the last queries, which see the most keys, begin first
-    head, piece = program // blocks // tl.cdiv(E, BLOCK_E), program // blocks % tl.cdiv(E, BLOCK_E)
+    """Write dout for BLOCK_M queries of a head and BLOCK_E columns, by BLOCK_N keys, and BLOCK_D of D, at a time."""
+    program, blocks = tl.program_id(0), tl.cdiv(queries, BLOCK_M)
+    first = (blocks - 1 - program % blocks) * BLOCK_M  # the last queries, which see the most keys, begin first
+    head, column_block = program // blocks // tl.cdiv(E, BLOCK_E), program // blocks % tl.cdiv(E, BLOCK_E)
     b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     dq = _head(dq, dq_strides, b, h)
     dk = _head(dk, dk_strides, b, h)
@@ -87,27 +90,27 @@ def attention_kernel(
     out = _head(out, out_strides, b, h)
     dout = _head(dout, dout_strides, b, h)
 
-    i = first.to(tl.int64) + tl.arange(0, M)[:, None]
-    lane, column = tl.arange(0, BLOCK_D)[None, :], piece * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    i = first.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+    lane, column = tl.arange(0, BLOCK_D)[None, :], column_block * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
     PADDED_D: tl.constexpr = D % BLOCK_D != 0
     PADDED_E: tl.constexpr = E % BLOCK_E != 0
     q_block = _load(q, q_strides[2], i, queries, lane, D, PADDED_D)
     dq_block = _load(dq, dq_strides[2], i, queries, lane, D, PADDED_D)
-    factor = as_double(scale).to(A)
+    factor = as_double(scale).to(ACC)
 
     # Of each query the maximum of S, and relative to it Σ P, Σ P dS and Σ P (dS v + dv).
-    peak, total, bend = tl.full((M,), float("-inf"), A), tl.zeros((M,), A), tl.zeros((M,), A)
-    result = tl.zeros((M, BLOCK_E), A)
+    peak, total, d_total = tl.full((BLOCK_M,), float("-inf"), ACC), tl.zeros((BLOCK_M,), ACC), tl.zeros((BLOCK_M,), ACC)
+    result = tl.zeros((BLOCK_M, BLOCK_E), ACC)
     end = keys
     if CAUSAL:
-        end = tl.minimum(keys, first + M)
-    for start in range(0, end, N):
-        j = start + tl.arange(0, N).to(tl.int64)
+        end = tl.minimum(keys, first + BLOCK_M)
+    for start in range(0, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N).to(tl.int64)
         rows = j[:, None]
         k_block = tl.trans(_load(k, k_strides[2], rows, keys, lane, D, PADDED_D))
         dk_block = tl.trans(_load(dk, dk_strides[2], rows, keys, lane, D, PADDED_D))
-        scores = _dot(q_block, k_block, tl.zeros((M, N), A))
-        d_scores = _dot(q_block, dk_block, _dot(dq_block, k_block, tl.zeros((M, N), A)))
+        scores = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
+        d_scores = _dot(q_block, dk_block, _dot(dq_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC)))
         for begin in range(BLOCK_D, D, BLOCK_D):
             further = begin + lane
             q_more = _load(q, q_strides[2], i, queries, further, D, PADDED_D)
@@ -120,7 +123,7 @@ def attention_kernel(
         seen = j[None, :] < keys
         if mask is not None:
             pointers = _head(mask, mask_strides, b, h) + i * mask_strides[2] + j[None, :] * mask_strides[3]
-            scores += tl.load(pointers, seen & (i < queries), other=0.0).to(A)
+            scores += tl.load(pointers, seen & (i < queries), other=0.0).to(ACC)
         if CAUSAL:
             seen = seen & (j[None, :] <= i)
         scores = tl.where(seen, scores, float("-inf"))
@@ -129,7 +132,7 @@ def attention_kernel(
         base = tl.where(top == float("-inf"), 0.0, top)  # all masked so far: -inf - -inf would be NaN
         shrink, p = tl.exp(peak - base), tl.exp(scores - base[:, None])
         pd = p * d_scores
-        peak, total, bend = top, total * shrink + tl.sum(p, 1), bend * shrink + tl.sum(pd, 1)
+        peak, total, d_total = top, total * shrink + tl.sum(p, 1), d_total * shrink + tl.sum(pd, 1)
         v_block = _load(v, v_strides[2], rows, keys, column, E, PADDED_E)
         dv_block = _load(dv, dv_strides[2], rows, keys, column, E, PADDED_E)
         result = _dot(p.to(v_block.dtype), dv_block, result * shrink[:, None])
@@ -137,7 +140,7 @@ def attention_kernel(
 
     none = total == 0.0
     inverse = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, total))
-    result -= bend[:, None] * _load(out, out_strides[2], i, queries, column, E, PADDED_E).to(A)
+    result -= d_total[:, None] * _load(out, out_strides[2], i, queries, column, E, PADDED_E).to(ACC)
     pointers = dout + i * dout_strides[2] + column
     tl.store(pointers, (result * inverse[:, None]).to(dout.dtype.element_ty), (i < queries) & (column < E))
 
@@ -155,11 +158,24 @@ def attention_tangent(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """dout [B, H, T, E], in memory [B, T, H, E], for out = F.scaled_dot_product_attention(q, k, v, mask).
+    """Return dout, as `reference.tangents.attention_tangent` does, in one launch.
 
-    q, dq [B, H, T, D]; k, dk [B, H, S, D]; v, dv [B, H, S, E]; out [B, H, T, E]; of one dtype, the last dimension
-    contiguous, the others of any strides. mask: None, or what is added to the scores, floating-point and expanded to
-    [B, H, T, S]. is_causal hides keys j > i. A query for which all keys are masked gives zero.
+    All tensors are of one dtype, contiguous in the last dimension, and of any strides in the others.
+
+    Args:
+        dq: tangent of q, `[B, H, T, D]`.
+        dk: tangent of k, `[B, H, S, D]`.
+        dv: tangent of v, `[B, H, S, E]`.
+        q: queries, `[B, H, T, D]`.
+        k: keys, `[B, H, S, D]`.
+        v: values, `[B, H, S, E]`.
+        out: F.scaled_dot_product_attention(q, k, v, mask), `[B, H, T, E]`.
+        mask: what is added to the scores, floating-point and expanded to `[B, H, T, S]`, or None.
+        is_causal: hide the keys j > i from query i.
+        scale: of q kᵀ.
+
+    Returns:
+        The tangent of out, `[B, H, T, E]`, in memory `[B, T, H, E]`; zero for a query from which all keys are masked.
     """
     batch, heads, queries, d = q.shape
     dout = q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
@@ -167,9 +183,9 @@ def attention_tangent(
         return dout
     tensors = (dq, dk, dv, q, k, v, out, mask, dout)
     shape = shape_of(d, v.shape[3], q.element_size())
-    pieces = triton.cdiv(v.shape[3], shape["BLOCK_E"])
+    column_blocks = triton.cdiv(v.shape[3], shape["BLOCK_E"])
     with torch.cuda.device_of(q):
-        attention_kernel[(batch * heads * pieces * triton.cdiv(queries, shape["M"]),)](
+        attention_kernel[(batch * heads * column_blocks * triton.cdiv(queries, shape["BLOCK_M"]),)](
             *tensors,
             *(None if t is None else t.stride() for t in tensors),
             heads,
@@ -178,7 +194,7 @@ def attention_tangent(
             scale,
             D=d,
             E=v.shape[3],
-            A=TYPES[arithmetic(q)],
+            ACC=TYPES[compute_dtype(q.dtype)],
             CAUSAL=is_causal,
             **shape,
             enable_fp_fusion=True,
@@ -187,14 +203,14 @@ def attention_tangent(
 
 
 def shape_of(d: int, e: int, bytes: int) -> dict[str, int]:
-    """Sizes of blocks, warps and stages by D, E and the size of an element: what the registers hold, and the shared
-    memory of each GPU, at least 99 KiB.
-    """
+    """Return sizes of blocks, warps and stages that fit the registers and the shared memory of each GPU, 99 KiB."""
     width_d, width_e = (max(triton.next_power_of_2(width), 16) for width in (d, e))
     if bytes == 2:
         block_d, block_e = width_d if width_d <= 128 else 64, min(width_e, 128)
         warps = 4 if max(block_d, block_e) <= 64 else 8
-        return dict(M=64, N=32, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=warps, num_stages=2)
+        return dict(BLOCK_M=64, BLOCK_N=32, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=warps, num_stages=2)
     # Without tensor cores each thread holds its operands for the whole of the dimension that is summed over.
     size, widest = (32, 64) if bytes == 4 else (16, 32)
-    return dict(M=size, N=size, BLOCK_D=min(width_d, 32), BLOCK_E=min(width_e, widest), num_warps=8, num_stages=2)
+    return dict(
+        BLOCK_M=size, BLOCK_N=size, BLOCK_D=min(width_d, 32), BLOCK_E=min(width_e, widest), num_warps=8, num_stages=2
+    )

@@ -1,4 +1,4 @@
-"""The tangent of batch norm in Triton: see `triton_norms`."""
+"""The tangent of batch norm in Triton; `norms` has the formula."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .norms import TILE, WARPS, load, normalized, units_of
-from .parameters import finish_dots_kernel
-from .reduce import SUM_BLOCK, SUM_WARPS, TYPES, arithmetic
+from curveball_fused.backends.dtypes import compute_dtype
+
+from .norms import BLOCK_TILE, WARPS, load, normalized, units_of
+from .reduce import SUM_BLOCK, SUM_WARPS, TYPES, sum_rows_kernel
 
 COLUMNS = 64  # channels side by side, where the channel is the last dimension
 PROGRAMS = 1024  # over channels, unless that leaves them fewer tiles than
@@ -21,9 +22,12 @@ TERMS = tl.constexpr(16)  # added up in the arithmetic's dtype before they join 
 
 @triton.jit
 def _tile(tile, group, rows, planes, length, ROWS: tl.constexpr, COLS: tl.constexpr, LAST: tl.constexpr):
-    """Of a tile of a group of channels: offsets in memory [rows, planes, length], and which of them are there.
+    """Return a tile's offsets in memory [rows, planes, length], and which of them exist.
 
-    A group is a plane of each row; or, if the channel is the LAST dimension, COLS neighbors in each row.
+    A group of channels is a plane of each row; or, if the channel is the LAST dimension, COLS neighbors in each row.
+
+    Returns:
+        Offsets and mask, [ROWS, COLS] both.
     """
     if LAST:
         first_row, plane, first = tile * ROWS, 0, group * COLS
@@ -36,22 +40,22 @@ def _tile(tile, group, rows, planes, length, ROWS: tl.constexpr, COLS: tl.conste
 
 @triton.jit
 def _over_channel(lanes, LAST: tl.constexpr):
-    """[rows, columns] summed to [1, channels of a group], in float64."""
+    """Sum [rows, columns] to [1, channels of a group], in float64."""
     sums = tl.sum(lanes.to(tl.float64), 0)[None, :]
     return sums if LAST else tl.sum(sums, 1)[:, None]
 
 
 @triton.jit(do_not_specialize=["rows", "planes", "units", "tiles", "parts", "count"])
 def batch_norm_kernel(
-    dx,
+    dx,  # [rows, planes, units * UNIT], as x and dy
     x,
-    mean,
-    rstd,
-    weight,
+    mean,  # [channels], of dtype ACC
+    rstd,  # [channels], of dtype ACC
+    weight,  # [channels] or None, as the next two
     dweight,
     dbias,
-    partials,
-    sums,
+    partials,  # [2, channels, parts], float64, or None
+    sums,  # [2, channels], float64, or None
     dy,
     rows,
     planes,
@@ -60,16 +64,16 @@ def batch_norm_kernel(
     parts,
     count,
     UNIT: tl.constexpr,
-    A: tl.constexpr,
+    ACC: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     LAST: tl.constexpr,
     TRAINING: tl.constexpr,
 ):
-    """Program (part, group) takes every parts-th tile of a group of channels, and gives one of three:
+    """Write sums or the tangent of every parts-th tile of a group of channels, by program (part, group).
 
-    partials [2, channels, parts], the sums of dx and x̂ dx, if there is no dy; dy by sums [2, channels] of all parts;
-    or, where one program has the whole group, dy by its own sums.
+    Without dy: partials, the sums of dx and x̂ dx. With dy: the tangent by `sums`, those of all parts, or, where one
+    program has the whole group, by its own.
     """
     length, groups = units * UNIT, tl.num_programs(0) // parts
     group, part = (tl.program_id(0) % groups).to(tl.int64), (tl.program_id(0) // groups).to(tl.int64)
@@ -78,7 +82,7 @@ def batch_norm_kernel(
     else:
         channels, channel = planes, (group + tl.arange(0, 1))[None, :]
     known = channel < channels
-    m, r = load(mean, channel, known, A), load(rstd, channel, known, A)
+    m, r = load(mean, channel, known, ACC), load(rstd, channel, known, ACC)
 
     t_sum, product_sum = tl.zeros(channel.shape, tl.float64), tl.zeros(channel.shape, tl.float64)
     if sums is not None:
@@ -86,10 +90,10 @@ def batch_norm_kernel(
         product_sum += tl.load(sums + channels + channel, known, other=0.0)
     elif TRAINING:
         for start in range(part, tiles, parts * TERMS):
-            tangents, products = tl.zeros((ROWS, COLS), A), tl.zeros((ROWS, COLS), A)
+            tangents, products = tl.zeros((ROWS, COLS), ACC), tl.zeros((ROWS, COLS), ACC)
             for tile in range(start, tl.minimum(start + parts * TERMS, tiles), parts):
                 offsets, inside = _tile(tile, group, rows, planes, length, ROWS, COLS, LAST)
-                x_hat, t = normalized(x, dx, offsets, inside, m, r, A)
+                x_hat, t = normalized(x, dx, offsets, inside, m, r, ACC)
                 tangents, products = tangents + t, products + x_hat * t
             t_sum += _over_channel(tangents, LAST)
             product_sum += _over_channel(products, LAST)
@@ -101,15 +105,15 @@ def batch_norm_kernel(
         # dy = gain dx + slope x̂ + shift
         gain = r
         if weight is not None:
-            gain *= load(weight, channel, known, A)
-        slope, shift = -gain * (product_sum / count).to(A), -gain * (t_sum / count).to(A)
+            gain *= load(weight, channel, known, ACC)
+        slope, shift = -gain * (product_sum / count).to(ACC), -gain * (t_sum / count).to(ACC)
         if dweight is not None:
-            slope += load(dweight, channel, known, A)
+            slope += load(dweight, channel, known, ACC)
         if dbias is not None:
-            shift += load(dbias, channel, known, A)
+            shift += load(dbias, channel, known, ACC)
         for tile in range(part, tiles, parts):
             offsets, inside = _tile(tile, group, rows, planes, length, ROWS, COLS, LAST)
-            x_hat, t = normalized(x, dx, offsets, inside, m, r, A)
+            x_hat, t = normalized(x, dx, offsets, inside, m, r, ACC)
             tl.store(dy + offsets, (gain * t + slope * x_hat + shift).to(dy.dtype.element_ty), inside)
 
 
@@ -124,10 +128,21 @@ def batch_norm_tangent(
     dbias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """dy, like x, for x and dx [N, C, ...] of one dtype and the same strides, contiguous or channels_last.
+    """Return dy, like x, as `reference.tangents.batch_norm_tangent` does, in one launch or three.
 
-    mean and rstd [C], those of the batch if `training`, else constants: dy = weight rstd dx + dweight x̂ + dbias. They
-    are in the arithmetic's dtype; weight, dweight and dbias [C] are each None or of x's dtype, all contiguous.
+    Args:
+        dx: tangent of x, of its dtype and strides.
+        x: input, `[N, C, ...]`, contiguous or channels-last.
+        mean: mean of each channel, `[C]`, in the arithmetic's dtype.
+        rstd: reciprocal standard deviation of each channel, likewise.
+        weight: `[C]`, contiguous, of x's dtype, or None for ones.
+        dweight: its tangent, likewise, or None for zeros.
+        dbias: tangent of the bias, likewise, or None for zeros.
+        training: whether mean and rstd are those of the batch; else they are constants, and
+            dy = weight rstd dx + dweight x̂ + dbias.
+
+    Returns:
+        The tangent of the result, like x.
     """
     dy = torch.empty_like(x)
     if x.numel() == 0:
@@ -135,9 +150,9 @@ def batch_norm_tangent(
     rows, channels, space = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     last = space == 1 or not x.is_contiguous()
     rows, planes, length = (rows * space, 1, channels) if last else (rows, channels, space)
-    columns = min(triton.next_power_of_2(length), COLUMNS if last else TILE)
+    columns = min(triton.next_power_of_2(length), COLUMNS if last else BLOCK_TILE)
     across, groups = (1, triton.cdiv(length, columns)) if last else (triton.cdiv(length, columns), channels)
-    tiles = triton.cdiv(rows, TILE // columns) * across
+    tiles = triton.cdiv(rows, BLOCK_TILE // columns) * across
     parts = min(triton.cdiv(tiles, STEPS), triton.cdiv(PROGRAMS, groups))
     parameters = (weight, dweight, dbias)
 
@@ -157,8 +172,8 @@ def batch_norm_tangent(
             parts=parts,
             count=x.numel() // channels,
             **units_of(length, x),
-            A=TYPES[arithmetic(x)],
-            ROWS=TILE // columns,
+            ACC=TYPES[compute_dtype(x.dtype)],
+            ROWS=BLOCK_TILE // columns,
             COLS=columns,
             LAST=last,
             TRAINING=training,
@@ -171,7 +186,7 @@ def batch_norm_tangent(
         if training and parts > 1:
             partials, sums = (x.new_empty(2 * channels * k, dtype=torch.float64) for k in (parts, 1))
             launch(partials, None, None)
-            finish_dots_kernel[(2 * channels,)](
+            sum_rows_kernel[(2 * channels,)](
                 partials, parts, sums, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS, enable_fp_fusion=False
             )
         launch(None, sums, dy)

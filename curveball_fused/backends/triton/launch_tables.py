@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Item(NamedTuple):
-    """One index of the lists: what stands there of each operand."""
+    """One index of the lists: the tensors that stand there, one of each operand."""
 
     addresses: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
@@ -49,56 +49,60 @@ class Plan(NamedTuple):
     bounds: Tensor
 
 
-# Sources of copies that CUDA graphs have captured: a replay reads them again, and nothing tells when the graph is gone.
+# Sources of copies that CUDA graphs have captured, 8 bytes a number: a replay reads them again, and nothing tells when
+# the graph is gone, so that they are kept as long as the process lives.
 _captured: list[Tensor] = []
 
 
-def _remembered(build: Callable[..., T]) -> Callable[..., T]:
-    """`build(device, ...)`, whose last results are kept, by stream: only there are the copies known to be complete.
-
-    While a graph is captured nothing is taken from what is kept, as it might be dropped before the graph is replayed,
-    and nothing put there, as captured copies have not run yet.
-    """
+def _cached_per_stream(build: Callable[..., T]) -> Callable[..., T]:
+    """Cache the last results of `build(device, ...)` by stream: only there are the copies known to be complete."""
 
     @lru_cache(maxsize=32)
-    def kept(stream: int, *arguments: Any) -> T:
+    def cached(stream: int, *arguments: Any) -> T:
         return build(*arguments)
 
     @wraps(build)
     def call(device: torch.device, *arguments: Any) -> T:
         if device.type == "cpu":
-            return kept(0, device, *arguments)
+            return cached(0, device, *arguments)
+        # A graph takes nothing from the cache, which might drop it before the graph is replayed, and puts nothing
+        # there, as captured copies have not run yet.
         if torch.cuda.is_current_stream_capturing():
             return build(device, *arguments)
-        return kept(torch.cuda.current_stream(device).cuda_stream, device, *arguments)
+        return cached(torch.cuda.current_stream(device).cuda_stream, device, *arguments)
 
     return call
 
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:
-    """`host` on `device`, by one copy that nobody waits for.
-
-    The allocator of pinned memory does not reuse the source before the copy has run. Where a graph captures the copy,
-    the source (8 bytes for each number) is kept as long as the process lives.
-    """
+    """Copy `host` to `device`, without waiting for the copy."""
     if device.type == "cpu":
         return host
+    # The allocator of pinned memory does not reuse the source before the copy has run.
     pinned = host.pin_memory()
     if torch.cuda.is_current_stream_capturing():
         _captured.append(pinned)
     return pinned.to(device, non_blocking=True)
 
 
-@_remembered
-def numbers(device: torch.device, *values: float) -> Tensor:
-    """float64 vector of `values` on `device`."""
+@_cached_per_stream
+def device_constants(device: torch.device, *values: float) -> Tensor:
+    """Return a float64 vector of `values` on `device`."""
     return _upload(torch.tensor(values, dtype=torch.float64), device)
 
 
-def items_of(
+def list_items(
     device: torch.device, operands: Sequence[Sequence[Tensor]], group_sizes: Sequence[int]
 ) -> tuple[Item, ...]:
-    """The lists `operands` read index by index, with the group that each index belongs to.
+    """Read the lists `operands` index by index.
+
+    Args:
+        device: where all tensors lie.
+        operands: lists of tensors, all of one length.
+        group_sizes: how many indices belong to each group.
+
+    Returns:
+        An item for each index.
 
     Raises:
         RuntimeError: a tensor is on another device, where its address would mean something else, or not of floating
@@ -116,9 +120,9 @@ def items_of(
     )
 
 
-@_remembered
+@_cached_per_stream
 def plan(device: torch.device, items: tuple[Item, ...], groups: int) -> Plan:
-    """Tables for `items`, which belong to groups in ascending order, moved to `device` by one copy."""
+    """Return tables for `items`, which belong to groups in ascending order, moved to `device` by one copy."""
     slots, ends = 0, [0] * groups
     parts: dict[tuple[torch.dtype, ...], list[tuple[Item, int]]] = {}
     for item in items:

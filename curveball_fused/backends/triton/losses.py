@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
+
 from .cross_entropy import cross_entropy_cotangent, cross_entropy_products
-from .launch_tables import numbers
-from .reduce import TYPES, arithmetic, by_vector, finish_dots, finish_products, zeros
+from .launch_tables import device_constants
+from .reduce import TYPES, finish_cotangent, finish_products, reduce_vectors, zeros
 from .scalar import as_double
 
 __all__ = [
@@ -26,15 +28,15 @@ __all__ = [
     "mse_products",
 ]
 
-BODY = 2048  # elements at a time
-TAIL = 256  # elements at a time of the rest
+BLOCK_MAIN = 2048  # elements at a time
+BLOCK_TAIL = 256  # elements at a time of the rest
 PROGRAMS = 1024  # at most
 WARPS = 8
 
 
 @triton.jit
 def _derivatives(x, y, offsets, mask, weight, pos_weight, weights, pos_weights, BCE: tl.constexpr):
-    """Loss, gradient and curvature of each element."""
+    """Return loss, gradient and curvature of each element."""
     if BCE:
         # k = 1 + (pos_weight - 1) y;  l = (1 - y) x + k softplus(-x),  l' = 1 - y - k σ(-x),  l'' = k σ(x) σ(-x)
         small = tl.exp(-tl.abs(x))
@@ -59,10 +61,10 @@ def _derivatives(x, y, offsets, mask, weight, pos_weight, weights, pos_weights, 
 
 
 @triton.jit
-def _terms(x, v, u, y, offsets, mask, weight, pos_weight, weights, pos_weights, c, scale, BCE, A):
-    """First call: l, g v, H v², and c stored. Second: g u, H v u, H u². Zeros where the mask is not set."""
-    x_value, y_value = tl.load(x + offsets, mask).to(A), tl.load(y + offsets, mask).to(A)
-    v_value = tl.load(v + offsets, mask).to(A)
+def _terms(x, v, u, y, offsets, mask, weight, pos_weight, weights, pos_weights, c, scale, BCE, ACC):
+    """Return l, g v and H v², and store c; or, where u is given, g u, H v u and H u². Zeros outside the mask."""
+    x_value, y_value = tl.load(x + offsets, mask).to(ACC), tl.load(y + offsets, mask).to(ACC)
+    v_value = tl.load(v + offsets, mask).to(ACC)
     loss, gradient, curvature = _derivatives(
         x_value, y_value, offsets, mask, weight, pos_weight, weights, pos_weights, BCE
     )
@@ -71,7 +73,7 @@ def _terms(x, v, u, y, offsets, mask, weight, pos_weight, weights, pos_weights, 
         tl.store(c + offsets, (scale * (gradient + hv)).to(c.dtype.element_ty), mask)
         first, second, third = loss, gradient * v_value, hv * v_value
     else:
-        u_value = tl.load(u + offsets, mask).to(A)
+        u_value = tl.load(u + offsets, mask).to(ACC)
         hu = curvature * u_value
         first, second, third = gradient * u_value, hu * v_value, hu * u_value
     if mask is not None:
@@ -81,43 +83,43 @@ def _terms(x, v, u, y, offsets, mask, weight, pos_weight, weights, pos_weights, 
 
 @triton.jit(do_not_specialize=["n", "weights", "pos_weights"])
 def loss_kernel(
-    x,
-    v,
-    u,
-    y,
-    weight,
-    pos_weight,
-    c,
-    partials,
-    divisor,
+    x,  # [n]
+    v,  # [n]
+    u,  # [n]; None in the first call
+    y,  # [n]
+    weight,  # [weights], of dtype ACC, or None
+    pos_weight,  # [pos_weights], of dtype ACC, or None
+    c,  # [n], written; None in the second call
+    partials,  # [3, programs], float64, written
+    divisor,  # [1], float64
     n,
     weights,
     pos_weights,
     sign: tl.float64,
     BCE: tl.constexpr,
-    A: tl.constexpr,
-    BODY: tl.constexpr,
-    TAIL: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_MAIN: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """The first call of an operator where u is None, else the second."""
+    """Write c and sums: the first call of an operator where u is None, else the second."""
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    scale = (as_double(sign) / tl.load(divisor)).to(A)
-    blocks = n // BODY
-    first, second, third = zeros(BODY // VECTOR), zeros(BODY // VECTOR), zeros(BODY // VECTOR)
+    scale = (as_double(sign) / tl.load(divisor)).to(ACC)
+    blocks = n // BLOCK_MAIN
+    first, second, third = zeros(BLOCK_MAIN // VECTOR), zeros(BLOCK_MAIN // VECTOR), zeros(BLOCK_MAIN // VECTOR)
     for block in range(program, blocks, programs):  # without a mask, which makes every access 128 bits wide
-        offsets = block * BODY + tl.arange(0, BODY)
-        a, b, d = _terms(x, v, u, y, offsets, None, weight, pos_weight, weights, pos_weights, c, scale, BCE, A)
-        first += by_vector(a, BODY, VECTOR)
-        second += by_vector(b, BODY, VECTOR)
-        third += by_vector(d, BODY, VECTOR)
+        offsets = block * BLOCK_MAIN + tl.arange(0, BLOCK_MAIN)
+        a, b, d = _terms(x, v, u, y, offsets, None, weight, pos_weight, weights, pos_weights, c, scale, BCE, ACC)
+        first += reduce_vectors(a, BLOCK_MAIN, VECTOR)
+        second += reduce_vectors(b, BLOCK_MAIN, VECTOR)
+        third += reduce_vectors(d, BLOCK_MAIN, VECTOR)
     first_sum, second_sum, third_sum = tl.sum(first), tl.sum(second), tl.sum(third)
-    first, second, third = zeros(TAIL), zeros(TAIL), zeros(TAIL)
+    first, second, third = zeros(BLOCK_TAIL), zeros(BLOCK_TAIL), zeros(BLOCK_TAIL)
     # What is left is less than a block, for the program whose turn it would be.
-    for start in range(blocks * BODY, tl.where(program == blocks % programs, n, 0), TAIL):
-        offsets = start + tl.arange(0, TAIL).to(tl.int64)
+    for start in range(blocks * BLOCK_MAIN, tl.where(program == blocks % programs, n, 0), BLOCK_TAIL):
+        offsets = start + tl.arange(0, BLOCK_TAIL).to(tl.int64)
         mask = offsets < n
-        a, b, d = _terms(x, v, u, y, offsets, mask, weight, pos_weight, weights, pos_weights, c, scale, BCE, A)
+        a, b, d = _terms(x, v, u, y, offsets, mask, weight, pos_weight, weights, pos_weights, c, scale, BCE, ACC)
         first, second, third = first + a.to(tl.float64), second + b.to(tl.float64), third + d.to(tl.float64)
     tl.store(partials + program, first_sum + tl.sum(first))
     tl.store(partials + programs + program, second_sum + tl.sum(second))
@@ -136,8 +138,8 @@ def _run(
     sign: float,
     bce: bool,
 ) -> Tensor:
-    """Partial sums [3, programs]."""
-    programs = min(triton.cdiv(x.numel(), BODY), PROGRAMS) or 1
+    """Return partial sums [3, programs]."""
+    programs = min(triton.cdiv(x.numel(), BLOCK_MAIN), PROGRAMS) or 1
     partials = x.new_empty((3, programs), dtype=torch.float64)
     loss_kernel[(programs,)](
         x,
@@ -154,9 +156,9 @@ def _run(
         1 if pos_weight is None else pos_weight.numel(),
         sign,
         BCE=bce,
-        A=TYPES[arithmetic(x)],
-        BODY=BODY,
-        TAIL=TAIL,
+        ACC=TYPES[compute_dtype(x.dtype)],
+        BLOCK_MAIN=BLOCK_MAIN,
+        BLOCK_TAIL=BLOCK_TAIL,
         VECTOR=16 // x.element_size(),
         num_warps=WARPS,
         enable_fp_fusion=True,
@@ -165,7 +167,7 @@ def _run(
 
 
 def _divisor(x: Tensor, mean: bool) -> Tensor:
-    return numbers(x.device, float(x.numel()) if mean else 1.0)
+    return device_constants(x.device, float(x.numel()) if mean else 1.0)
 
 
 @torch.no_grad()
@@ -178,16 +180,25 @@ def bce_cotangent(
     mean: bool,
     sign: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (0-dim float64), c = g + H v (like x) and [g·v, v·Hv] (float64) of binary cross-entropy with logits x.
+    """Return loss, c = g + H v and `[g·v, v·Hv]` of binary cross-entropy with logits x; all tensors are contiguous.
 
-    `weight` and `pos_weight` are None or of the arithmetic's dtype, their numel a divisor of x's; element i uses entry
-    i % numel. `sign` multiplies g and H. All tensors contiguous, target and v like x.
+    Args:
+        x: logits.
+        v: tangent of x, like it.
+        target: like x.
+        weight: None or of the arithmetic's dtype, its numel a divisor of x's: element i uses entry i % numel.
+        pos_weight: likewise.
+        mean: whether the loss is a mean, else a sum.
+        sign: multiplies g and H, not the loss.
+
+    Returns:
+        Loss, 0-dim float64; c, like x; products, float64.
     """
     c = torch.empty_like(x)
     with torch.cuda.device_of(x):
         divisor = _divisor(x, mean)
         partials = _run(x, v, None, target, weight, pos_weight, c, divisor, sign, bce=True)
-        loss, products = finish_products(partials, divisor, sign)
+        loss, products = finish_cotangent(partials, divisor, sign)
     return loss, c, products
 
 
@@ -203,31 +214,39 @@ def bce_products(
     mean: bool,
     sign: float,
 ) -> Tensor:
-    """float64 `[*products, g·u, v·Hu, u·Hu]` for the arguments of `bce_cotangent`."""
+    """Return float64 `[*products, g·u, v·Hu, u·Hu]` for the arguments of `bce_cotangent`."""
     with torch.cuda.device_of(x):
         divisor = _divisor(x, mean)
         partials = _run(x, v, u, target, weight, pos_weight, None, divisor, sign, bce=True)
-        return finish_dots(partials, divisor, sign, products)
+        return finish_products(partials, divisor, sign, products)
 
 
 @torch.no_grad()
 def mse_cotangent(x: Tensor, v: Tensor, target: Tensor, mean: bool, sign: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (0-dim float64), c = g + H v (like x) and [g·v, v·Hv] (float64) of the squared error of x.
+    """Return loss, c = g + H v and `[g·v, v·Hv]` of the squared error of x.
 
-    `sign` multiplies g and H. All tensors contiguous, target and v like x.
+    Args:
+        x: outputs, contiguous, as all tensors.
+        v: tangent of x, like it.
+        target: like x.
+        mean: whether the loss is a mean, else a sum.
+        sign: multiplies g and H, not the loss.
+
+    Returns:
+        Loss, 0-dim float64; c, like x; products, float64.
     """
     c = torch.empty_like(x)
     with torch.cuda.device_of(x):
         divisor = _divisor(x, mean)
         partials = _run(x, v, None, target, None, None, c, divisor, sign, bce=False)
-        loss, products = finish_products(partials, divisor, sign)
+        loss, products = finish_cotangent(partials, divisor, sign)
     return loss, c, products
 
 
 @torch.no_grad()
 def mse_products(x: Tensor, v: Tensor, u: Tensor, target: Tensor, products: Tensor, mean: bool, sign: float) -> Tensor:
-    """float64 `[*products, g·u, v·Hu, u·Hu]` for the arguments of `mse_cotangent`."""
+    """Return float64 `[*products, g·u, v·Hu, u·Hu]` for the arguments of `mse_cotangent`."""
     with torch.cuda.device_of(x):
         divisor = _divisor(x, mean)
         partials = _run(x, v, u, target, None, None, None, divisor, sign, bce=False)
-        return finish_dots(partials, divisor, sign, products)
+        return finish_products(partials, divisor, sign, products)

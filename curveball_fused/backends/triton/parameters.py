@@ -1,7 +1,7 @@
-"""The kernels over lists of tensors in Triton: `update_` and `dots`, as `reference` and csrc/math.h specify them.
+"""The kernels over lists of tensors in Triton: `update_` and `dots`, as `reference.parameters` specifies them.
 
-Every program writes its sums, in float64, to slots of its own (see triton_tables), and one last program adds the slots
-up in their order: the bits depend on neither timing nor device.
+Every program writes its sums, in float64, to slots of its own (see `launch_tables`), and one last program adds up the
+slots in their order: the bits depend on neither timing nor device.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_tables import CHUNK, Launch, items_of, numbers, plan
-from .reduce import SUM_BLOCK, TYPES, add_up, by_vector, zeros
+from curveball_fused.backends.dtypes import compute_dtype
+
+from .launch_tables import CHUNK, Launch, device_constants, list_items, plan
+from .reduce import SUM_BLOCK, TYPES, reduce_vectors, sum_partials, sum_rows_kernel, zeros
 from .scalar import as_double, divide_or_zero, is_finite
 from .solve import (
     BETA,
+    BLOCK_SCALARS,
     COUNT,
     LAMBD,
     LINEAR_TERM,
-    PLACES,
     PREDICTED_CHANGE,
     QUADRATIC_TERM,
     RHO,
@@ -34,17 +36,16 @@ from .solve import (
 
 __all__ = ["adapt_damping", "dots", "solve", "update_"]
 
-BODY = 2048  # elements at a time: with 8 warps, two 128-bit loads of float32 in flight for each operand and thread
-TAIL = 512  # elements at a time where accesses may be unaligned or short
+BLOCK_MAIN = 2048  # elements at a time: with 8 warps, two 128-bit loads of float32 in flight an operand and thread
+BLOCK_TAIL = 512  # elements at a time where accesses may be unaligned or short
 WARPS = 8
 
 
 @triton.jit
-def _body(count, addresses, BODY: tl.constexpr):
-    """How many elements of a chunk are whole blocks at aligned addresses. They go without a mask, which makes every
-    access 128 bits wide.
-    """
-    return tl.where(addresses % 16 == 0, count // BODY * BODY, 0)
+def _main_elements(count, addresses, BLOCK_MAIN: tl.constexpr):
+    """Return how many elements of a chunk are whole blocks at aligned addresses."""
+    # They are accessed without a mask, which makes every access 128 bits wide.
+    return tl.where(addresses % 16 == 0, count // BLOCK_MAIN * BLOCK_MAIN, 0)
 
 
 @triton.jit
@@ -59,10 +60,8 @@ def _aligned(address, begin, TYPE: tl.constexpr):
 
 @triton.jit
 def _move(w, z, r, offsets, mask, keep, beta, shrink, lr, finite):
-    """z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z;  both as they are if not finite.
-
-    z that is nearly subnormal becomes zero, as in math.h. Returns the squares of the new z. `mask` may be None.
-    """
+    """Update z and w, unless beta or rho is not finite, and return the squares of z; `mask` may be None."""
+    # z that is nearly subnormal becomes zero, as in csrc/formulas.h.
     negligible: tl.constexpr = 2.0**-970 if z.dtype.element_ty == tl.float64 else 2.0**-103
     w_old, z_old, r_value = tl.load(w + offsets, mask), tl.load(z + offsets, mask), tl.load(r + offsets, mask)
     z_new = keep * z_old - beta * r_value.to(z_old.dtype)
@@ -77,19 +76,20 @@ def _move(w, z, r, offsets, mask, keep, beta, shrink, lr, finite):
 # Not specialized on the alignment of scalars, which would only make for compiling again in the midst of a training.
 @triton.jit(do_not_specialize=["tensors"], do_not_specialize_on_alignment=["lr", "weight_decay"])
 def update_kernel(
-    table,
+    table,  # int64, see `launch_tables.Launch`
     tensors,
-    scalars,
-    lr,
-    weight_decay,
-    partials,
+    scalars,  # [COUNT], float64
+    lr,  # [groups], of any dtype
+    weight_decay,  # [groups], float64
+    partials,  # [slots], float64, written: sums of z²
     W: tl.constexpr,
     Z: tl.constexpr,
     R: tl.constexpr,
     CHUNK: tl.constexpr,
-    BODY: tl.constexpr,
-    TAIL: tl.constexpr,
+    BLOCK_MAIN: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
 ):
+    """Update a chunk: z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z."""
     program = tl.program_id(0).to(tl.int64)
     entry = table + tl.load(table + 7 * tensors + program)
     w_address, z_address, r_address = tl.load(entry), tl.load(entry + tensors), tl.load(entry + 2 * tensors)
@@ -106,55 +106,65 @@ def update_kernel(
 
     begin = chunk * CHUNK
     count = tl.minimum(numel - begin, CHUNK)
-    body = _body(count, w_address | z_address | r_address, BODY)
-    squares = zeros(BODY)
-    for start in range(0, body, BODY):
+    main = _main_elements(count, w_address | z_address | r_address, BLOCK_MAIN)
+    squares = zeros(BLOCK_MAIN)
+    for start in range(0, main, BLOCK_MAIN):
         w, z, r = _aligned(w_address, begin, W), _aligned(z_address, begin, Z), _aligned(r_address, begin, R)
-        offsets = start + tl.arange(0, BODY)
+        offsets = start + tl.arange(0, BLOCK_MAIN)
         squares += _move(w, z, r, offsets, None, keep, beta, shrink, rate, finite)
-    rest = zeros(TAIL)
-    for start in range(body, count, TAIL):
+    rest = zeros(BLOCK_TAIL)
+    for start in range(main, count, BLOCK_TAIL):
         w, z, r = _at(w_address, begin, W), _at(z_address, begin, Z), _at(r_address, begin, R)
-        offsets = start + tl.arange(0, TAIL)
+        offsets = start + tl.arange(0, BLOCK_TAIL)
         more = _move(w, z, r, offsets, offsets < count, keep, beta, shrink, rate, finite)
         rest += tl.where(offsets < count, more, 0.0)
     tl.store(partials + slot, tl.sum(squares) + tl.sum(rest))
 
 
 @triton.jit(do_not_specialize=["groups"], do_not_specialize_on_alignment=["lr"])
-def finish_update_kernel(scalars, partials, bounds, lr, groups, new, BLOCK: tl.constexpr):
+def finish_update_kernel(
+    scalars,  # [COUNT], float64
+    partials,  # [slots], float64
+    bounds,  # [groups + 1], int64: group g has the slots from bounds[g] to bounds[g + 1]
+    lr,  # [groups], of any dtype
+    groups,
+    new,  # [COUNT], float64, written
+    BLOCK: tl.constexpr,
+):
+    """Write new scalars: z.z, and for groups of unequal rates the predicted change."""
     total, moved = as_double(0.0), as_double(0.0)
     first = tl.load(lr).to(tl.float64)
     unequal = 0
     for group in range(groups):
         rate = tl.load(lr + group).to(tl.float64)
-        squares = add_up(partials, tl.load(bounds + group), tl.load(bounds + group + 1), BLOCK)
+        squares = sum_partials(partials, tl.load(bounds + group), tl.load(bounds + group + 1), BLOCK)
         total += squares
         moved += rate * squares
         unequal += (rate != first).to(tl.int32)
-    place = tl.arange(0, PLACES)
-    values = tl.load(scalars + place, mask=place < COUNT)
+    index = tl.arange(0, BLOCK_SCALARS)
+    values = tl.load(scalars + index, mask=index < COUNT)
     # The step is lr_g z in group g; its projection on z is the step of the one lr that the model sees.
     change = predicted_change(
         tl.load(scalars + LINEAR_TERM), tl.load(scalars + QUADRATIC_TERM), divide_or_zero(moved, total)
     )
-    values = tl.where(place == Z_DOT_Z, total, values)
-    values = tl.where((place == PREDICTED_CHANGE) & (unequal > 0), change, values)
-    tl.store(new + place, values, mask=place < COUNT)
+    values = tl.where(index == Z_DOT_Z, total, values)
+    values = tl.where((index == PREDICTED_CHANGE) & (unequal > 0), change, values)
+    tl.store(new + index, values, mask=index < COUNT)
 
 
 @triton.jit(do_not_specialize=["tensors", "slots"])
 def dots_kernel(
-    table,
+    table,  # int64, see `launch_tables.Launch`
     tensors,
-    partials,
+    partials,  # [3, slots], float64, written
     slots,
     Z: tl.constexpr,
     R: tl.constexpr,
     CHUNK: tl.constexpr,
-    BODY: tl.constexpr,
-    TAIL: tl.constexpr,
+    BLOCK_MAIN: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
 ):
+    """Write z.z, z.r and r.r of a chunk."""
     program = tl.program_id(0).to(tl.int64)
     entry = table + tl.load(table + 6 * tensors + program)
     z_address, r_address, numel = tl.load(entry), tl.load(entry + tensors), tl.load(entry + 2 * tensors)
@@ -163,32 +173,26 @@ def dots_kernel(
 
     begin = chunk * CHUNK
     count = tl.minimum(numel - begin, CHUNK)
-    body = _body(count, z_address | r_address, BODY)
+    main = _main_elements(count, z_address | r_address, BLOCK_MAIN)
     VECTOR: tl.constexpr = 128 // Z.primitive_bitwidth
-    zz, zr, rr = zeros(BODY // VECTOR), zeros(BODY // VECTOR), zeros(BODY // VECTOR)
-    for start in range(0, body, BODY):
-        offsets = start + tl.arange(0, BODY)
+    zz, zr, rr = zeros(BLOCK_MAIN // VECTOR), zeros(BLOCK_MAIN // VECTOR), zeros(BLOCK_MAIN // VECTOR)
+    for start in range(0, main, BLOCK_MAIN):
+        offsets = start + tl.arange(0, BLOCK_MAIN)
         z = tl.load(_aligned(z_address, begin, Z) + offsets).to(tl.float64)
         r = tl.load(_aligned(r_address, begin, R) + offsets).to(tl.float64)
-        zz += by_vector(z * z, BODY, VECTOR)
-        zr += by_vector(z * r, BODY, VECTOR)
-        rr += by_vector(r * r, BODY, VECTOR)
+        zz += reduce_vectors(z * z, BLOCK_MAIN, VECTOR)
+        zr += reduce_vectors(z * r, BLOCK_MAIN, VECTOR)
+        rr += reduce_vectors(r * r, BLOCK_MAIN, VECTOR)
     zz_sum, zr_sum, rr_sum = tl.sum(zz), tl.sum(zr), tl.sum(rr)
-    zz, zr, rr = zeros(TAIL), zeros(TAIL), zeros(TAIL)
-    for start in range(body, count, TAIL):
-        offsets = start + tl.arange(0, TAIL)
+    zz, zr, rr = zeros(BLOCK_TAIL), zeros(BLOCK_TAIL), zeros(BLOCK_TAIL)
+    for start in range(main, count, BLOCK_TAIL):
+        offsets = start + tl.arange(0, BLOCK_TAIL)
         z = tl.load(_at(z_address, begin, Z) + offsets, offsets < count, other=0.0).to(tl.float64)
         r = tl.load(_at(r_address, begin, R) + offsets, offsets < count, other=0.0).to(tl.float64)
         zz, zr, rr = zz + z * z, zr + z * r, rr + r * r
     tl.store(slot, zz_sum + tl.sum(zz))
     tl.store(slot + slots, zr_sum + tl.sum(zr))
     tl.store(slot + 2 * slots, rr_sum + tl.sum(rr))
-
-
-@triton.jit(do_not_specialize=["count"])
-def finish_dots_kernel(partials, count, result, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    tl.store(result + row, add_up(partials, row * count, (row + 1) * count, BLOCK))
 
 
 @torch.no_grad()
@@ -202,19 +206,34 @@ def update_(
     weight_decay: Sequence[float],
     lr_tensor: Tensor | None = None,
 ) -> Tensor:
-    """`reference.update_`: z ← (ρ-βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z, in one launch for each
-    combination of dtypes and one more; tensors that are dense and, index by index, of the same layout.
+    """Update w and z as `reference.parameters.update_` does, in one launch for each combination of dtypes and one more.
+
+    Args:
+        params: w, dense.
+        z: state, float64 for float64 parameters, else float32; index by index laid out as w.
+        r: Jᵀc, in the dtype of w or z, laid out as w.
+        scalars: float64, the values named by `SCALARS`; not changed.
+        group_sizes: how many tensors belong to each group.
+        lr: rate of each group.
+        weight_decay: decay of each group.
+        lr_tensor: rates in the place of `lr`, on the device, of any dtype, or None.
+
+    Returns:
+        New scalars.
+
+    Raises:
+        RuntimeError: dtypes do not fit together, or are none of floating point, or a tensor is on another device.
     """
     for w_i, z_i, r_i in zip(params, z, r, strict=True):
-        wanted = torch.float64 if w_i.dtype == torch.float64 else torch.float32
+        wanted = compute_dtype(w_i.dtype)
         if z_i.dtype != wanted or r_i.dtype not in (w_i.dtype, wanted):
             raise RuntimeError(
                 f"z has dtype {z_i.dtype} and r {r_i.dtype} beside a {w_i.dtype} parameter: convert z to {wanted}, and "
                 "r to that or to the parameter's dtype."
             )
     with torch.cuda.device_of(scalars):
-        work = plan(scalars.device, items_of(scalars.device, (params, z, r), group_sizes), len(group_sizes))
-        settings = numbers(scalars.device, *lr, *weight_decay)
+        work = plan(scalars.device, list_items(scalars.device, (params, z, r), group_sizes), len(group_sizes))
+        settings = device_constants(scalars.device, *lr, *weight_decay)
         rates, decays = settings if lr_tensor is None else lr_tensor, settings[len(group_sizes) :]
         partials, new = scalars.new_empty(work.slots), torch.empty_like(scalars)
         for launch in work.launches:
@@ -235,17 +254,18 @@ def update_(
 
 @torch.no_grad()
 def dots(z: Sequence[Tensor], r: Sequence[Tensor]) -> Tensor:
-    """`reference.dots`: float64 `[z·z, z·r, r·r]`, in one launch for each combination of dtypes and one more."""
+    """Return float64 `[z·z, z·r, r·r]`, in one launch for each combination of dtypes and one more."""
     with torch.cuda.device_of(z[0]):
-        work = plan(z[0].device, items_of(z[0].device, (z, r), [len(z)]), 1)
+        work = plan(z[0].device, list_items(z[0].device, (z, r), [len(z)]), 1)
         partials, result = (z[0].new_empty(shape, dtype=torch.float64) for shape in ((3, work.slots), (3,)))
         for launch in work.launches:
             run(dots_kernel, launch, partials, work.slots)
-        finish_dots_kernel[(3,)](partials, work.slots, result, BLOCK=SUM_BLOCK, num_warps=WARPS, enable_fp_fusion=False)
+        sum_rows_kernel[(3,)](partials, work.slots, result, BLOCK=SUM_BLOCK, num_warps=WARPS, enable_fp_fusion=False)
     return result
 
 
 def run(kernel: Any, launch: Launch, *arguments: Any) -> None:
+    """Run one launch of a kernel over lists."""
     types = (TYPES[dtype] for dtype in launch.dtypes)
     kernel[(launch.programs,)](
         launch.table,
@@ -253,8 +273,8 @@ def run(kernel: Any, launch: Launch, *arguments: Any) -> None:
         *arguments,
         *types,
         CHUNK=CHUNK,
-        BODY=BODY,
-        TAIL=TAIL,
+        BLOCK_MAIN=BLOCK_MAIN,
+        BLOCK_TAIL=BLOCK_TAIL,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: sums in a fixed order, and the last program of each loss operator.
+"""Sums in a fixed order, and the last program of each loss operator: what the Triton kernels share.
 
 A program writes its partial sums, float64, to a place of its own; one last program adds them up. So the bits depend on
 neither timing nor device.
@@ -23,19 +23,15 @@ TYPES = {
 }
 
 
-def arithmetic(x: Tensor) -> torch.dtype:
-    """What the losses compute in: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @triton.jit
 def zeros(N: tl.constexpr):
+    """Return N zeros, float64."""
     return tl.zeros((N,), tl.float64)
 
 
 @triton.jit
-def add_up(partials, begin, end, BLOCK: tl.constexpr):
-    """The sum of partials[begin:end], in an order that depends on nothing but the number of terms."""
+def sum_partials(partials, begin, end, BLOCK: tl.constexpr):
+    """Return the sum of partials[begin:end], in an order that depends on nothing but the number of terms."""
     lanes = zeros(BLOCK)
     for start in range(begin, end, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -44,18 +40,34 @@ def add_up(partials, begin, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def by_vector(x, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Sums in float64 of what one thread loads at once, neighbors all: far fewer sums to carry than elements."""
+def reduce_vectors(x, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Return the sums, float64, of what one thread loads at once, all neighbors: fewer sums to carry than elements."""
     return tl.sum(tl.reshape(x.to(tl.float64), (BLOCK // VECTOR, VECTOR)), 1)
 
 
 @triton.jit(do_not_specialize=["count"])
-def finish_kernel(partials, count, divisor, sign: tl.float64, loss, products, result, BLOCK: tl.constexpr):
-    """From partials [3, count] loss and the first two products or, where these are given, all five."""
+def sum_rows_kernel(partials, count, result, BLOCK: tl.constexpr):
+    """Write result [n], the sums of the rows of partials [n, count], float64, by a program each."""
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(result + row, sum_partials(partials, row * count, (row + 1) * count, BLOCK))
+
+
+@triton.jit(do_not_specialize=["count"])
+def finish_kernel(
+    partials,  # [3, count], float64, as all here
+    count,
+    divisor,  # [1]
+    sign: tl.float64,
+    loss,  # [1]; None in the second call
+    products,  # [2], of the first call; None in the first
+    result,  # [2], or [5] in the second call
+    BLOCK: tl.constexpr,
+):
+    """Write the loss and the first two products or, where these are given, all five products."""
     scale = tl.load(divisor)
-    first = add_up(partials, 0, count, BLOCK) / scale
-    second = as_double(sign) * add_up(partials, count, 2 * count, BLOCK) / scale
-    third = as_double(sign) * add_up(partials, 2 * count, 3 * count, BLOCK) / scale
+    first = sum_partials(partials, 0, count, BLOCK) / scale
+    second = as_double(sign) * sum_partials(partials, count, 2 * count, BLOCK) / scale
+    third = as_double(sign) * sum_partials(partials, 2 * count, 3 * count, BLOCK) / scale
     if products is None:
         tl.store(loss, first)
         tl.store(result, second)
@@ -68,15 +80,15 @@ def finish_kernel(partials, count, divisor, sign: tl.float64, loss, products, re
         tl.store(result + 4, third)
 
 
-def finish_products(partials: Tensor, divisor: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-    """Loss, 0-dim, and products [2], both float64, from `partials` [3, any number]."""
+def finish_cotangent(partials: Tensor, divisor: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    """Return the loss, 0-dim, and products [2], both float64, from `partials` [3, any number]."""
     loss, products = partials.new_empty(()), partials.new_empty(2)
     _finish(partials, divisor, sign, loss, None, products)
     return loss, products
 
 
-def finish_dots(partials: Tensor, divisor: Tensor, sign: float, products: Tensor) -> Tensor:
-    """All five products, float64, from the first two and `partials` [3, any number]."""
+def finish_products(partials: Tensor, divisor: Tensor, sign: float, products: Tensor) -> Tensor:
+    """Return all five products, float64, from the first two and `partials` [3, any number]."""
     result = partials.new_empty(5)
     _finish(partials, divisor, sign, None, products, result)
     return result

@@ -1,7 +1,8 @@
 """Rows of logits: how the Triton kernels of cross-entropy walk them, and what they compute on the way.
 
-Of short rows several make a tile. A long row is walked in three pieces: a head of less than 16 elements, a body without
-masks whose accesses are 128 bits wide, and a tail; head and tail together are its edges.
+Of short rows several make a tile. A long row is walked in three parts: a head of less than 16 elements; the main part,
+an aligned range of columns, in blocks without masks whose accesses are 128 bits wide; and a tail. Head and tail
+together are its edges, in blocks with masks.
 """
 
 from __future__ import annotations
@@ -16,44 +17,56 @@ DIVISORS = tl.constexpr(128)  # programs that add up D
 
 
 @triton.jit
-def own_weight(target, weight, row, exists, classes, ignore_index, A):
-    """Of each row: target, whether it counts, whether its target is a class, and if so the weight of that class."""
+def own_weight(target, weight, row, exists, classes, ignore_index, ACC):
+    """Return each row's target, whether it counts, whether it is a class, and if so the weight of that class."""
     y = tl.load(target + row, exists, other=0)
     kept = exists & (y != ignore_index)
     known = kept & (y >= 0) & (y < classes)
-    own = tl.where(known, 1.0, 0.0).to(A) if weight is None else tl.load(weight + y, known, other=0.0)
+    own = tl.where(known, 1.0, 0.0).to(ACC) if weight is None else tl.load(weight + y, known, other=0.0)
     return y, kept, known, own
 
 
 @triton.jit(do_not_specialize=["n", "classes", "ignore_index"])
-def divisor_kernel(target, weight, divisors, n, classes, ignore_index, A: tl.constexpr, BLOCK: tl.constexpr):
+def divisor_kernel(
+    target,  # [n], int64
+    weight,  # [classes], of dtype ACC, or None
+    divisors,  # [DIVISORS], float64, written
+    n,
+    classes,
+    ignore_index,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write partial sums of D, the weights of the targets."""
     program = tl.program_id(0).to(tl.int64)
     lanes = zeros(BLOCK)
     for start in range(program * BLOCK, n, DIVISORS * BLOCK):
         row = start + tl.arange(0, BLOCK)
-        _, _, _, own = own_weight(target, weight, row, row < n, classes, ignore_index, A)
+        _, _, _, own = own_weight(target, weight, row, row < n, classes, ignore_index, ACC)
         lanes += own.to(tl.float64)
     tl.store(divisors + program, tl.sum(lanes))
 
 
 @triton.jit
-def targets(target, weight, row, n, classes, ignore_index, smoothing, mass, A, SMOOTH):
-    """The rows' targets, and t in parts: `own` at the target, `each` times the class weight everywhere, their sum s.
+def targets(target, weight, row, n, classes, ignore_index, smoothing, mass, ACC, SMOOTH):
+    """Return the rows' targets, and t in parts.
 
-    A target that is neither a class nor ignored makes them NaN.
+    Returns:
+        Target, whether it counts, whether it is a class; t: `own` at the target, `each` times the class weight
+        everywhere, and their sum s, NaN for a target that is neither a class nor ignored.
     """
-    y, kept, known, own = own_weight(target, weight, row, row < n, classes, ignore_index, A)
+    y, kept, known, own = own_weight(target, weight, row, row < n, classes, ignore_index, ACC)
     own = tl.where(kept == known, own, float("nan"))
     each = tl.zeros_like(own)
     if SMOOTH:
-        each = tl.where(kept, (as_double(smoothing) / classes).to(A), each)
-        own = (1.0 - as_double(smoothing)).to(A) * own
+        each = tl.where(kept, (as_double(smoothing) / classes).to(ACC), each)
+        own = (1.0 - as_double(smoothing)).to(ACC) * own
     return y, kept, known, own, each, own + each * mass
 
 
 @triton.jit
-def total_mass(weight, classes, A, SMOOTH, BLOCK):
-    """The sum of all class weights, where it is needed."""
+def total_mass(weight, classes, ACC, SMOOTH, BLOCK):
+    """Return the sum of all class weights, where it is needed."""
     mass = as_double(classes)
     if SMOOTH and weight is not None:
         lanes = zeros(BLOCK)
@@ -61,37 +74,37 @@ def total_mass(weight, classes, A, SMOOTH, BLOCK):
             column = start + tl.arange(0, BLOCK)
             lanes += tl.load(weight + column, column < classes, other=0.0).to(tl.float64)
         mass = tl.sum(lanes)
-    return mass.to(A)
+    return mass.to(ACC)
 
 
 @triton.jit
-def pieces(tile, classes, ROWS, BODY):
-    """Columns where the body of a long row begins and ends; of short rows all is tail."""
+def aligned_range(tile, classes, ROWS, BLOCK_MAIN):
+    """Return the columns where the main part of a long row begins and ends; short rows have none."""
     begin, end = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     if ROWS == 1:
         begin = (16 - tile * classes % 16) % 16
-        end = begin + (classes - begin) // BODY * BODY
+        end = begin + (classes - begin) // BLOCK_MAIN * BLOCK_MAIN
     return begin, end
 
 
 @triton.jit
-def edge_at(i, begin, end, classes, exists, EDGE):
-    """Columns of the i-th piece outside the body (the head is number 0), and which of them are there."""
-    column = tl.where(i == 0, begin - 16, end + (i - 1) * EDGE) + tl.arange(0, EDGE)[None, :]
+def edge_block(i, begin, end, classes, exists, BLOCK_EDGE):
+    """Return the columns of the i-th edge block (the head is number 0), and which of them exist."""
+    column = tl.where(i == 0, begin - 16, end + (i - 1) * BLOCK_EDGE) + tl.arange(0, BLOCK_EDGE)[None, :]
     return column, (column >= 0) & (column < tl.where(i == 0, begin, classes)) & exists[:, None]
 
 
 @triton.jit
-def body_at(tile, classes, begin, block, BODY):
-    """Columns of a block of the body of a long row, and their offsets in the matrix: from a multiple of 16 on."""
-    column = begin + block * BODY + tl.arange(0, BODY)[None, :]
+def main_block(tile, classes, begin, block, BLOCK_MAIN):
+    """Return the columns of a main block, and their offsets in the matrix: from a multiple of 16 on."""
+    column = begin + block * BLOCK_MAIN + tl.arange(0, BLOCK_MAIN)[None, :]
     first = tl.multiple_of(tile * classes + begin, 16)
-    return column, first + block * BODY + tl.arange(0, BODY)[None, :]
+    return column, first + block * BLOCK_MAIN + tl.arange(0, BLOCK_MAIN)[None, :]
 
 
 @triton.jit
-def absorb(x, v, peak, total, moment):
-    """The running maximum, Σ exp(x - peak) and Σ exp(x - peak) v of each lane, by a single exponential."""
+def online_softmax_update(x, v, peak, total, moment):
+    """Update each lane's running maximum, Σ exp(x - peak) and Σ exp(x - peak) v, by a single exponential."""
     difference = x - peak
     small = tl.exp(-tl.abs(difference))
     larger = difference > 0.0
@@ -101,8 +114,8 @@ def absorb(x, v, peak, total, moment):
 
 
 @triton.jit
-def join(peak, total, moment, other_peak, other_total, other_moment):
-    """Lanes [rows, lanes] into rows, and another such result with it."""
+def online_softmax_merge(peak, total, moment, other_peak, other_total, other_moment):
+    """Merge two sets of lanes [rows, lanes] into one result for each row."""
     top = tl.maximum(tl.max(peak, 1), tl.max(other_peak, 1))
     scale, other_scale = tl.exp(peak - top[:, None]), tl.exp(other_peak - top[:, None])
     total = tl.sum(total * scale, 1) + tl.sum(other_total * other_scale, 1)
@@ -110,14 +123,14 @@ def join(peak, total, moment, other_peak, other_total, other_moment):
 
 
 @triton.jit
-def curve(x, v, column, inside, weight, y, own, each, s, log_total, top, mean, scale, A, SMOOTH):
-    """c of a piece of rows, and of each lane p v'², w log p and w v'."""
+def cotangent_terms(x, v, column, inside, weight, y, own, each, s, log_total, top, mean, scale, ACC, SMOOTH):
+    """Return c of a block, and of each lane p v'², w log p and w v'."""
     log_p = x - top[:, None] - log_total[:, None]
     p, v = tl.exp(log_p), v - mean[:, None]
     t = tl.where(column == y[:, None], own[:, None], 0.0)
     log_sum, v_sum = tl.zeros_like(p), tl.zeros_like(p)
     if SMOOTH:
-        w = tl.full(p.shape, 1.0, A)
+        w = tl.full(p.shape, 1.0, ACC)
         if weight is not None:
             w = tl.load(weight + column, inside)
         t += each[:, None] * w
@@ -129,11 +142,11 @@ def curve(x, v, column, inside, weight, y, own, each, s, log_total, top, mean, s
 
 
 @triton.jit
-def bend_of(x, v, u, offsets, column, inside, weight, log_total, v_mean, u_mean, A, SMOOTH):
-    """Of each lane p v' u', p u'² and w u'."""
-    p = tl.exp(tl.load(x + offsets, inside, eviction_policy="evict_first").to(A) - log_total[:, None])
-    v_value = tl.load(v + offsets, inside).to(A) - v_mean[:, None]
-    u_value = tl.load(u + offsets, inside, eviction_policy="evict_first").to(A) - u_mean[:, None]
+def curvature_terms(x, v, u, offsets, column, inside, weight, log_total, v_mean, u_mean, ACC, SMOOTH):
+    """Return p v' u', p u'² and w u' of each lane."""
+    p = tl.exp(tl.load(x + offsets, inside, eviction_policy="evict_first").to(ACC) - log_total[:, None])
+    v_value = tl.load(v + offsets, inside).to(ACC) - v_mean[:, None]
+    u_value = tl.load(u + offsets, inside, eviction_policy="evict_first").to(ACC) - u_mean[:, None]
     vpu, upu, wu = p * u_value * v_value, p * u_value * u_value, tl.zeros_like(p)
     if SMOOTH:
         wu = u_value

@@ -1,4 +1,4 @@
-"""The scalar kernels in Triton: `solve` and `adapt_damping`, as `reference` and csrc/math.h specify them.
+"""The scalar kernels in Triton: `solve` and `adapt_damping`, which `reference.parameters` and csrc/formulas.h specify.
 
 One program each, in float64. Parameters of type float64 reach a kernel exactly (others would be rounded to float32).
 """
@@ -27,20 +27,20 @@ LOSS = tl.constexpr(layout.LOSS)
 SKIPPED_STEPS = tl.constexpr(layout.SKIPPED_STEPS)
 SAFE_STEPS = tl.constexpr(layout.SAFE_STEPS)
 COUNT = tl.constexpr(len(layout.SCALARS))
-PLACES = tl.constexpr(triton.next_power_of_2(len(layout.SCALARS)))
+BLOCK_SCALARS = tl.constexpr(triton.next_power_of_2(len(layout.SCALARS)))
 RANK_TOLERANCE = tl.constexpr(layout.RANK_TOLERANCE)
 CONVEX_TOLERANCE = tl.constexpr(layout.CONVEX_TOLERANCE)
 
 
 @triton.jit
 def predicted_change(linear_term, quadratic_term, lr):
-    """M = -lr x.b + lr^2 x'Ax / 2."""
+    """Return M = -lr x.b + lr^2 x'Ax / 2."""
     return -lr * linear_term + 0.5 * lr * lr * quadratic_term
 
 
 @triton.jit
 def _solve_both(a11, a12, a22, b1, b2):
-    """x = A^+ b, after scaling A to unit diagonal; a zero on the diagonal leaves the other equation alone."""
+    """Solve x = A^+ b, after scaling A to unit diagonal; a zero on the diagonal leaves the other equation alone."""
     s1, s2 = tl.sqrt(tl.maximum(a11, 0.0)), tl.sqrt(tl.maximum(a22, 0.0))
     c = divide_or_zero(divide_or_zero(a12, s1), s2)
     y1, y2 = divide_or_zero(b1, s1), divide_or_zero(b2, s2)
@@ -54,18 +54,19 @@ def _solve_both(a11, a12, a22, b1, b2):
 
 @triton.jit(do_not_specialize_on_alignment=["loss", "lr_tensor"])
 def solve_kernel(
-    scalars,
-    loss,
-    products,
-    dots,
+    scalars,  # [COUNT], float64
+    loss,  # [1], of any dtype
+    products,  # [5], float64
+    dots,  # [3], float64, or None
     beta: tl.float64,
     rho: tl.float64,
     lr: tl.float64,
-    lr_tensor,
-    new,
+    lr_tensor,  # [1], of any dtype, or None
+    new,  # [COUNT], float64, written
     BETA_FIXED: tl.constexpr,
     RHO_FIXED: tl.constexpr,
 ):
+    """Write new scalars, by one program."""
     gz, zhz, gr = tl.load(products), tl.load(products + 1), tl.load(products + 2)
     zhr, rhr = tl.load(products + 3), tl.load(products + 4)
     lambd = tl.load(scalars + LAMBD)
@@ -104,32 +105,33 @@ def solve_kernel(
     finite = is_finite(rate) & is_finite(value) & is_finite(x1) & is_finite(x2) & is_finite(zz) & is_finite(zr)
     finite = finite & is_finite(rr) & is_finite(gz) & is_finite(zhz) & is_finite(gr) & is_finite(zhr) & is_finite(rhr)
 
-    place = tl.arange(0, PLACES)
-    values = tl.load(scalars + place, mask=place < COUNT)
+    index = tl.arange(0, BLOCK_SCALARS)
+    values = tl.load(scalars + index, mask=index < COUNT)
     nan = as_double(float("nan"))  # by which the update leaves w and z alone
-    values = tl.where(place == BETA, tl.where(finite, x1, nan), values)
-    values = tl.where(place == RHO, tl.where(finite, -x2, nan), values)
-    values = tl.where(place == LINEAR_TERM, tl.where(finite, linear_term, 0.0), values)
-    values = tl.where(place == QUADRATIC_TERM, tl.where(finite, quadratic_term, 0.0), values)
+    values = tl.where(index == BETA, tl.where(finite, x1, nan), values)
+    values = tl.where(index == RHO, tl.where(finite, -x2, nan), values)
+    values = tl.where(index == LINEAR_TERM, tl.where(finite, linear_term, 0.0), values)
+    values = tl.where(index == QUADRATIC_TERM, tl.where(finite, quadratic_term, 0.0), values)
     change = tl.where(finite, predicted_change(linear_term, quadratic_term, rate), 0.0)
-    values = tl.where(place == PREDICTED_CHANGE, change, values)
-    values = tl.where(place == LOSS, value, values)
-    values += tl.where(place == SKIPPED_STEPS, tl.where(finite, 0.0, 1.0), 0.0)
-    values += tl.where(place == SAFE_STEPS, tl.where(finite & safe, 1.0, 0.0), 0.0)
-    tl.store(new + place, values, mask=place < COUNT)
+    values = tl.where(index == PREDICTED_CHANGE, change, values)
+    values = tl.where(index == LOSS, value, values)
+    values += tl.where(index == SKIPPED_STEPS, tl.where(finite, 0.0, 1.0), 0.0)
+    values += tl.where(index == SAFE_STEPS, tl.where(finite & safe, 1.0, 0.0), 0.0)
+    tl.store(new + index, values, mask=index < COUNT)
 
 
 @triton.jit(do_not_specialize_on_alignment=["new_loss"])
 def adapt_damping_kernel(
-    scalars,
-    new_loss,
+    scalars,  # [COUNT], float64
+    new_loss,  # [1], of any dtype
     low: tl.float64,
     high: tl.float64,
     factor: tl.float64,
     minimum: tl.float64,
     maximum: tl.float64,
-    new,
+    new,  # [COUNT], float64, written
 ):
+    """Write new scalars, by one program."""
     lambd, change = tl.load(scalars + LAMBD), tl.load(scalars + PREDICTED_CHANGE)
     value = tl.load(new_loss).to(tl.float64)
     ratio = (value - tl.load(scalars + LOSS)) / tl.where(change == 0.0, 1.0, change)
@@ -140,12 +142,12 @@ def adapt_damping_kernel(
     adapted = tl.where(adapted < as_double(minimum), as_double(minimum), adapted)
     adapted = tl.where(adapted > as_double(maximum), as_double(maximum), adapted)
     # A skipped step, or one that predicts nothing, teaches nothing.
-    taught = is_finite(tl.load(scalars + BETA)) & (change != 0.0)
-    place = tl.arange(0, PLACES)
-    values = tl.load(scalars + place, mask=place < COUNT)
-    values = tl.where(place == LAMBD, tl.where(taught, adapted, lambd), values)
-    values = tl.where(place == RATIO, tl.where(taught, ratio, tl.load(scalars + RATIO)), values)
-    tl.store(new + place, values, mask=place < COUNT)
+    valid = is_finite(tl.load(scalars + BETA)) & (change != 0.0)
+    index = tl.arange(0, BLOCK_SCALARS)
+    values = tl.load(scalars + index, mask=index < COUNT)
+    values = tl.where(index == LAMBD, tl.where(valid, adapted, lambd), values)
+    values = tl.where(index == RATIO, tl.where(valid, ratio, tl.load(scalars + RATIO)), values)
+    tl.store(new + index, values, mask=index < COUNT)
 
 
 @torch.no_grad()
@@ -159,7 +161,7 @@ def solve(
     lr: float,
     lr_tensor: Tensor | None = None,
 ) -> Tensor:
-    """`reference.solve`: new scalars, with β and ρ, float64. All tensors on one device."""
+    """Return new scalars, with β and ρ, as `reference.parameters.solve` does; all tensors are on one device."""
     new = torch.empty_like(scalars)
     fixed = dict(BETA_FIXED=beta is not None, RHO_FIXED=rho is not None)
     with torch.cuda.device_of(scalars):
@@ -184,7 +186,7 @@ def solve(
 def adapt_damping(
     scalars: Tensor, new_loss: Tensor, low: float, high: float, factor: float, minimum: float, maximum: float
 ) -> Tensor:
-    """`reference.adapt_damping`: new scalars, with λ and γ, float64. All tensors on one device."""
+    """Return new scalars, with λ and γ, as `reference.parameters.adapt_damping` does; all tensors are on one device."""
     new = torch.empty_like(scalars)
     with torch.cuda.device_of(scalars):
         adapt_damping_kernel[(1,)](

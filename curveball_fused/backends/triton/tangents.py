@@ -1,4 +1,4 @@
-"""The tangent operators in Triton: what a map of the tape needs of a function in one fused pass."""
+"""The tangent operators in Triton, each one fused pass over memory."""
 
 from __future__ import annotations
 

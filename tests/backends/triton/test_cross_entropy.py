@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.reference import closed_forms
 from curveball_fused.backends.triton import losses as triton_losses
-from curveball_fused.backends.triton.row_blocks import pieces
-from tests.helpers.triton_cases import DEVICE, INF, NAN, RUNTIME_WARNINGS, arithmetic, draw, every_dtype
+from curveball_fused.backends.triton.row_blocks import aligned_range
+from tests.helpers.triton_cases import DEVICE, INF, NAN, RUNTIME_WARNINGS, draw, every_dtype
 from tests.helpers.triton_cases import check_loss as check
 
 triton = pytest.importorskip("triton")
@@ -32,16 +33,18 @@ class Case:
         self.ignore_index, self.mean, self.smoothing, self.sign = -100, True, 0.0, 1.0
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, c, all five products, and rows."""
+        """Loss, c, all five products, and row_stats."""
         options = (self.ignore_index, self.mean, self.smoothing, self.sign)
-        loss, c, two, rows = triton_losses.cross_entropy_cotangent(self.x, self.v, self.target, self.weight, *options)
+        loss, c, two, row_stats = triton_losses.cross_entropy_cotangent(
+            self.x, self.v, self.target, self.weight, *options
+        )
         products = triton_losses.cross_entropy_products(
-            self.x, self.v, self.u, self.target, self.weight, rows, two, *options
+            self.x, self.v, self.u, self.target, self.weight, row_stats, two, *options
         )
         assert torch.equal(products[:2].isnan(), two.isnan()) and torch.equal(
             products[:2].nan_to_num(), two.nan_to_num()
         )
-        return loss, c, products, rows
+        return loss, c, products, row_stats
 
     def options(self) -> dict[str, Any]:
         weight = None if self.weight is None else self.weight.double()
@@ -69,7 +72,7 @@ def test_cross_entropy_over_classes(classes: int) -> None:
 def test_cross_entropy_over_dtypes(dtype: torch.dtype, classes: int) -> None:
     for offset in (0, 1):
         case = Case(5, classes, dtype, offset=offset)
-        case.weight, case.sign = torch.rand(classes, dtype=arithmetic(dtype), device=DEVICE) + 0.1, -1.0
+        case.weight, case.sign = torch.rand(classes, dtype=compute_dtype(dtype), device=DEVICE) + 0.1, -1.0
         case.check()
 
 
@@ -96,8 +99,8 @@ def test_no_rows() -> None:
     case = Case(0, 5, torch.float32)
     assert case.run()[0].isnan()
     case.mean = False
-    loss, c, products, rows = case.run()
-    assert loss == 0 and c.shape == (0, 5) and not products.any() and rows.shape == (0, 3)
+    loss, c, products, row_stats = case.run()
+    assert loss == 0 and c.shape == (0, 5) and not products.any() and row_stats.shape == (0, 3)
 
 
 @pytest.mark.parametrize("classes", [5, 400])
@@ -116,11 +119,11 @@ def test_what_is_kept_of_each_row(classes: int) -> None:
     case = Case(4, classes, torch.float64)
     case.weight = torch.rand(classes, dtype=torch.float64, device=DEVICE)
     case.sign, case.target[1], case.smoothing = -1.0, case.ignore_index, 0.2
-    rows, kept = case.run()[3], torch.tensor([0, 2, 3])
+    row_stats, kept = case.run()[3], torch.tensor([0, 2, 3])
     own = case.weight[case.target[kept]]
     s = 0.8 * own + 0.2 / classes * case.weight.sum()
     expected = (case.x.logsumexp(1)[kept], (case.x.softmax(1) * case.v).sum(1)[kept], s / own.sum())
-    torch.testing.assert_close(rows[kept], torch.stack(expected, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(row_stats[kept], torch.stack(expected, 1), rtol=1e-12, atol=1e-12)
     assert Case(2, classes, torch.float16).run()[3].dtype == torch.float32
 
 
@@ -155,18 +158,18 @@ def test_a_target_that_is_no_class(classes: int, bad: int, weighted: bool) -> No
 
 
 @triton.jit
-def store_pieces(result, classes, BODY: tl.constexpr):
+def store_aligned_range(result, classes, BLOCK_MAIN: tl.constexpr):
     tile = tl.program_id(0).to(tl.int64)
-    begin, end = pieces(tile, classes, 1, BODY)
+    begin, end = aligned_range(tile, classes, 1, BLOCK_MAIN)
     tl.store(result + 2 * tile, begin)
     tl.store(result + 2 * tile + 1, end)
 
 
 @pytest.mark.parametrize("classes", [257, 1000, 1024, 50257])
-def test_bodies_of_long_rows_begin_aligned(classes: int) -> None:
-    """The kernels rely on it, and the interpreter would not tell."""
+def test_the_aligned_range_of_long_rows(classes: int) -> None:
+    """The kernels rely on it, and the interpreter would not notice."""
     result = torch.zeros(40, 2, dtype=torch.int64, device=DEVICE)
-    store_pieces[(40,)](result, classes, BODY=256)
+    store_aligned_range[(40,)](result, classes, BLOCK_MAIN=256)
     begin, end = result.unbind(1)
     assert ((torch.arange(40, device=DEVICE) * classes + begin) % 16 == 0).all()
     assert (begin >= 0).all() and (begin < 16).all() and (end <= classes).all() and (end > classes - 256).all()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import Z_DOT_Z
 from curveball_fused.backends.triton import launch_tables as triton_tables
 from curveball_fused.backends.triton import parameters as triton_parameters
@@ -21,11 +22,10 @@ from tests.helpers.triton_cases import (
     named,
     scalars,
 )
-from tests.helpers.triton_cases import arithmetic as state_dtype
 
 pytestmark = RUNTIME_WARNINGS
-BODY, TAIL, CHUNK = triton_parameters.BODY, triton_parameters.TAIL, triton_tables.CHUNK
-SIZES = [1, 7, 0, 16, TAIL + 1, BODY - 1, BODY, BODY + 1, CHUNK, CHUNK + BODY + 3]
+BLOCK_MAIN, BLOCK_TAIL, CHUNK = triton_parameters.BLOCK_MAIN, triton_parameters.BLOCK_TAIL, triton_tables.CHUNK
+SIZES = [1, 7, 0, 16, BLOCK_TAIL + 1, BLOCK_MAIN - 1, BLOCK_MAIN, BLOCK_MAIN + 1, CHUNK, CHUNK + BLOCK_MAIN + 3]
 
 
 def draw(size: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
@@ -76,7 +76,7 @@ def check_update(
 
 @every_dtype
 def test_update_over_sizes(dtype: torch.dtype) -> None:
-    w, z, r = ([draw(n, d) for n in SIZES] for d in (dtype, state_dtype(dtype), dtype))
+    w, z, r = ([draw(n, d) for n in SIZES] for d in (dtype, compute_dtype(dtype), dtype))
     check_update(w, z, r, [len(SIZES)], [0.6], [0.05])
 
 
@@ -93,8 +93,8 @@ def test_z_does_not_become_subnormal(dtype: torch.dtype) -> None:
 @every_dtype
 @pytest.mark.parametrize("misaligned", [0, 1, 2])
 def test_update_at_odd_addresses(dtype: torch.dtype, misaligned: int) -> None:
-    sizes = [1, BODY + 5, 2 * BODY]
-    dtypes = (dtype, state_dtype(dtype), dtype)
+    sizes = [1, BLOCK_MAIN + 5, 2 * BLOCK_MAIN]
+    dtypes = (dtype, compute_dtype(dtype), dtype)
     lists = [[draw(n, d, offset=int(i == misaligned)) for n in sizes] for i, d in enumerate(dtypes)]
     check_update(*lists, [1, 2], [0.6, 0.9], [0.05, 0.0])
 
@@ -104,8 +104,8 @@ def test_groups_of_mixed_dtypes(lr_dtype: torch.dtype | None) -> None:
     """Four groups, one of them without tensors, dtypes in turn, r in the dtype of w or of z."""
     dtypes = [DTYPES[i % 4] for i in range(11)]
     w = [draw(3 + 700 * i, d) for i, d in enumerate(dtypes)]
-    z = [draw(3 + 700 * i, state_dtype(d)) for i, d in enumerate(dtypes)]
-    r = [draw(3 + 700 * i, d if i % 2 else state_dtype(d)) for i, d in enumerate(dtypes)]
+    z = [draw(3 + 700 * i, compute_dtype(d)) for i, d in enumerate(dtypes)]
+    r = [draw(3 + 700 * i, d if i % 2 else compute_dtype(d)) for i, d in enumerate(dtypes)]
     rates = None if lr_dtype is None else torch.tensor([0.5, 1.0, 0.25, 0.75], dtype=lr_dtype, device=DEVICE)
     check_update(w, z, r, [4, 1, 0, 6], [0.1, 0.7, 0.3, 0.9], [0.05, 0.0, 0.3, 0.01], rates)
 
@@ -124,7 +124,7 @@ def test_learning_rate_and_decay_in_full_precision() -> None:
 @every_dtype
 @pytest.mark.parametrize("bad", [(NAN, 0.9), (0.1, NAN), (INF, 0.9), (0.1, -INF)])
 def test_coefficients_that_are_not_finite_change_nothing(dtype: torch.dtype, bad: tuple[float, float]) -> None:
-    w, z = [draw(BODY + 300, dtype)], [draw(BODY + 300, state_dtype(dtype))]
+    w, z = [draw(BLOCK_MAIN + 300, dtype)], [draw(BLOCK_MAIN + 300, compute_dtype(dtype))]
     w[0][:2], z[0][:1] = NAN, -0.0
     before = w[0].clone(), z[0].clone()
     given = scalars(beta=bad[0], rho=bad[1])
@@ -148,7 +148,7 @@ def test_many_small_tensors() -> None:
 
 
 def test_tables_follow_the_tensors() -> None:
-    """What is remembered belongs to addresses, sizes and settings; values may change in place."""
+    """What is cached belongs to addresses, sizes and settings; values may change in place."""
     w, z, r = ([draw(40, torch.float32) for _ in range(2)] for _ in range(3))
     for lr in (0.5, 0.5, 0.25):
         check_update(w, z, r, [2], [lr], [0.1])
@@ -158,9 +158,9 @@ def test_tables_follow_the_tensors() -> None:
 
 @every_dtype
 def test_dots(dtype: torch.dtype) -> None:
-    z, r = [draw(n, state_dtype(dtype)) for n in SIZES], [draw(n, dtype) for n in SIZES]
-    z += [draw(BODY + 9, torch.float64, offset=1), draw(BODY + 9, torch.float32)]
-    r += [draw(BODY + 9, torch.float16), draw(BODY + 9, torch.float64, offset=1)]
+    z, r = [draw(n, compute_dtype(dtype)) for n in SIZES], [draw(n, dtype) for n in SIZES]
+    z += [draw(BLOCK_MAIN + 9, torch.float64, offset=1), draw(BLOCK_MAIN + 9, torch.float32)]
+    r += [draw(BLOCK_MAIN + 9, torch.float16), draw(BLOCK_MAIN + 9, torch.float64, offset=1)]
     flat_z, flat_r = (torch.cat([t.double() for t in tensors]) for tensors in (z, r))
     expected = torch.stack((flat_z @ flat_z, flat_z @ flat_r, flat_r @ flat_r))
     torch.testing.assert_close(triton_parameters.dots(z, r), expected, rtol=1e-12, atol=1e-10)
@@ -175,7 +175,7 @@ def test_dots_of_values_whose_square_overflows_float32() -> None:
 def test_offsets_beyond_32_bits() -> None:
     """One program of a tensor that claims more than 2³² elements, of which only the last chunk is there."""
     first = 2**32 // CHUNK + 7
-    begin, n = first * CHUNK, BODY + 40
+    begin, n = first * CHUNK, BLOCK_MAIN + 40
     z, r, partials = draw(n, torch.float32), draw(n, torch.float32), draw(3, torch.float64)
     expected = [(z.double() * z.double()).sum(), (z.double() * r.double()).sum(), (r.double() * r.double()).sum()]
     addresses = [t.data_ptr() - begin * t.element_size() for t in (z, r)]
