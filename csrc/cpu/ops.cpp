@@ -1,4 +1,4 @@
-// The operators torch.ops.curveball_fused.* and their CPU implementations.
+// The operators on lists of parameters, on the CPU; and the schemas of all operators torch.ops.curveball_fused.*.
 // Built on LibTorch's stable ABI only, so one binary serves torch 2.11 and later.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
