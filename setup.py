@@ -1,4 +1,8 @@
-"""Builds the native operators, curveball_fused._C and curveball_fused._C_cuda. The rest stands in pyproject.toml.
+"""Build the native operators, curveball_fused._C and curveball_fused._C_cuda. The rest stands in pyproject.toml.
+
+Written by hand, as torch.utils.cpp_extension cannot do three things: build without importing torch; build the CUDA
+kernels beside a CPU-only torch, through a stub of libtorch_cuda; and link CUDA's runtime into the library, hidden, so
+that it meets neither torch's nor the system's.
 
 The torch that is installed supplies headers and libraries, so install it first and build without isolation:
 
@@ -49,7 +53,7 @@ def fail(message, way_out):
 
 
 def find_torch() -> Path:
-    """The directory of the installed torch, found without importing it."""
+    """Return the directory of the installed torch, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None:
         fail(
@@ -66,7 +70,7 @@ def find_torch() -> Path:
 
 
 def cuda_of_torch():
-    """The CUDA release that the installed torch is built for, such as "13.0"; None without torch or for a CPU build."""
+    """Return the CUDA release of the installed torch, such as "13.0"; None without torch or for a CPU build."""
     spec = importlib.util.find_spec("torch")
     return spec and runpy.run_path(Path(spec.origin).with_name("version.py"))["cuda"]
 
@@ -75,7 +79,7 @@ def cuda_of_torch():
 
 
 def find_nvcc():
-    """The path of nvcc, or None. CUDA_HOME, if set, is the only place that counts."""
+    """Return the path of nvcc, or None. CUDA_HOME, if set, is the only place that counts."""
     if home := os.environ.get("CUDA_HOME"):
         return shutil.which("nvcc", path=f"{home}/bin")
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -93,7 +97,7 @@ def wants_cuda() -> bool:
 
 
 def check_release(nvcc) -> None:
-    """Stops if nvcc's CUDA is not that of the installed torch, or not the one that the version promises."""
+    """Stop if nvcc's CUDA is not that of the installed torch, or not the one that the version promises."""
     release = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
     torch_cuda = cuda_of_torch()
     if torch_cuda and torch_cuda.split(".")[0] != release.split(".")[0]:
@@ -112,7 +116,7 @@ def check_release(nvcc) -> None:
 
 
 def architectures(nvcc):
-    """What to compile for: a list such as ["8.0", "9.0+PTX"], from TORCH_CUDA_ARCH_LIST or the default."""
+    """Return what to compile for: a list such as ["8.0", "9.0+PTX"], from TORCH_CUDA_ARCH_LIST or the default."""
     listed = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)
     known = [f"{major}.{minor}" for major, minor in re.findall(r"compute_(\d+)(\d)\b", listed)]
     known.sort(key=float)
@@ -138,7 +142,7 @@ def architectures(nvcc):
 
 
 def code_generation(architecture):
-    """nvcc's options for one architecture: "9.0+PTX" is machine code for 9.0, and PTX that later ones can compile."""
+    """Return nvcc's options: "9.0+PTX" is machine code for 9.0, and PTX that later ones can compile."""
     number = architecture.removesuffix("+PTX").replace(".", "")
     options = [f"-gencode=arch=compute_{number},code=sm_{number}"]
     if architecture.endswith("+PTX"):
@@ -147,14 +151,14 @@ def code_generation(architecture):
 
 
 def run(command):
-    """Runs a command in sight; its failure is the build's."""
+    """Run a command in sight; its failure is the build's."""
     print(shlex.join(command), flush=True)
     if subprocess.run(command).returncode:
         raise CompileError(f"{command[0]} failed")
 
 
 def build_cuda(sources, library: Path, objects: Path, torch: Path):
-    """Compiles the sources with nvcc, side by side, and links them into `library`."""
+    """Compile the sources with nvcc, side by side, and link them into `library`."""
     nvcc = find_nvcc()
     if nvcc is None:
         fail("FORCE_CUDA=1, but there is no nvcc in CUDA_HOME, PATH or /usr/local/cuda.", WITHOUT_CUDA)
@@ -192,7 +196,7 @@ def build_cuda(sources, library: Path, objects: Path, torch: Path):
 
 
 class BuildNative(build_ext):
-    """Points the compilers at torch, only when something is really built; a failure never goes unnoticed."""
+    """Point the compilers at torch, only when something is really built; a failure never goes unnoticed."""
 
     def build_extension(self, ext):
         torch = find_torch()
@@ -213,7 +217,7 @@ class BuildNative(build_ext):
 headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True))
 native = Extension(
     "curveball_fused._C",
-    sources=sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp")),
+    sources=sorted(glob.glob("csrc/cpu/*.cpp")),
     depends=["setup.py", *headers],
     define_macros=DEFINES,
     py_limited_api=True,

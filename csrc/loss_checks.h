@@ -5,15 +5,14 @@
 #include <optional>
 #include <utility>
 
-#include "checks.h"
+#include "tensor_checks.h"
 
 namespace curveball {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The dtype of what is computed and kept of x.
-inline ScalarType arithmetic_of(const Tensor& x) {
+inline ScalarType compute_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
@@ -37,7 +36,7 @@ template <typename C>
 const C* weights_of(const Tensor& x, const std::optional<Tensor>& weight, const char* name) {
   if (!weight) return nullptr;
   check_place(x, *weight, name);
-  const ScalarType wanted = arithmetic_of(x);
+  const ScalarType wanted = compute_dtype(x);
   STD_TORCH_CHECK(weight->scalar_type() == wanted, name, " has dtype ",
                   torch::headeronly::toString(weight->scalar_type()), " beside x of dtype ",
                   torch::headeronly::toString(x.scalar_type()), ": convert it to ", torch::headeronly::toString(wanted),
@@ -66,10 +65,10 @@ inline void check_cross_entropy(const Tensor& x, const Tensor& v, const Tensor& 
                   "weight must have one element for each of the ", x.size(1), " classes.");
 }
 
-inline void check_rows(const Tensor& x, const Tensor& rows) {
-  check_place(x, rows, "rows");
-  STD_TORCH_CHECK(rows.scalar_type() == arithmetic_of(x) && rows.numel() == 3 * x.size(0),
-                  "rows must be what cross_entropy_cotangent returned for the same x.");
+inline void check_row_stats(const Tensor& x, const Tensor& row_stats) {
+  check_place(x, row_stats, "row_stats");
+  STD_TORCH_CHECK(row_stats.scalar_type() == compute_dtype(x) && row_stats.numel() == 3 * x.size(0),
+                  "row_stats must be what cross_entropy_cotangent returned for the same x.");
 }
 
 inline void check_elements(const Tensor& x, const Tensor& v, const Tensor& target) {

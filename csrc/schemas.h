@@ -1,5 +1,5 @@
 // The schemas of all operators, once: the CPU library defines them as curveball_fused::*, the emulated CUDA kernels of
-// the tests as curveball_emulated::*. curveball_fused/ops.py, loss_ops.py and tangent_ops.py say what each computes.
+// the tests as curveball_emulated::*. curveball_fused/ops/ says what each computes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -17,12 +17,13 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
            "float maximum) -> Tensor",
 
            "cross_entropy_cotangent(Tensor x, Tensor v, Tensor target, Tensor? weight, int ignore_index, bool mean, "
-           "float label_smoothing, float sign) -> (Tensor loss, Tensor c, Tensor products, Tensor rows)",
-           "cross_entropy_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor? weight, Tensor rows, "
+           "float label_smoothing, float sign) -> (Tensor loss, Tensor c, Tensor products, Tensor row_stats)",
+           "cross_entropy_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor? weight, Tensor row_stats, "
            "Tensor products, int ignore_index, bool mean, float label_smoothing, float sign) -> Tensor",
            "mse_cotangent(Tensor x, Tensor v, Tensor target, bool mean, float sign) "
            "-> (Tensor loss, Tensor c, Tensor products)",
-           "mse_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor products, bool mean, float sign) -> Tensor",
+           "mse_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor products, bool mean, float sign) -> "
+           "Tensor",
            "bce_cotangent(Tensor x, Tensor v, Tensor target, Tensor? weight, Tensor? pos_weight, bool mean, "
            "float sign) -> (Tensor loss, Tensor c, Tensor products)",
            "bce_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor? weight, Tensor? pos_weight, "

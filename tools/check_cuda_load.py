@@ -1,11 +1,14 @@
-"""Loads a CUDA wheel into a real CUDA build of torch, on a machine that needs neither a GPU nor the CUDA libraries.
+"""Load a CUDA wheel into a real CUDA build of torch, on a machine that needs neither a GPU nor the CUDA libraries.
 
     python tools/check_cuda_load.py dist/*+cu130*.whl --cache ~/.cache/curveball_fused
 
 Whether the library finds every symbol it needs, and registers all its kernels, shows only in the torch that it is made
-for. That torch is installed without its dependencies, except cudart and cupti; all the other CUDA libraries are
-replaced by stubs that have the right names and symbols and abort when called. The first run downloads 0.6 GB and takes
-2.0 GB of disk; with --cache a later run needs seconds.
+for. That is also the oldest torch that is supported, so all names of `curveball_fused._torch_private` and of its module
+`compiler` are looked up there; neither needs the CUDA libraries or Triton to be imported. Last, the CPU takes a step.
+
+That torch is installed without its dependencies, except cudart and cupti; all the other CUDA libraries are replaced by
+stubs that have the right names and symbols and abort when called. The first run downloads 0.6 GB and takes 2.0 GB of
+disk; with --cache a later run needs seconds.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ STUBBED = r"lib(cu(?!dart|pti)|nccl|nv)"
 PURE = ["filelock", "fsspec", "jinja2", "networkx", "sympy", "typing-extensions"]
 
 LOAD = """\
+import importlib
 import warnings
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # the package does not need it
 import torch
@@ -45,6 +49,11 @@ operators = [name for name in operators if not name.endswith(("_tangent", "::act
 missing = [o for o in operators if not torch._C._dispatch_has_kernel_for_dispatch_key(o, "CUDA")]
 assert operators and not missing, f"without a CUDA kernel: {missing or 'all'}"
 print("with CUDA kernels:", *sorted(o.removeprefix("curveball_fused::") for o in operators))
+for name in ("curveball_fused._torch_private", "curveball_fused._torch_private.compiler"):
+    module = importlib.import_module(name)
+    missing = [each for each in module.__all__ if not hasattr(module, each)]
+    assert not missing, f"{name}: torch {torch.__version__} lacks {missing}"
+    print(f"{name}: all {len(module.__all__)} names are there")
 """
 
 
@@ -53,7 +62,7 @@ def output(*command: str) -> str:
 
 
 def make_stubs(libraries: Path, stubs: Path) -> None:
-    """Writes a stub for every CUDA library, but the real ones, that the libraries in a folder need."""
+    """Write a stub for every CUDA library, but the real ones, that the libraries in a folder need."""
     paths = sorted(map(str, libraries.glob("*.so")))
     headers = output("objdump", "-p", *paths)
     needed = {name for name in re.findall(r"NEEDED\s+(\S+)", headers) if re.match(STUBBED, name)}
@@ -82,7 +91,7 @@ def make_stubs(libraries: Path, stubs: Path) -> None:
 
 
 def make_environment(directory: Path) -> None:
-    """A virtual environment with the CUDA torch, and the stubs beside it."""
+    """Make a virtual environment with the CUDA torch, and the stubs beside it."""
     venv.create(directory, with_pip=True)
     pip = [f"{directory}/bin/python", "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q"]
     subprocess.run([*pip, *PURE, *REAL], check=True)
@@ -118,7 +127,7 @@ def main() -> None:
                 check(arguments.wheel, Path(directory))
     except subprocess.CalledProcessError as error:
         sys.exit(f"{arguments.wheel.name}: {error.cmd[0]} failed, see above")
-    print(f"{arguments.wheel.name}: loaded into {TORCH}, all operators have CUDA kernels: good")
+    print(f"{arguments.wheel.name}: loaded into {TORCH}, with all CUDA kernels and private names: good")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Reads the machine code of the CUDA library and checks what makes the kernels fast; prints the figures as a table.
+"""Check in the machine code of the CUDA library what makes the kernels fast; print the figures as a table.
 
     python tools/check_machine_code.py curveball_fused/_C_cuda.abi3.so
 
 A kernel of the memory's speed keeps all it works on in registers (no stack, no local memory), few enough of them that
-many threads are resident, and moves 128 bits or more at a time in its loops. cuobjdump and nvdisasm come with the CUDA
-toolkit, or from PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm.
+many threads are resident, and moves 128 bits or more at a time in its loops.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import sass
+
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # as in setup.py
 
-# What each family of kernels must fulfil; the first pattern that matches counts. With 64 registers 1024 threads can be
+# What each family of kernels must fulfill; the first pattern that matches counts. With 64 registers 1024 threads can be
 # resident on a multiprocessor. The loss kernels compute more for each element and keep more vectors under way in each
 # thread, so they get by with half as many threads; cross-entropy, a long row of which fills a multiprocessor's shared
 # memory, with one block of 384. Wide accesses: at least so many in one loop.
@@ -30,15 +29,15 @@ DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # as in setup.py
 RULES = (
     (r"^update_kernel",                       64,          3,           2),  # reads r, z, w; writes z, w
     (r"^dots_kernel",                         64,          2,           0),  # reads z, r
-    (r"^cross_entropy_cotangent",             168,          2,           1),  # reads x, v; writes c
-    (r"^cross_entropy_products",                 168,          3,           0),  # reads x, v, u
-    (r"^element_products",                   128,          2,           1),
-    (r"^element_dots",                       128,          3,           0),
+    (r"^cross_entropy_cotangent",            168,          2,           1),  # reads x, v; writes c
+    (r"^cross_entropy_products",             168,          3,           0),  # reads x, v, u
+    (r"^element_cotangent",                  128,          2,           1),
+    (r"^element_products",                   128,          3,           0),
     (r"",                                    128,          0,           0),  # one block: sums of sums, the 2x2 solve
 )  # fmt: skip
 
 # Accesses of 128 bits or more to global memory.
-WIDE = {"loads": r"\bLDG\.E\.[\w.]*(128|256)", "stores": r"\bSTG\.E\.[\w.]*(128|256)"}
+WIDE_LOAD, WIDE_STORE = r"\bLDG\.E\.[\w.]*(128|256)", r"\bSTG\.E\.[\w.]*(128|256)"
 
 
 @dataclass
@@ -65,68 +64,37 @@ class Library:
         return sorted({architecture for codes in self.kernels.values() for architecture in codes}, key=float)
 
 
-def run(tool: str, *arguments: str) -> str:
-    """The output of a tool of the CUDA toolkit: from Python's packages, PATH, or where the toolkit usually is."""
-    packages = sorted(map(str, Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin")), reverse=True)
-    toolkit = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
-    path = os.pathsep.join([*packages, os.environ.get("PATH", ""), toolkit])
-    found = shutil.which(tool, path=path)
-    if found is None:
-        sys.exit(f"no {tool} found: set CUDA_HOME, or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    result = subprocess.run([found, *arguments], capture_output=True, text=True, env={**os.environ, "PATH": path})
-    if result.returncode:
-        sys.exit(f"{tool} {' '.join(arguments)} failed:\n{result.stderr}")
-    return result.stdout
-
-
-def dotted(architecture: str) -> str:
-    """ "90" or "90a" as "9.0"."""
-    digits = architecture.rstrip("af")
-    return f"{digits[:-1]}.{digits[-1]}"
-
-
 def read_library(path: Path, architecture: str = "") -> Library:
-    """Reads a library, or a cubin: that does not tell its architecture."""
+    """Read a library, or a cubin: that does not tell its architecture."""
     library = Library()
-    resources = re.compile(r"arch = sm_(\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-    for match in resources.finditer(run("cuobjdump", "-res-usage", str(path))):
-        if match[1]:
-            architecture = dotted(match[1])
-        else:
-            registers, stack, shared, local = map(int, match.groups()[2:])
-            code = Code(registers, stack, local, shared)
-            library.kernels.setdefault(match[2], {})[architecture] = code
-    for section in run("cuobjdump", "-sass", str(path)).split("code for sm_")[1:]:
-        architecture = dotted(re.match(r"\w+", section)[0])
-        for function in section.split("Function : ")[1:]:
-            name, text = function.split(maxsplit=1)
-            code = library.kernels[name][architecture]
-            code.loads, code.stores = wide_accesses_in_loops(text)
-    library.ptx = {dotted(name) for name in re.findall(r"\.sm_(\w+)\.ptx", run("cuobjdump", "-lptx", str(path)))}
+    for name, its_architecture, usage in sass.usages(path, architecture):
+        code = Code(usage.registers, usage.stack, usage.local, usage.shared)
+        library.kernels.setdefault(name, {})[its_architecture] = code
+    for name, its_architecture, instructions in sass.codes(path):
+        code = library.kernels[name][its_architecture]
+        code.loads, code.stores = wide_accesses_in_loops(instructions)
+    library.ptx = {sass.dotted(name) for name in re.findall(r"\.sm_(\w+)\.ptx", sass.dump(path, "-lptx"))}
     return library
 
 
-def wide_accesses_in_loops(text: str) -> tuple[int, int]:
-    """The most wide loads, and the most wide stores, in one loop: between a branch backwards and its target."""
-    instructions = [(int(address, 16), code) for address, code in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", text)]
-    wide = {kind: [a for a, code in instructions if re.search(pattern, code)] for kind, pattern in WIDE.items()}
-    most = dict.fromkeys(WIDE, 0)
-    for end, code in instructions:
-        branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", code)
-        start = int(branch[1], 16) if branch else end
-        for kind in WIDE:
-            most[kind] = max(most[kind], sum(start <= address < end for address in wide[kind]))
-    return most["loads"], most["stores"]
+def wide_accesses_in_loops(code: Sequence[sass.Instruction]) -> tuple[int, int]:
+    """Return the most wide loads, and the most wide stores, in one loop."""
+    found = sass.loops(code)
+    loads, stores = (
+        max((sum(bool(re.search(pattern, text)) for _, text in loop) for loop in found), default=0)
+        for pattern in (WIDE_LOAD, WIDE_STORE)
+    )
+    return loads, stores
 
 
 def demangled(names: Iterable[str]) -> list[str]:
-    """Names of kernels as C++ has them, without parameters: "curveball::cuda::dots_kernel<float, float, 512>"."""
+    """Return kernels' names as in C++, without parameters: "curveball::cuda::dots_kernel<float, float, 512>"."""
     output = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
     return [line.removeprefix("void ") for line in output.stdout.splitlines()]
 
 
 def readable(kernels: dict[str, dict[str, Code]]) -> dict[str, dict[str, Code]]:
-    """The same kernels under shorter names: "dots_kernel<float, float, 512>"."""
+    """Return the same kernels under shorter names: "dots_kernel<float, float, 512>"."""
     names = [re.sub(r"\bcurveball::(cuda::)?", "", name) for name in demangled(kernels)]
     return dict(zip(names, kernels.values(), strict=True))
 
@@ -142,13 +110,13 @@ ADVICE = {
 
 
 def figures(codes: dict[str, Code], column: str) -> str:
-    """One number where all architectures agree, else one for each."""
+    """Return one number where all architectures agree, else one for each."""
     values = [getattr(codes[architecture], column) for architecture in sorted(codes, key=float)]
     return str(values[0]) if len(set(values)) == 1 else "/".join(map(str, values))
 
 
 def violations(kernels: dict[str, dict[str, Code]]) -> list[str]:
-    """Which kernels, by readable name, break which rule, and what to do."""
+    """Return which kernels, by readable name, break which rule, and what to do."""
     found = []
     broken = set()
     for name, codes in sorted(kernels.items()):
@@ -175,7 +143,7 @@ def print_table(kernels: dict[str, dict[str, Code]], architectures: list[str]) -
 
 
 def check_architectures(library: Library, wanted: str) -> list[str]:
-    """What is missing of an architecture list such as "8.0;9.0+PTX"."""
+    """Return what is missing of an architecture list such as "8.0;9.0+PTX"."""
     found = []
     for architecture in re.split(r"[;,\s]+", wanted.strip()):
         number = architecture.removesuffix("+PTX").rstrip("af")

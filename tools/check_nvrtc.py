@@ -1,4 +1,4 @@
-"""Compiles the kernels with NVRTC of CUDA 12, and holds the machine code to the same rules as nvcc's.
+"""Compile the kernels with NVRTC of CUDA 12, and hold the machine code to the same rules as nvcc's.
 
     pip install nvidia-cuda-nvrtc-cu12==12.8.*
     python tools/check_nvrtc.py curveball_fused/_C_cuda.abi3.so
@@ -18,7 +18,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from check_machine_code import demangled, dotted, read_library, readable, violations
+from check_machine_code import demangled, read_library, readable, violations
+from sass import dotted
 
 KERNELS = Path(__file__).resolve().parent.parent / "csrc/cuda"
 ARCHITECTURES = ("80", "90", "100", "120")
@@ -41,7 +42,7 @@ class Nvrtc:
             raise RuntimeError(f"{function} returned {code}")
 
     def text(self, what: str, program: ctypes.c_void_p) -> bytes:
-        """What nvrtcGet...Size and nvrtcGet... hand out."""
+        """Return what nvrtcGet...Size and nvrtcGet... yield."""
         size = ctypes.c_size_t()
         self.call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
         buffer = ctypes.create_string_buffer(size.value)
@@ -49,7 +50,7 @@ class Nvrtc:
         return buffer.raw
 
     def compile(self, source: str, kernels: list[str], architecture: str) -> bytes:
-        """The cubin with the kernels named, such as "curveball::cuda::dots_kernel<float>"; stops with NVRTC's words."""
+        """Return the cubin with kernels such as "curveball::cuda::dots_kernel<float>"; stop with NVRTC's words."""
         program = ctypes.c_void_p()
         self.call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
         for kernel in kernels:

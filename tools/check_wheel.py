@@ -1,4 +1,4 @@
-"""Checks a wheel: what it contains, and with --install that it works in a fresh environment.
+"""Check a wheel: what it contains, and with --install that it works in a fresh environment.
 
 python tools/check_wheel.py --native dist/*.whl --install
 """
@@ -42,7 +42,7 @@ assert build_info()["backend"] == sys.argv[1], build_info()
 
 
 def check_contents(wheel: Path, kind: str) -> None:
-    """Stops unless the wheel has the right name, every module and the libraries of its kind."""
+    """Stop unless the wheel has the right name, every module, the libraries of its kind, and nothing else."""
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     local = {"pure": "", "native": r"(\+cpu)?", "cuda": r"\+cu\d+"}[kind]  # set by CURVEBALL_LOCAL_VERSION
     tag = "py3-none-any" if kind == "pure" else "cp310-abi3-.*"
@@ -63,7 +63,7 @@ def check_contents(wheel: Path, kind: str) -> None:
 
 
 def check_installed(wheel: Path, kind: str) -> None:
-    """Installs the wheel, with the torch that runs this script, in a fresh environment and takes one step."""
+    """Install the wheel, with the torch that runs this script, in a fresh environment and take one step."""
     torch = "torch==" + importlib.metadata.version("torch").split("+")[0]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CURVEBALL_REQUIRE_NATIVE")}
     if kind == "native":

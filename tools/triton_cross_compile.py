@@ -1,26 +1,28 @@
-"""Compiles the Triton kernels for several GPU architectures, without a GPU, and reports what is in the machine code.
+"""Compile the Triton kernels for several GPU architectures, without a GPU, and report what is in the machine code.
 
 python tools/triton_cross_compile.py [80 90 100 120]
 """
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sass
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_signatures import Kernel, kernels
 
 ARCHITECTURES = (80, 90, 100, 120)
+# Triton's own tools know what its assembler writes.
+TRITON_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+os.environ["PATH"] = os.pathsep.join([str(TRITON_TOOLS), os.environ.get("PATH", "")])
 
 
 class Figures(NamedTuple):
@@ -39,7 +41,7 @@ class Figures(NamedTuple):
 
 
 def compile_for(kernel: Kernel, architecture: int) -> bytes:
-    """The machine code of `kernel`, pointers and strides aligned as the launcher finds those of whole tensors."""
+    """Return the machine code, pointers and strides aligned as the launcher finds those of whole tensors."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     aligned = {}
@@ -59,63 +61,35 @@ def compile_for(kernel: Kernel, architecture: int) -> bytes:
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"]
 
 
-@cache
-def disassembler(name: str) -> str | None:
-    """Where cuobjdump or nvdisasm is: in Triton's package, in those of the toolkit on PyPI, or on the path."""
-    folders = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin"]
-    folders += [bin for path in sys.path for bin in Path(path).glob("nvidia/*/bin")]
-    return next((str(folder / name) for folder in folders if (folder / name).is_file()), shutil.which(name))
-
-
-def missing_tools() -> str:
-    """What is needed to read machine code and not there, or an empty string."""
-    missing = [name for name in ("cuobjdump", "nvdisasm") if disassembler(name) is None]
-    return f"needs {' and '.join(missing)}: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm" if missing else ""
-
-
 def figures_of(cubin: bytes, straight: bool) -> Figures:
-    """Reads the machine code; if that is `straight`, all of it is hot, though not every access need be wide."""
-    dump, disassemble = disassembler("cuobjdump"), disassembler("nvdisasm")
-    assert dump is not None and disassemble is not None, missing_tools()
+    """Read the machine code; if that is `straight`, all of it is hot, though not every access need be wide."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([dump, "-res-usage", file.name], check=True, capture_output=True, text=True)
-        code = subprocess.run([disassemble, "-c", file.name], check=True, capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups()
-    lines = code.splitlines()
-    hot = [accesses for accesses in _loops(lines) if any("LDG" in access and ".128" in access for access in accesses)]
+        ((_, _, usage),) = sass.usages(Path(file.name))
+        ((_, _, code),) = sass.codes(Path(file.name))
+    hot = [accesses(loop) for loop in sass.loops(code, innermost=True)]
+    hot = [loop for loop in hot if any("LDG" in access and ".128" in access for access in loop)]
     if straight:
-        hot = [_accesses(lines)]
-    wide = [access for accesses in hot for access in accesses if ".128" in access]
+        hot = [accesses(code)]
+    wide = [access for loop in hot for access in loop if ".128" in access]
     return Figures(
-        registers=int(registers),
-        stack=int(stack),
-        local=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        registers=usage.registers,
+        stack=usage.stack,
+        local=sum(access.startswith(("LDL", "STL")) for access in accesses(code)),
         wide_loads=sum("LDG" in access for access in wide),
         wide_stores=sum(access.startswith("STG") for access in wide),
-        narrow=0 if straight else sum(".128" not in access for accesses in hot for access in accesses),
+        narrow=0 if straight else sum(".128" not in access for loop in hot for access in loop),
     )
 
 
-def _loops(lines: list[str]) -> list[list[str]]:
-    """The accesses to memory in each innermost loop: a branch back to a label with no other such loop between."""
-    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L_\w+):", line.strip()))}
-    back = []
-    for i, line in enumerate(lines):
-        match = re.search(r"\bBRA\b.*?`\((\.L_\w+)\)", line)
-        if match and labels.get(match[1], i) < i:
-            back.append((labels[match[1]], i))
-    inner = [(a, b) for a, b in back if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in back)]
-    return [_accesses(lines[a:b]) for a, b in inner]
-
-
-def _accesses(lines: list[str]) -> list[str]:
-    return re.findall(r"\b(?:LDG|STG|LDGSTS|LDL|STL)\b[.\w]*", "\n".join(lines))
+def accesses(code: Iterable[sass.Instruction]) -> list[str]:
+    """Return the instructions that access global or local memory, without their operands."""
+    return [match[0] for _, text in code if (match := re.search(r"\b(?:LDG|STG|LDGSTS|LDL|STL)\b[.\w]*", text))]
 
 
 def report(architectures: Iterable[int]) -> dict[str, Figures]:
-    """Compiles everything, prints a table, and returns the figures by "kernel sm_XX"."""
+    """Compile everything, print a table, and return the figures by "kernel sm_XX"."""
     print(f"Triton {triton.__version__}; 128-bit loads and stores, and narrower ones, are those of the hot loops")
     header = f"{'kernel':<36}{'sm':>5}" + "".join(f"{name:>12}" for name in Figures._fields)
     print(header)
@@ -129,7 +103,7 @@ def report(architectures: Iterable[int]) -> dict[str, Figures]:
 
 
 def failures(kernel: Kernel, figures: Figures) -> list[str]:
-    """What is wrong with the machine code of `kernel`: no stack, no spills, and in the hot loops vectors only."""
+    """Return what is wrong with the machine code: no stack, no spills, and in the hot loops vectors only."""
     found = []
     if figures.stack > (32 if kernel.may_spill else 0):
         found.append(f"a stack of {figures.stack} bytes")
@@ -145,8 +119,8 @@ def failures(kernel: Kernel, figures: Figures) -> list[str]:
 
 
 def main() -> None:
-    if missing_tools():
-        sys.exit(missing_tools())
+    if missing := sass.missing_tools():
+        sys.exit(missing)
     architectures = [int(argument) for argument in sys.argv[1:]] or ARCHITECTURES
     figures = report(architectures)
     wrong = [

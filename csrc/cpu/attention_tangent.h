@@ -72,7 +72,8 @@ CURVEBALL_LANES Register<T> masked(Register<T> score, const T* mask, int64_t str
 
 // S and dS of one query become P and P dS relative to e^m. Returns the factor of what was summed before.
 template <typename T>
-T weigh(const AttentionArguments& a, const AttentionScratch<T>& s, const TilePlace& at, int64_t index, T* scores) {
+T softmax_tangent_row(const AttentionArguments& a, const AttentionScratch<T>& s, const TilePlace& at, int64_t index,
+                      T* scores) {
   const int64_t seen = seen_keys(a, at, at.query + index), place = at.query - at.first_query + index;
   const T scale = static_cast<T>(a.scale);
   const T* const mask =
@@ -155,7 +156,7 @@ void tile(const AttentionArguments& a, const AttentionScratch<T>& s, const TileP
   }
   score_tile<T, kQueries>(s, a.depth, at.keys);
   T factors[kQueries];
-  for (int i = 0; i < kQueries; i++) factors[i] = weigh(a, s, at, i, s.scores + 2 * i * kKeyBlock);
+  for (int i = 0; i < kQueries; i++) factors[i] = softmax_tangent_row(a, s, at, i, s.scores + 2 * i * kKeyBlock);
   const int64_t padded = padded_width(a.width);
   T* const rows = s.rows + (at.query - at.first_query) * padded;
   int64_t e = 0;

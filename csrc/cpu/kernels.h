@@ -9,8 +9,6 @@
 
 namespace curveball::cpu {
 
-using curveball::DType;
-
 // The coefficients of one update, in double; a block rounds them to the type it computes in.
 struct UpdateArguments {
   double beta, rho, lambd, lr, weight_decay;
@@ -35,6 +33,9 @@ struct Kernels {
 // The best table this processor can run. The environment variable CURVEBALL_INSTRUCTION_SET names another one (all
 // give the same bits, but for the tangent of attention); null if that one was not compiled or the processor lacks it.
 const Kernels* kernels();
+
+// The same for an operator: an error instead of null.
+const Kernels& chosen_kernels();
 
 // The names of all compiled tables, best first, separated by commas.
 const char* compiled_instruction_sets();

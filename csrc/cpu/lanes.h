@@ -1,7 +1,9 @@
 // Several elements at a time: loading, storing and converting float16, bfloat16, float32 and float64.
 //
-// The vector types are GCC's and Clang's own extension, so the text is the same for every instruction set. Every
-// instruction set must give the same bits. Never included before a source file has chosen its instruction set.
+// Lanes are elements side by side in registers. The vector types are GCC's and Clang's own extension, so the text is
+// the same for every instruction set. Google Highway, Sleef and at::vec do the same and more; but here every
+// instruction set must give the same bits, which they do not promise, and at::vec is not part of torch's stable ABI.
+// Never included before a source file has chosen its instruction set.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +12,8 @@
 #if defined(CURVEBALL_AVX512) || defined(CURVEBALL_AVX2)
 #include <immintrin.h>
 #endif
+
+#include "../dtypes.h"
 
 namespace curveball::cpu {
 namespace {
@@ -26,25 +30,6 @@ typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef double Doubles __attribute__((vector_size(kLanes * sizeof(double))));
 typedef uint16_t Shorts __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// What each dtype is computed in: float64 for itself, float32 for all others.
-template <typename T>
-struct ArithmeticType {
-  using type = float;
-};
-template <>
-struct ArithmeticType<double> {
-  using type = double;
-};
-template <typename T>
-using Arithmetic = typename ArithmeticType<T>::type;
 
 #define CURVEBALL_LANES static inline __attribute__((always_inline))
 

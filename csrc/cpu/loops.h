@@ -1,13 +1,14 @@
-// The loops over one block: update, dots and squares, for every offered combination of dtypes.
+// The loops over one block of memory, the CPU's kernels: update, dots and squares, for every offered combination of
+// dtypes, and the table of them all.
 //
-// loops_*.cpp include this after choosing an instruction set. Everything has internal linkage: the linker must never
-// merge a function compiled for AVX-512 with its namesake for older processors.
+// loops_*.cpp include this, and the other *_loops.h, after choosing an instruction set. Everything has internal
+// linkage: the linker must never merge a function compiled for AVX-512 with its namesake for older processors.
 #pragma once
 
-#include "../math.h"
+#include "../formulas.h"
+#include "cross_entropy_loops.h"
+#include "elementwise_loss_loops.h"
 #include "kernels.h"
-#include "loss_elements.h"
-#include "loss_rows.h"
 #include "sums.h"
 
 namespace curveball::cpu {
@@ -102,10 +103,10 @@ template <typename T>
 constexpr void add_losses(LossKernels& k, DType dtype) {
   k.cross_entropy_cotangent[dtype] = cross_entropy_cotangent_block<T>;
   k.cross_entropy_products[dtype] = cross_entropy_products_block<T>;
-  k.mse_cotangent[dtype] = element_products_block<SquaredError, T>;
-  k.mse_products[dtype] = element_dots_block<SquaredError, T>;
-  k.bce_cotangent[dtype] = element_products_block<BinaryCrossEntropy, T>;
-  k.bce_products[dtype] = element_dots_block<BinaryCrossEntropy, T>;
+  k.mse_cotangent[dtype] = element_cotangent_block<SquaredError, T>;
+  k.mse_products[dtype] = element_products_block<SquaredError, T>;
+  k.bce_cotangent[dtype] = element_cotangent_block<BinaryCrossEntropy, T>;
+  k.bce_products[dtype] = element_products_block<BinaryCrossEntropy, T>;
 }
 
 // z is float32 for weights of at most 32 bits and float64 for float64; r has the dtype of w or of z.

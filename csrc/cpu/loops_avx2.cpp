@@ -18,7 +18,7 @@
 #endif
 
 #include "loops.h"
-#include "tangents.h"
+#include "tangent_loops.h"
 
 namespace curveball::cpu {
 

@@ -1,6 +1,6 @@
 // The loops for every processor of the architecture that the compiler targets (x86-64: SSE2).
 #include "loops.h"
-#include "tangents.h"
+#include "tangent_loops.h"
 
 namespace curveball::cpu {
 

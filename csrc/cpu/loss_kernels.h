@@ -15,7 +15,7 @@ constexpr int64_t kLossPadding = 16;
 struct CrossEntropy {
   const void *x, *v, *u;
   void* c;                // [N, C]
-  void* rows;             // numbers [N, 3]: log sum exp x, <p, v>, s/D
+  void* row_stats;        // numbers [N, 3]: log sum exp x, <p, v>, s/D
   const int64_t* target;  // [N]
   const void* weight;     // numbers [C]; may be null for ones, but not with label smoothing
   int64_t classes, ignore_index;

@@ -1,4 +1,5 @@
-// kRound elements at a time: arithmetic and sums whose order does not depend on how wide the registers are.
+// Rounds: vector iterations of kRound elements, the last one padded with zeros. Arithmetic and sums go round by round,
+// in an order that does not depend on how wide the registers are.
 #pragma once
 
 #include "loops.h"

@@ -1,4 +1,6 @@
 // Chooses the table of loops for this processor, once.
+#include <torch/headeronly/util/Exception.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -54,6 +56,12 @@ const Kernels* select(const char* wanted) {
 const Kernels* kernels() {
   static const Kernels* const chosen = select(getenv("CURVEBALL_INSTRUCTION_SET"));
   return chosen;
+}
+
+const Kernels& chosen_kernels() {
+  const Kernels* const chosen = kernels();
+  STD_TORCH_CHECK(chosen, "CURVEBALL_INSTRUCTION_SET names an instruction set that cannot run here: unset it.");
+  return *chosen;
 }
 
 }  // namespace curveball::cpu

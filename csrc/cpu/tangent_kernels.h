@@ -1,5 +1,5 @@
-// What the loops of the tangent operators offer, one table per instruction set; ../tangents.cpp calls them.
-// curveball_fused/tangent_ops.py says what each operator computes.
+// What the loops of the tangent operators offer, one table per instruction set; tangents.cpp calls them.
+// curveball_fused/ops/tangents.py says what each operator computes.
 #pragma once
 
 #include <cstdint>

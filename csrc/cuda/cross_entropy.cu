@@ -89,49 +89,50 @@ struct CrossEntropyCall {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cotangent(Tensor x, Tensor v, Tensor target,
-                                                                  std::optional<Tensor> weight, int64_t ignore_index,
-                                                                  bool mean, double label_smoothing, double sign) {
+                                                                   std::optional<Tensor> weight, int64_t ignore_index,
+                                                                   bool mean, double label_smoothing, double sign) {
   check_cross_entropy(x, v, target, weight);
   const DType dtype = dtype_of(x, "x", 0);
   const DeviceGuard guard(x.get_device_index());
   Tensor c = torch::stable::new_empty(x, x.sizes());
-  Tensor rows = torch::stable::new_empty(x, {x.size(0), 3}, arithmetic_of(x));
+  Tensor row_stats = torch::stable::new_empty(x, {x.size(0), 3}, compute_dtype(x));
   Tensor loss, products;
   for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool with_totals = mean || (weight && label_smoothing != 0.0);
     CrossEntropyCall<T> call(x, v, target, weight, ignore_index, mean, label_smoothing, sign, with_totals);
     call.arguments.c = static_cast<T*>(c.mutable_data_ptr());
-    call.arguments.per_row = rows.mutable_data_ptr<Compute<T>>();
+    call.arguments.row_stats = row_stats.mutable_data_ptr<Compute<T>>();
     if (label_smoothing != 0.0) {
       launch_rows(cross_entropy_cotangent_kernel<T, WarpTeam, true>, cross_entropy_cotangent_kernel<T, BlockTeam, true>,
                   call.plan, call.stream, call.arguments);
     } else {
-      launch_rows(cross_entropy_cotangent_kernel<T, WarpTeam, false>, cross_entropy_cotangent_kernel<T, BlockTeam, false>,
-                  call.plan, call.stream, call.arguments);
+      launch_rows(cross_entropy_cotangent_kernel<T, WarpTeam, false>,
+                  cross_entropy_cotangent_kernel<T, BlockTeam, false>, call.plan, call.stream, call.arguments);
     }
-    std::tie(loss, products) = finish_products(call.partials, call.stream);
+    std::tie(loss, products) = finish_cotangent(call.partials, call.stream);
   });
-  return {loss, c, products, rows};
+  return {loss, c, products, row_stats};
 }
 
-Tensor cross_entropy_products(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight, Tensor rows,
-                          Tensor products, int64_t ignore_index, bool mean, double label_smoothing, double sign) {
+Tensor cross_entropy_products(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight,
+                              Tensor row_stats, Tensor products, int64_t ignore_index, bool mean,
+                              double label_smoothing, double sign) {
   check_cross_entropy(x, v, target, weight);
   check_like(x, u, "u");
   check_place(x, u, "u");
-  check_rows(x, rows);
+  check_row_stats(x, row_stats);
   const DType dtype = dtype_of(x, "x", 0);
   const double* first = products_of(x, products);
   const DeviceGuard guard(x.get_device_index());
   Tensor five;
   for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    // Without smoothing t/D is s/D, which `rows` holds, and no totals are needed.
+    // Without smoothing t/D is s/D, which `row_stats` holds, and no totals are needed.
     const bool smoothed = label_smoothing != 0.0;
     CrossEntropyCall<T> call(x, v, target, weight, ignore_index, mean, label_smoothing, sign, smoothed && mean);
     call.arguments.rows.u = data<T>(u);
-    call.arguments.per_row = const_cast<Compute<T>*>(data<Compute<T>>(rows));
+    call.arguments.row_stats = const_cast<Compute<T>*>(data<Compute<T>>(row_stats));
     if (smoothed) {
       launch_rows(cross_entropy_products_kernel<T, WarpTeam, true>, cross_entropy_products_kernel<T, BlockTeam, true>,
                   call.plan, call.stream, call.arguments);
@@ -139,7 +140,7 @@ Tensor cross_entropy_products(Tensor x, Tensor v, Tensor u, Tensor target, std::
       launch_rows(cross_entropy_products_kernel<T, WarpTeam, false>, cross_entropy_products_kernel<T, BlockTeam, false>,
                   call.plan, call.stream, call.arguments);
     }
-    five = finish_dots(call.partials, first, call.stream);
+    five = finish_products(call.partials, first, call.stream);
   });
   return five;
 }

@@ -17,7 +17,7 @@ struct CrossEntropy {
   T* c;
   const int64* target;       // [N]
   const Compute<T>* weight;  // [C], or null for ones
-  Compute<T>* per_row;       // [N, 3]: log sum exp x, <p, v>, s/D
+  Compute<T>* row_stats;     // [N, 3]: log sum exp x, <p, v>, s/D
   const double* totals;      // [total_blocks, 2]: own_n, weight; none where neither sum is needed
   int total_blocks;
   double* partials;  // [blocks, 3]
@@ -102,11 +102,11 @@ __global__ void __launch_bounds__(Team<Compute<T>>::kThreads, Team<Compute<T>>::
     const int64 y = a.target[n];
     const int64 begin = n * a.rows.classes;
     T* const c = a.c + begin;
-    C* const per_row = a.per_row + 3 * n;
+    C* const row_stats = a.row_stats + 3 * n;
     if (y == a.ignore_index || y < 0 || y >= a.rows.classes) {
       const C value = y == a.ignore_index ? 0.0f : float_from_bits(0x7fc00000u);  // NaN
       fill_row(team, c, a.rows.classes, value);
-      if (team.rank() == 0) per_row[0] = per_row[1] = per_row[2] = value;
+      if (team.rank() == 0) row_stats[0] = row_stats[1] = row_stats[2] = value;
       loss += value;
       continue;
     }
@@ -154,9 +154,9 @@ __global__ void __launch_bounds__(Team<Compute<T>>::kThreads, Team<Compute<T>>::
     if (team.rank() == 0) {
       const C log_sum = log(sum);
       loss += s * log_sum;
-      per_row[0] = maximum + log_sum;
-      per_row[1] = mean_v;
-      per_row[2] = s * common.inverse;
+      row_stats[0] = maximum + log_sum;
+      row_stats[1] = mean_v;
+      row_stats[2] = s * common.inverse;
     }
   }
   // D = 0: 0 * inf = NaN.
@@ -180,14 +180,14 @@ __global__ void __launch_bounds__(Team<Compute<T>>::kThreads, Team<Compute<T>>::
   for (int64 n = team.first_row(); n < a.rows.n; n += team.row_step()) {
     const int64 y = a.target[n];
     if (y == a.ignore_index) continue;
-    const C mean_v = a.per_row[3 * n + 1], share = a.per_row[3 * n + 2];
+    const C mean_v = a.row_stats[3 * n + 1], share = a.row_stats[3 * n + 2];
     if (y < 0 || y >= a.rows.classes) {
       gu += share;  // NaN
       continue;
     }
     const int64 begin = n * a.rows.classes;
     const RowSweeps<T, Team<C>, 3> row(a.rows, team, a.rows.x + begin, a.rows.u + begin, a.rows.v + begin);
-    const Softmax<C, double> softmax = team.join(row.sweep_1(a.per_row[3 * n]));
+    const Softmax<C, double> softmax = team.join(row.sweep_1(a.row_stats[3 * n]));
     const C maximum = softmax.maximum, sum = softmax.sum, mean_u = C(softmax.dot) / sum;
     const double hit = smoothed ? common.keep * (a.weight ? a.weight[y] : C(1)) * common.inverse : share;
     C row_vhu = 0, row_uhu = 0, own_u = 0, smooth_u = 0;

@@ -10,7 +10,7 @@
 namespace curveball::cuda {
 namespace {
 
-using Products = std::tuple<Tensor, Tensor, Tensor>;
+using Cotangent = std::tuple<Tensor, Tensor, Tensor>;
 
 template <typename T, template <typename> class Loss>
 Elements<T, Loss> elements(const Tensor& x, const Tensor& v, const Tensor& target, bool mean, double sign,
@@ -25,19 +25,19 @@ int64_t element_blocks(const Tensor& x, DType dtype) {
 }
 
 template <typename T, template <typename> class Loss>
-Products element_products(const Tensor& x, Elements<T, Loss> arguments) {
+Cotangent element_cotangent(const Tensor& x, Elements<T, Loss> arguments) {
   const Stream stream = current_stream(x.get_device_index());
   Tensor c = torch::stable::new_empty(x, x.sizes());
   Tensor partials = new_doubles(x, {element_blocks(x, dtype_of_type<T>), 3});
   arguments.c = static_cast<T*>(c.mutable_data_ptr());
   arguments.partials = partials.mutable_data_ptr<double>();
-  launch(element_products_kernel<T, Loss>, partials.size(0), kElementThreads, 0, stream, arguments);
-  const auto [loss, products] = finish_products(partials, stream);
+  launch(element_cotangent_kernel<T, Loss>, partials.size(0), kElementThreads, 0, stream, arguments);
+  const auto [loss, products] = finish_cotangent(partials, stream);
   return {loss, c, products};
 }
 
 template <typename T, template <typename> class Loss>
-Tensor element_dots(const Tensor& x, const Tensor& u, const Tensor& products, Elements<T, Loss> arguments) {
+Tensor element_products(const Tensor& x, const Tensor& u, const Tensor& products, Elements<T, Loss> arguments) {
   check_like(x, u, "u");
   check_place(x, u, "u");
   const double* first = products_of(x, products);
@@ -45,17 +45,17 @@ Tensor element_dots(const Tensor& x, const Tensor& u, const Tensor& products, El
   Tensor partials = new_doubles(x, {element_blocks(x, dtype_of_type<T>), 3});
   arguments.u = data<T>(u);
   arguments.partials = partials.mutable_data_ptr<double>();
-  launch(element_dots_kernel<T, Loss>, partials.size(0), kElementThreads, 0, stream, arguments);
-  return finish_dots(partials, first, stream);
+  launch(element_products_kernel<T, Loss>, partials.size(0), kElementThreads, 0, stream, arguments);
+  return finish_products(partials, first, stream);
 }
 
-Products mse_cotangent(Tensor x, Tensor v, Tensor target, bool mean, double sign) {
+Cotangent mse_cotangent(Tensor x, Tensor v, Tensor target, bool mean, double sign) {
   check_elements(x, v, target);
   const DeviceGuard guard(x.get_device_index());
-  Products result;
+  Cotangent result;
   for_dtype(dtype_of(x, "x", 0), [&](auto zero) {
     using T = decltype(zero);
-    result = element_products(x, elements<T, SquaredError>(x, v, target, mean, sign, {}));
+    result = element_cotangent(x, elements<T, SquaredError>(x, v, target, mean, sign, {}));
   });
   return result;
 }
@@ -66,7 +66,7 @@ Tensor mse_products(Tensor x, Tensor v, Tensor u, Tensor target, Tensor products
   Tensor result;
   for_dtype(dtype_of(x, "x", 0), [&](auto zero) {
     using T = decltype(zero);
-    result = element_dots(x, u, products, elements<T, SquaredError>(x, v, target, mean, sign, {}));
+    result = element_products(x, u, products, elements<T, SquaredError>(x, v, target, mean, sign, {}));
   });
   return result;
 }
@@ -79,28 +79,28 @@ BinaryCrossEntropy<C> binary_cross_entropy(const Tensor& x, const std::optional<
   return {w, p, length, pos_length};
 }
 
-Products bce_cotangent(Tensor x, Tensor v, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
-                      bool mean, double sign) {
+Cotangent bce_cotangent(Tensor x, Tensor v, Tensor target, std::optional<Tensor> weight,
+                        std::optional<Tensor> pos_weight, bool mean, double sign) {
   check_elements(x, v, target);
   const DeviceGuard guard(x.get_device_index());
-  Products result;
+  Cotangent result;
   for_dtype(dtype_of(x, "x", 0), [&](auto zero) {
     using T = decltype(zero);
     const auto loss = binary_cross_entropy<Compute<T>>(x, weight, pos_weight);
-    result = element_products(x, elements<T, BinaryCrossEntropy>(x, v, target, mean, sign, loss));
+    result = element_cotangent(x, elements<T, BinaryCrossEntropy>(x, v, target, mean, sign, loss));
   });
   return result;
 }
 
 Tensor bce_products(Tensor x, Tensor v, Tensor u, Tensor target, std::optional<Tensor> weight,
-                std::optional<Tensor> pos_weight, Tensor products, bool mean, double sign) {
+                    std::optional<Tensor> pos_weight, Tensor products, bool mean, double sign) {
   check_elements(x, v, target);
   const DeviceGuard guard(x.get_device_index());
   Tensor result;
   for_dtype(dtype_of(x, "x", 0), [&](auto zero) {
     using T = decltype(zero);
     const auto loss = binary_cross_entropy<Compute<T>>(x, weight, pos_weight);
-    result = element_dots(x, u, products, elements<T, BinaryCrossEntropy>(x, v, target, mean, sign, loss));
+    result = element_products(x, u, products, elements<T, BinaryCrossEntropy>(x, v, target, mean, sign, loss));
   });
   return result;
 }

@@ -104,7 +104,7 @@ __device__ __forceinline__ void walk_elements(const Split<T, int64>& parts, cons
 // Loss, c = g + Hv, g.v, v.Hv. Sums are in Compute<T> within a vector, then in double.
 template <typename T, template <typename> class Loss>
 __global__ void __launch_bounds__(kElementThreads)
-    element_products_kernel(const Elements<T, Loss> __grid_constant__ a) {
+    element_cotangent_kernel(const Elements<T, Loss> __grid_constant__ a) {
   using C = Compute<T>;
   __shared__ double shared[kBlockSumSize<3>];
   const C factor = a.sign * a.scale;
@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kElementThreads)
 
 // g.u, v.Hu, u.Hu.
 template <typename T, template <typename> class Loss>
-__global__ void __launch_bounds__(kElementThreads) element_dots_kernel(const Elements<T, Loss> __grid_constant__ a) {
+__global__ void __launch_bounds__(kElementThreads)
+    element_products_kernel(const Elements<T, Loss> __grid_constant__ a) {
   using C = Compute<T>;
   __shared__ double shared[kBlockSumSize<3>];
   double sums[3] = {0.0, 0.0, 0.0};

@@ -134,7 +134,7 @@ __device__ __forceinline__ void store_partials(const double (&sums)[3], double* 
 // One block adds them up. Partials of the loss, g.v' and v'.Hv'.
 template <int Threads>
 __global__ void __launch_bounds__(Threads)
-    finish_loss_products_kernel(const double* partials, int64 blocks, double* loss, double* products) {
+    finish_loss_cotangent_kernel(const double* partials, int64 blocks, double* loss, double* products) {
   __shared__ double shared[kBlockSumSize<3>];
   double sums[3];
   sum_partials(partials, 0, blocks, sums, shared);
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(Threads)
 // Partials of g.u', v'.Hu' and u'.Hu', which follow the two products of before.
 template <int Threads>
 __global__ void __launch_bounds__(Threads)
-    finish_loss_dots_kernel(const double* partials, int64 blocks, const double* products, double* five) {
+    finish_loss_products_kernel(const double* partials, int64 blocks, const double* products, double* five) {
   __shared__ double shared[kBlockSumSize<3>];
   double sums[3];
   sum_partials(partials, 0, blocks, sums, shared);

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <optional>
 
-#include "../checks.h"
+#include "../tensor_checks.h"
 #include "dots.cuh"
 #include "launch.h"
 #include "solve.cuh"
@@ -13,15 +13,6 @@
 
 namespace curveball::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int kFinishThreads = 512;
-
-Tensor new_doubles(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Double);
-}
 
 Numbers numbers_of(const Tensor& tensor, size_t count, const char* name) {
   const DType dtype = dtype_of(tensor, name, 0);
@@ -137,9 +128,7 @@ void launch_updates(const Entries& entries, const UpdateCall& call) {
 Tensor update_cuda(std::vector<Tensor> params, std::vector<Tensor> z, std::vector<Tensor> r, Tensor scalars,
                    std::vector<int64_t> group_sizes, std::vector<double> lr, std::vector<double> weight_decay,
                    std::optional<Tensor> lr_tensor) {
-  check_lengths(params.size(), "params", z.size(), "z");
-  check_lengths(params.size(), "params", r.size(), "r");
-  check_groups(params.size(), group_sizes, lr, weight_decay);
+  check_update_lists(params, z, r, group_sizes, lr, weight_decay);
   const double* previous = read_doubles(scalars, kScalarCount, "scalars");
   const Numbers rates = optional_numbers(lr_tensor, lr.size(), "lr_tensor");
   if (lr_tensor) check_device(*lr_tensor, "lr_tensor", 0, scalars);
@@ -149,22 +138,15 @@ Tensor update_cuda(std::vector<Tensor> params, std::vector<Tensor> z, std::vecto
   std::vector<int> group_ends;
   for (size_t g = 0, i = 0; g < group_sizes.size(); g++) {
     for (int64_t n = 0; n < group_sizes[g]; n++, i++) {
-      const DType w_dtype = dtype_of(params[i], "params", i), z_dtype = dtype_of(z[i], "z", i),
-                  r_dtype = dtype_of(r[i], "r", i);
-      check_state_dtype(w_dtype, z_dtype, i);
-      STD_TORCH_CHECK(r_dtype == w_dtype || r_dtype == z_dtype, "r[", i, "] has dtype ", name_of(r_dtype), " beside a ",
-                      name_of(w_dtype), " parameter: convert r to the parameter's dtype or to that of z.");
-      check_dense(params[i], "params", i);
-      check_same_layout(params[i], "params", z[i], "z", i);
-      check_same_layout(params[i], "params", r[i], "r", i);
+      const UpdateDTypes dtypes = check_update(params[i], z[i], r[i], i);
       check_device(params[i], "params", i, scalars);
       check_device(z[i], "z", i, scalars);
       check_device(r[i], "r", i, scalars);
       const int64_t numel = params[i].numel();
       if (numel == 0) continue;
-      entries[w_dtype][r_dtype].push_back({params[i].mutable_data_ptr(), z[i].mutable_data_ptr(),
-                                           const_cast<void*>(r[i].const_data_ptr()), numel, places.next(numel),
-                                           static_cast<int>(g), lr[g], weight_decay[g]});
+      entries[dtypes.w][dtypes.r].push_back({params[i].mutable_data_ptr(), z[i].mutable_data_ptr(),
+                                             const_cast<void*>(r[i].const_data_ptr()), numel, places.next(numel),
+                                             static_cast<int>(g), lr[g], weight_decay[g]});
     }
     group_ends.push_back(places.end());
   }
@@ -209,11 +191,7 @@ Tensor dots_cuda(std::vector<Tensor> z, std::vector<Tensor> r) {
   Entries entries;
   Places places;
   for (size_t i = 0; i < z.size(); i++) {
-    const DType z_dtype = dtype_of(z[i], "z", i), r_dtype = dtype_of(r[i], "r", i);
-    STD_TORCH_CHECK(z_dtype == kFloat32 || z_dtype == kFloat64, "z[", i, "] has dtype ", name_of(z_dtype),
-                    ": convert it to float32 or float64.");
-    check_dense(z[i], "z", i);
-    check_same_layout(z[i], "z", r[i], "r", i);
+    const auto [z_dtype, r_dtype] = check_dots(z[i], r[i], i);
     check_device(z[i], "z", i, z[0]);
     check_device(r[i], "r", i, z[0]);
     const int64_t numel = z[i].numel();

@@ -1,5 +1,5 @@
 // The module curveball_fused._C_cuda. Importing it loads the library, which registers the CUDA kernels of the operators
-// that _C declares; the module itself only tells how it was built. Python's limited API, as in ../python.cpp.
+// that _C declares; the module itself only tells how it was built. Python's limited API, as in ../cpu/python.cpp.
 #include <Python.h>
 #include <cuda_runtime_api.h>
 #include <torch/headeronly/version.h>

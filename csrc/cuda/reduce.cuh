@@ -45,6 +45,9 @@ __device__ __forceinline__ void block_sum(double (&x)[N], double* shared) {
   __syncthreads();
 }
 
+// The one block that adds up what the others have left.
+constexpr int kFinishThreads = 512;
+
 // Adds up partials[begin .. end)[N], which other blocks have written, with one block; every thread gets the sums.
 template <int N>
 __device__ __forceinline__ void sum_partials(const double* partials, int64 begin, int64 end, double (&sums)[N],

@@ -1,7 +1,7 @@
 // The 2x2 system and the rule for lambda, by one thread: a few hundred instructions, and nothing visits the host.
 #pragma once
 
-#include "../math.h"
+#include "../formulas.h"
 #include "types.cuh"
 
 namespace curveball::cuda {

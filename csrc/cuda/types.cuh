@@ -14,26 +14,6 @@ namespace curveball::cuda {
 
 using int64 = long long;
 
-// Storage only: arithmetic happens in Compute<T>.
-struct Float16 {
-  unsigned short bits;
-};
-struct BFloat16 {
-  unsigned short bits;
-};
-
-template <typename T>
-struct ComputeType {
-  using type = float;
-};
-template <>
-struct ComputeType<double> {
-  using type = double;
-};
-// float for all dtypes of at most 32 bits, double for double.
-template <typename T>
-using Compute = typename ComputeType<T>::type;
-
 template <typename T>
 constexpr DType dtype_of_type = kFloat32;
 template <>

@@ -1,7 +1,7 @@
 // The update of all parameters, one pass over w, z and r, and the sums of z.z that it gives for free.
 #pragma once
 
-#include "../math.h"
+#include "../formulas.h"
 #include "lists.cuh"
 #include "reduce.cuh"
 #include "solve.cuh"

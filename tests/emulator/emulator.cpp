@@ -10,7 +10,7 @@
 #include <stdexcept>
 
 #if !defined(__x86_64__)
-#error "The emulator switches fibres in x86-64 assembly; there is no version for this processor."
+#error "The emulator switches fibers in x86-64 assembly; there is no version for this processor."
 #endif
 
 // Saves the callee-saved registers on the running stack, its pointer in *save, and goes on where `stack` left off.

@@ -1,4 +1,4 @@
-// A CUDA device made of fibres: every thread of a block has its own stack, and a scheduler lets them run in turn, from
+// A CUDA device made of fibers: every thread of a block has its own stack, and a scheduler lets them run in turn, from
 // one point of synchronization to the next, in an order that a seed decides.
 //
 // It shows wrong indices, missing barriers and divergence. It can't show races within the memory model, nor speed.
@@ -49,7 +49,7 @@ void run(int64_t blocks, int threads, size_t shared_bytes, const void* function,
 
 void allow_shared(const void* function, int bytes);
 
-// ------------------------------------------------------------------------- called by kernels, on a thread's fibre
+// ------------------------------------------------------------------------- called by kernels, on a thread's fiber
 
 // What the running thread sees as threadIdx and so on.
 struct Running {

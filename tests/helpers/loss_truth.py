@@ -143,7 +143,7 @@ def check_errors(operators: Any) -> None:
     rows, products = torch.zeros(4, 3), torch.zeros(2, dtype=torch.float64)
     for message, (u, given_rows, given_products) in {
         "u and x have different sizes": (x[:2], rows, products),
-        "rows must be": (x, rows.double(), products),
+        "row_stats must be": (x, rows.double(), products),
         "products has dtype": (x, rows, products.float()),
     }.items():
         with pytest.raises(RuntimeError, match=message):

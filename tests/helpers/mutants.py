@@ -11,12 +11,12 @@ class Mutant:
     file: str  # in csrc/
     old: str  # occurs there once
     new: str
-    check: str  # a test in tests/
+    check: str  # a test in tests/backends/emulated/
 
     @property
     def unit(self) -> str:
         """The source in csrc/cuda/ whose kernels the check runs."""
-        return "cross_entropy" if self.check.startswith("test_emulated_losses") else "ops"
+        return "cross_entropy" if self.check.startswith("test_cross_entropy") else "ops"
 
 
 LISTS = [
@@ -120,13 +120,13 @@ LISTS = [
     ),
     Mutant(
         "factors_are_rounded_before_they_are_subtracted",
-        "math.h",
+        "formulas.h",
         "static_cast<T>(rho - beta * lambd)",
         "static_cast<T>(rho) - static_cast<T>(beta) * static_cast<T>(lambd)",
         "test_numbers.py::test_factors_are_formed_in_double",
     ),
     Mutant(
-        "neighbours_of_16_bits_change_places",
+        "neighbors_of_16_bits_change_places",
         "cuda/types.cuh",
         "y.v[i + 1] = {static_cast<unsigned short>(pair >> 16)};",
         "y.v[i + 1] = y.v[i];",

@@ -19,7 +19,7 @@ def test_machine_code(architecture: int, tmp_path: Path) -> None:
     """In a process of its own, since here the interpreter may stand in for the compiler; prints its table."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    check = [sys.executable, "-c", "import triton_cross_compile as t; print(t.missing_tools())"]
+    check = [sys.executable, "-c", "import triton_cross_compile as t; print(t.sass.missing_tools())"]
     environment["PYTHONPATH"] = os.pathsep.join([str(TOOL.parent), environment.get("PYTHONPATH", "")])
     missing = subprocess.run(check, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     if missing:

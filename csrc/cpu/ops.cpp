@@ -1,4 +1,4 @@
-// The operators torch.ops.curveball_fused.* and their CPU implementations.
+// The operators on lists of parameters, on the CPU; and the schemas of all operators torch.ops.curveball_fused.*.
 // Built on LibTorch's stable ABI only, so one binary serves torch 2.11 and later.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,30 +7,23 @@
 #include <optional>
 #include <vector>
 
-#include "checks.h"
-#include "cpu/blocks.h"
-#include "cpu/kernels.h"
-#include "math.h"
-#include "schemas.h"
+#include "../formulas.h"
+#include "../schemas.h"
+#include "../tensor_checks.h"
+#include "blocks.h"
+#include "kernels.h"
 
-namespace curveball {
+namespace curveball::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Tensor new_doubles(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, ScalarType::Double);
-}
 
 // lr as a number; a tensor, if given, overrides it (then a scheduler or a captured graph may change it in place).
 double learning_rate(double lr, const std::optional<Tensor>& lr_tensor) {
   return lr_tensor ? read_number(*lr_tensor, "lr_tensor") : lr;
 }
 
-char* at(void* data, int64_t element, cpu::DType dtype) { return static_cast<char*>(data) + element * bytes(dtype); }
+char* at(void* data, int64_t element, DType dtype) { return static_cast<char*>(data) + element * bytes(dtype); }
 
-const char* at(const void* data, int64_t element, cpu::DType dtype) {
+const char* at(const void* data, int64_t element, DType dtype) {
   return static_cast<const char*>(data) + element * bytes(dtype);
 }
 
@@ -38,16 +31,10 @@ const char* at(const void* data, int64_t element, cpu::DType dtype) {
 struct Update {
   void *w, *z;
   const void* r;
-  cpu::DType w_dtype, z_dtype, r_dtype;
-  cpu::UpdateBlock block;
+  UpdateDTypes dtypes;
+  UpdateBlock block;
   int64_t group;
 };
-
-const cpu::Kernels& chosen_kernels() {
-  const cpu::Kernels* kernels = cpu::kernels();
-  STD_TORCH_CHECK(kernels, "CURVEBALL_INSTRUCTION_SET names an instruction set that cannot run here: unset it.");
-  return *kernels;
-}
 
 // z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z, with each group's own lr and weight_decay.
 // If beta or rho is not finite (solve's signal for a step to skip), w and z stay. Returns the scalars with the z.z that
@@ -55,42 +42,32 @@ const cpu::Kernels& chosen_kernels() {
 Tensor update_cpu(std::vector<Tensor> params, std::vector<Tensor> z, std::vector<Tensor> r, Tensor scalars,
                   std::vector<int64_t> group_sizes, std::vector<double> lr, std::vector<double> weight_decay,
                   std::optional<Tensor> lr_tensor) {
-  check_lengths(params.size(), "params", z.size(), "z");
-  check_lengths(params.size(), "params", r.size(), "r");
-  check_groups(params.size(), group_sizes, lr, weight_decay);
+  check_update_lists(params, z, r, group_sizes, lr, weight_decay);
   const double* s = read_doubles(scalars, kScalarCount, "scalars");
   if (lr_tensor) lr = read_numbers(*lr_tensor, lr.size(), "lr_tensor");
   const bool skip = !is_finite(s[kBeta]) || !is_finite(s[kRho]);
-  const cpu::Kernels& kernels = chosen_kernels();
+  const Kernels& kernels = chosen_kernels();
 
-  cpu::Blocks blocks;
+  Blocks blocks;
   std::vector<Update> updates;
   updates.reserve(params.size());
   for (size_t g = 0, i = 0; g < group_sizes.size(); g++) {
     for (int64_t n = 0; n < group_sizes[g]; n++, i++) {
-      const cpu::DType w_dtype = dtype_of(params[i], "params", i), z_dtype = dtype_of(z[i], "z", i),
-                       r_dtype = dtype_of(r[i], "r", i);
-      check_state_dtype(w_dtype, z_dtype, i);
-      const cpu::UpdateBlock block = kernels.update[w_dtype][r_dtype];
-      STD_TORCH_CHECK(block, "r[", i, "] has dtype ", name_of(r_dtype), " beside a ", name_of(w_dtype),
-                      " parameter: convert r to the parameter's dtype or to that of z.");
-      check_dense(params[i], "params", i);
-      check_same_layout(params[i], "params", z[i], "z", i);
-      check_same_layout(params[i], "params", r[i], "r", i);
-      updates.push_back({params[i].mutable_data_ptr(), z[i].mutable_data_ptr(), r[i].const_data_ptr(), w_dtype, z_dtype,
-                         r_dtype, block, static_cast<int64_t>(g)});
+      const UpdateDTypes dtypes = check_update(params[i], z[i], r[i], i);
+      updates.push_back({params[i].mutable_data_ptr(), z[i].mutable_data_ptr(), r[i].const_data_ptr(), dtypes,
+                         kernels.update[dtypes.w][dtypes.r], static_cast<int64_t>(g)});
       blocks.add(i, params[i].numel());
     }
   }
 
   std::vector<double> partial(blocks.size());
-  blocks.run([&](const cpu::Block& b, int64_t index) {
+  blocks.run([&](const Block& b, int64_t index) {
     const Update& u = updates[b.tensor];
-    void* const z_block = at(u.z, b.begin, u.z_dtype);
-    const cpu::UpdateArguments arguments{s[kBeta], s[kRho], s[kLambda], lr[u.group], weight_decay[u.group]};
+    void* const z_block = at(u.z, b.begin, u.dtypes.z);
+    const UpdateArguments arguments{s[kBeta], s[kRho], s[kLambda], lr[u.group], weight_decay[u.group]};
     partial[index] =
-        skip ? kernels.squares[u.z_dtype](z_block, b.count)
-             : u.block(at(u.w, b.begin, u.w_dtype), z_block, at(u.r, b.begin, u.r_dtype), b.count, arguments);
+        skip ? kernels.squares[u.dtypes.z](z_block, b.count)
+             : u.block(at(u.w, b.begin, u.dtypes.w), z_block, at(u.r, b.begin, u.dtypes.r), b.count, arguments);
   });
   std::vector<double> squares(lr.size());
   for (size_t i = 0; i < partial.size(); i++) squares[updates[blocks[i].tensor].group] += partial[i];
@@ -101,29 +78,26 @@ Tensor update_cpu(std::vector<Tensor> params, std::vector<Tensor> z, std::vector
 
 struct Dots {
   const void *z, *r;
-  cpu::DType z_dtype, r_dtype;
-  cpu::DotsBlock block;
+  DType z_dtype, r_dtype;
+  DotsBlock block;
 };
 
 // [z.z, z.r, r.r] in one pass over both lists. With empty lists the dispatcher has no device to choose by and raises;
 // the Python layer answers that case.
 Tensor dots_cpu(std::vector<Tensor> z, std::vector<Tensor> r) {
   check_lengths(z.size(), "z", r.size(), "r");
-  cpu::Blocks blocks;
+  const Kernels& kernels = chosen_kernels();
+  Blocks blocks;
   std::vector<Dots> pairs;
   pairs.reserve(z.size());
   for (size_t i = 0; i < z.size(); i++) {
-    const cpu::DType z_dtype = dtype_of(z[i], "z", i), r_dtype = dtype_of(r[i], "r", i);
-    const cpu::DotsBlock block = chosen_kernels().dots[z_dtype][r_dtype];
-    STD_TORCH_CHECK(block, "z[", i, "] has dtype ", name_of(z_dtype), ": convert it to float32 or float64.");
-    check_dense(z[i], "z", i);
-    check_same_layout(z[i], "z", r[i], "r", i);
-    pairs.push_back({z[i].const_data_ptr(), r[i].const_data_ptr(), z_dtype, r_dtype, block});
+    const auto [z_dtype, r_dtype] = check_dots(z[i], r[i], i);
+    pairs.push_back({z[i].const_data_ptr(), r[i].const_data_ptr(), z_dtype, r_dtype, kernels.dots[z_dtype][r_dtype]});
     blocks.add(i, z[i].numel());
   }
 
   std::vector<double> partial(3 * blocks.size());
-  blocks.run([&](const cpu::Block& b, int64_t index) {
+  blocks.run([&](const Block& b, int64_t index) {
     const Dots& p = pairs[b.tensor];
     p.block(at(p.z, b.begin, p.z_dtype), at(p.r, b.begin, p.r_dtype), b.count, &partial[3 * index]);
   });
@@ -155,13 +129,13 @@ Tensor adapt_damping_cpu(Tensor scalars, Tensor new_loss, double low, double hig
 }
 
 }  // namespace
-}  // namespace curveball
+}  // namespace curveball::cpu
 
 STABLE_TORCH_LIBRARY(curveball_fused, m) { curveball::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(curveball_fused, CPU, m) {
-  m.impl("update_", TORCH_BOX(&curveball::update_cpu));
-  m.impl("dots", TORCH_BOX(&curveball::dots_cpu));
-  m.impl("solve", TORCH_BOX(&curveball::solve_cpu));
-  m.impl("adapt_damping", TORCH_BOX(&curveball::adapt_damping_cpu));
+  m.impl("update_", TORCH_BOX(&curveball::cpu::update_cpu));
+  m.impl("dots", TORCH_BOX(&curveball::cpu::dots_cpu));
+  m.impl("solve", TORCH_BOX(&curveball::cpu::solve_cpu));
+  m.impl("adapt_damping", TORCH_BOX(&curveball::cpu::adapt_damping_cpu));
 }

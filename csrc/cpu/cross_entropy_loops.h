@@ -18,20 +18,20 @@ namespace curveball::cpu {
 namespace {
 
 template <typename T>
-CURVEBALL_LANES Arithmetic<T> number(const T* p) {
-  if constexpr (sizeof(T) == sizeof(Arithmetic<T>)) return *p;
+CURVEBALL_LANES Compute<T> number(const T* p) {
+  if constexpr (sizeof(T) == sizeof(Compute<T>)) return *p;
   return load(Padded<T>(p, 1).data)[0];
 }
 
 template <typename T>
-CURVEBALL_LANES void set_number(T* p, Arithmetic<T> value) {
+CURVEBALL_LANES void set_number(T* p, Compute<T> value) {
   T round[kRound];
   store(round, decltype(load(p)){} + value);
   *p = round[0];
 }
 
 template <typename T>
-CURVEBALL_LANES void fill(T* p, int64_t n, Arithmetic<T> value) {
+CURVEBALL_LANES void fill(T* p, int64_t n, Compute<T> value) {
   for (int64_t i = 0; i < n; i++) set_number(p + i, value);
 }
 
@@ -114,7 +114,7 @@ CURVEBALL_LANES C no_class(const CrossEntropy& a, int64_t target) {
 
 template <typename T, bool smoothed>
 void cross_entropy_cotangent_rows(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums) {
-  using C = Arithmetic<T>;
+  using C = Compute<T>;
   C* const e = static_cast<C*>(scratch);
   const C* const weight = static_cast<const C*>(a.weight);
   const int64_t classes = a.classes;
@@ -122,7 +122,7 @@ void cross_entropy_cotangent_rows(const CrossEntropy& a, int64_t begin, int64_t 
   for (int64_t n = begin; n < end; n++) {
     const T *x = static_cast<const T*>(a.x) + n * classes, *v = static_cast<const T*>(a.v) + n * classes;
     T* const c = static_cast<T*>(a.c) + n * classes;
-    C* const row = static_cast<C*>(a.rows) + 3 * n;
+    C* const row = static_cast<C*>(a.row_stats) + 3 * n;
     const int64_t y = a.target[n];
     if (y == a.ignore_index || y < 0 || y >= classes) {
       const C value = no_class<C>(a, y);
@@ -190,7 +190,7 @@ void cross_entropy_cotangent_rows(const CrossEntropy& a, int64_t begin, int64_t 
 // The logits are normalized again, so that the rounding of their normalizer, which grows with |x|, does not matter.
 template <typename T, bool smoothed>
 void cross_entropy_products_rows(const CrossEntropy& a, int64_t begin, int64_t end, void* scratch, double* sums) {
-  using C = Arithmetic<T>;
+  using C = Compute<T>;
   C* const e = static_cast<C*>(scratch);
   const C* const weight = static_cast<const C*>(a.weight);
   const int64_t classes = a.classes;
@@ -203,7 +203,7 @@ void cross_entropy_products_rows(const CrossEntropy& a, int64_t begin, int64_t e
     }
     const T *x = static_cast<const T*>(a.x) + n * classes, *v = static_cast<const T*>(a.v) + n * classes,
             *u = static_cast<const T*>(a.u) + n * classes;
-    const C* const row = static_cast<const C*>(a.rows) + 3 * n;
+    const C* const row = static_cast<const C*>(a.row_stats) + 3 * n;
     const C mean_v = row[1], share = row[2];
     const SoftmaxSums softmax = exponentiate(e, copy_row(x, classes, e), u, classes);
     const C mean_u = static_cast<C>(softmax.dot / softmax.sum);
@@ -230,7 +230,7 @@ void cross_entropy_products_rows(const CrossEntropy& a, int64_t begin, int64_t e
     const double factor = share / softmax.sum;
     vhu += factor * row_vhu.total();
     uhu += factor * row_uhu.total();
-    // Without smoothing t/D is s/D, which `rows` holds, and D need not be known.
+    // Without smoothing t/D is s/D, which `row_stats` holds, and D need not be known.
     gu -= (smoothed ? a.keep * weight[y] * a.inverse : share) * (number(u + y) - mean_u);
     if (smoothed) gu -= a.smooth * a.inverse * smooth_u.total();
   }

@@ -1,7 +1,7 @@
 // The formulas of CurveBall, each written once: the update of an element, the 2x2 solve, the rule for lambda.
 //
 // Plain C++ without torch headers, so that the CPU loops, CUDA kernels and NVRTC all read this same text.
-// Notation, as in the README: w weights, z the state, J the Jacobian of the outputs, H the Hessian of the
+// Notation, as in docs/method.md: w weights, z the state, J the Jacobian of the outputs, H the Hessian of the
 // loss in the outputs, g its gradient there, r = J'(HJz + g), Delta = r + lambda z.
 #pragma once
 
@@ -65,8 +65,8 @@ enum Scalar {
   kRho,
   kLambda,
   kZDotZ,
-  kSlope,            // x.b
-  kBend,             // x'Ax
+  kLinearTerm,       // x.b
+  kQuadraticTerm,    // x'Ax
   kPredictedChange,  // M
   kRatio,            // gamma
   kLoss,
@@ -151,8 +151,8 @@ CURVEBALL_INLINE Step solve_beta(const System& s, double rho) {
 }
 
 // M = -lr x.b + lr^2 x'Ax / 2, the change of the loss that the model predicts for a step of lr x.
-CURVEBALL_INLINE double predicted_change(double slope, double bend, double lr) {
-  return -lr * slope + 0.5 * lr * lr * bend;
+CURVEBALL_INLINE double predicted_change(double linear_term, double quadratic_term, double lr) {
+  return -lr * linear_term + 0.5 * lr * lr * quadratic_term;
 }
 
 // One step of the solver: fills `next` from `previous`. `dots` = [z.z, z.r, r.r] measured, or null: then adjointness
@@ -176,19 +176,19 @@ CURVEBALL_INLINE void solve(const double* previous, double loss, const double* p
   if (!usable || !is_finite(step.beta) || !is_finite(step.rho)) {
     const double zero = loss - loss;  // or NaN, if the loss is not finite
     next[kBeta] = next[kRho] = zero / zero;
-    next[kSlope] = next[kBend] = next[kPredictedChange] = 0.0;
+    next[kLinearTerm] = next[kQuadraticTerm] = next[kPredictedChange] = 0.0;
     next[kSkippedSteps] += 1.0;
     return;
   }
   const double x1 = step.beta, x2 = -step.rho;
-  const double slope = x1 * s.b1 + x2 * s.b2;
+  const double linear_term = x1 * s.b1 + x2 * s.b2;
   // A safe step does not believe the curvature: it predicts as if its length were the minimizer's.
-  const double bend = step.safe ? slope : x1 * x1 * s.a11 + 2.0 * x1 * x2 * s.a12 + x2 * x2 * s.a22;
+  const double quadratic_term = step.safe ? linear_term : x1 * x1 * s.a11 + 2.0 * x1 * x2 * s.a12 + x2 * x2 * s.a22;
   next[kBeta] = step.beta;
   next[kRho] = step.rho;
-  next[kSlope] = slope;
-  next[kBend] = bend;
-  next[kPredictedChange] = predicted_change(slope, bend, lr);
+  next[kLinearTerm] = linear_term;
+  next[kQuadraticTerm] = quadratic_term;
+  next[kPredictedChange] = predicted_change(linear_term, quadratic_term, lr);
   if (step.safe) next[kSafeSteps] += 1.0;
 }
 
@@ -206,7 +206,8 @@ CURVEBALL_INLINE void finish_update(const double* previous, const double* square
   }
   next[kZDotZ] = total;
   if (!equal)
-    next[kPredictedChange] = predicted_change(previous[kSlope], previous[kBend], divide_or_zero(moved, total));
+    next[kPredictedChange] =
+        predicted_change(previous[kLinearTerm], previous[kQuadraticTerm], divide_or_zero(moved, total));
 }
 
 // ---------------------------------------------------------------------------------------------- damping

@@ -65,8 +65,7 @@ class Repeated {
 
 // The derivatives at the elements of a round: take(first element, derivatives) for each group of them.
 template <typename Loss, typename T, typename Take>
-CURVEBALL_LANES void loss_round(const T* x, const T* y, const Arithmetic<T>* w, const Arithmetic<T>* pos_weight,
-                                Take take) {
+CURVEBALL_LANES void loss_round(const T* x, const T* y, const Compute<T>* w, const Compute<T>* pos_weight, Take take) {
   for (int64_t i = 0; i < kRound; i += kLanes) {
     take(i, Loss::at(load(x + i), load(y + i), load(w + i), load(pos_weight + i)));
   }
@@ -74,8 +73,8 @@ CURVEBALL_LANES void loss_round(const T* x, const T* y, const Arithmetic<T>* w, 
 
 // Loss, c = g + Hv, g.v, v.Hv.
 template <typename Loss, typename T>
-void element_products_block(const Elements& a, int64_t begin, int64_t end, double* sums) {
-  using C = Arithmetic<T>;
+void element_cotangent_block(const Elements& a, int64_t begin, int64_t end, double* sums) {
+  using C = Compute<T>;
   const T *x = static_cast<const T*>(a.x), *v = static_cast<const T*>(a.v), *y = static_cast<const T*>(a.y);
   T* const c = static_cast<T*>(a.c);
   Repeated<C> weight(a.weight, a.weight_period, begin), pos_weight(a.pos_weight, a.pos_weight_period, begin);
@@ -111,8 +110,8 @@ void element_products_block(const Elements& a, int64_t begin, int64_t end, doubl
 
 // g.u, v.Hu, u.Hu.
 template <typename Loss, typename T>
-void element_dots_block(const Elements& a, int64_t begin, int64_t end, double* sums) {
-  using C = Arithmetic<T>;
+void element_products_block(const Elements& a, int64_t begin, int64_t end, double* sums) {
+  using C = Compute<T>;
   const T *x = static_cast<const T*>(a.x), *v = static_cast<const T*>(a.v), *u = static_cast<const T*>(a.u),
           *y = static_cast<const T*>(a.y);
   Repeated<C> weight(a.weight, a.weight_period, begin), pos_weight(a.pos_weight, a.pos_weight_period, begin);

@@ -1,5 +1,4 @@
-// The tangent operators on the CPU. curveball_fused/tangent_ops.py says what they compute; tensors in other dtypes than
-// float32 and float64 go to plain torch there.
+// The tangent operators on the CPU, in float32 and float64. curveball_fused/ops/tangents.py says what they compute.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,20 +9,12 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "cpu/blocks.h"
-#include "cpu/kernels.h"
+#include "../tensor_checks.h"
+#include "blocks.h"
+#include "kernels.h"
 
-namespace curveball {
+namespace curveball::cpu {
 namespace {
-
-using torch::stable::Tensor;
-
-const cpu::TangentKernels& tangent_kernels() {
-  const cpu::Kernels* kernels = cpu::kernels();
-  STD_TORCH_CHECK(kernels, "CURVEBALL_INSTRUCTION_SET names an instruction set that cannot run here: unset it.");
-  return kernels->tangents;
-}
 
 // The dtype that x sets for all tensors.
 DType working_dtype(const Tensor& x, const char* name) {
@@ -54,16 +45,15 @@ std::tuple<Tensor, Tensor> activation_cpu(Tensor x, std::string name) {
   const DType dtype = working_dtype(x, "x");
   check_dense(x, "x", 0);
   const char* const names[] = {"gelu", "gelu_tanh", "silu"};
-  const int64_t index = std::find(names, names + cpu::kActivationCount, name) - names;
-  STD_TORCH_CHECK(index < cpu::kActivationCount, "There is no activation \"", name,
-                  "\": choose gelu, gelu_tanh or silu.");
+  const int64_t index = std::find(names, names + kActivationCount, name) - names;
+  STD_TORCH_CHECK(index < kActivationCount, "There is no activation \"", name, "\": choose gelu, gelu_tanh or silu.");
   Tensor y = torch::stable::empty_like(x), derivative = torch::stable::empty_like(x);
-  const cpu::ActivationBlock block = tangent_kernels().activation[index][dtype];
+  const ActivationBlock block = chosen_kernels().tangents.activation[index][dtype];
   const char* const source = static_cast<const char*>(x.const_data_ptr());
   char *const values = static_cast<char*>(y.mutable_data_ptr()), *const derivatives =
                                                                      static_cast<char*>(derivative.mutable_data_ptr());
   const int64_t size = bytes(dtype);
-  torch::stable::parallel_for(0, x.numel(), cpu::kBlockSize, [&](int64_t from, int64_t to) {
+  torch::stable::parallel_for(0, x.numel(), kBlockSize, [&](int64_t from, int64_t to) {
     block(source + from * size, values + from * size, derivatives + from * size, to - from);
   });
   return {y, derivative};
@@ -80,17 +70,17 @@ Tensor layer_norm_tangent_cpu(Tensor dx, Tensor x, std::optional<Tensor> mean, T
   check_same_layout(x, "x", dx, "dx", 0);
   const int64_t rows = x.size(0), size = x.size(1);
   Tensor dy = torch::stable::empty_like(x);
-  const cpu::LayerNormArguments arguments{dx.const_data_ptr(),
-                                          x.const_data_ptr(),
-                                          vector_of(mean, "mean", dtype, rows),
-                                          vector_of(rstd, "rstd", dtype, rows),
-                                          vector_of(weight, "weight", dtype, size),
-                                          vector_of(dweight, "dweight", dtype, size),
-                                          vector_of(dbias, "dbias", dtype, size),
-                                          dy.mutable_data_ptr(),
-                                          size};
-  const cpu::LayerNormRows work = tangent_kernels().layer_norm[dtype];
-  const int64_t grain = std::max<int64_t>(1, cpu::kBlockSize / std::max<int64_t>(1, size));
+  const LayerNormArguments arguments{dx.const_data_ptr(),
+                                     x.const_data_ptr(),
+                                     vector_of(mean, "mean", dtype, rows),
+                                     vector_of(rstd, "rstd", dtype, rows),
+                                     vector_of(weight, "weight", dtype, size),
+                                     vector_of(dweight, "dweight", dtype, size),
+                                     vector_of(dbias, "dbias", dtype, size),
+                                     dy.mutable_data_ptr(),
+                                     size};
+  const LayerNormRows work = chosen_kernels().tangents.layer_norm[dtype];
+  const int64_t grain = std::max<int64_t>(1, kBlockSize / std::max<int64_t>(1, size));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t from, int64_t to) { work(arguments, from, to); });
   return dy;
 }
@@ -120,29 +110,29 @@ Tensor batch_norm_tangent_cpu(Tensor dx, Tensor x, Tensor mean, Tensor rstd, std
   const auto channel_vector = [&](const std::optional<Tensor>& t, const char* name) {
     return vector_of(t, name, dtype, channels);
   };
-  cpu::BatchNormArguments arguments{dx.const_data_ptr(),
-                                    x.const_data_ptr(),
-                                    channel_vector(mean, "mean"),
-                                    channel_vector(rstd, "rstd"),
-                                    channel_vector(weight, "weight"),
-                                    channel_vector(dweight, "dweight"),
-                                    channel_vector(dbias, "dbias"),
-                                    dy.mutable_data_ptr(),
-                                    batch,
-                                    channels,
-                                    0,
-                                    training};
+  BatchNormArguments arguments{dx.const_data_ptr(),
+                               x.const_data_ptr(),
+                               channel_vector(mean, "mean"),
+                               channel_vector(rstd, "rstd"),
+                               channel_vector(weight, "weight"),
+                               channel_vector(dweight, "dweight"),
+                               channel_vector(dbias, "dbias"),
+                               dy.mutable_data_ptr(),
+                               batch,
+                               channels,
+                               0,
+                               training};
   if (x.numel() == 0) return dy;
   arguments.plane = x.numel() / (batch * channels);
-  const cpu::TangentKernels& kernels = tangent_kernels();
+  const TangentKernels& kernels = chosen_kernels().tangents;
   if (!channels_last(x)) {
-    const int64_t grain = std::max<int64_t>(1, cpu::kBlockSize / (batch * arguments.plane));
+    const int64_t grain = std::max<int64_t>(1, kBlockSize / (batch * arguments.plane));
     torch::stable::parallel_for(
         0, channels, grain, [&](int64_t from, int64_t to) { kernels.batch_norm_planes[dtype](arguments, from, to); });
     return dy;
   }
   // Blocks of rows that don't depend on the threads, so that neither do the sums.
-  const int64_t rows = batch * arguments.plane, block = std::max<int64_t>(1, cpu::kBlockSize / channels);
+  const int64_t rows = batch * arguments.plane, block = std::max<int64_t>(1, kBlockSize / channels);
   const int64_t blocks = (rows + block - 1) / block;
   std::vector<double> means(2 * channels);
   if (training) {
@@ -165,8 +155,8 @@ Tensor batch_norm_tangent_cpu(Tensor dx, Tensor x, Tensor mean, Tensor rstd, std
 // ---------------------------------------------------------------------------------------------- attention
 
 // A tensor of the given sizes whose last dimension is contiguous.
-cpu::AttentionTensor attention_tensor(const Tensor& t, const char* name, DType dtype, std::vector<int64_t> sizes,
-                                      bool contiguous = true) {
+AttentionTensor attention_tensor(const Tensor& t, const char* name, DType dtype, std::vector<int64_t> sizes,
+                                 bool contiguous = true) {
   check_dtype(t, name, dtype);
   const auto own = t.sizes();
   STD_TORCH_CHECK(own.size() == 4 && std::equal(sizes.begin(), sizes.end(), own.begin()), name,
@@ -186,7 +176,7 @@ Tensor attention_tangent_cpu(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k
   const auto tensor = [&](const Tensor& t, const char* name, int64_t rows, int64_t columns) {
     return attention_tensor(t, name, dtype, {batch, heads, rows, columns});
   };
-  cpu::AttentionArguments arguments{};
+  AttentionArguments arguments{};
   arguments.dq = tensor(dq, "dq", queries, depth), arguments.q = tensor(q, "q", queries, depth);
   arguments.dk = tensor(dk, "dk", keys, depth), arguments.k = tensor(k, "k", keys, depth);
   arguments.dv = tensor(dv, "dv", keys, width), arguments.v = tensor(v, "v", keys, width);
@@ -197,26 +187,26 @@ Tensor attention_tangent_cpu(Tensor dq, Tensor dk, Tensor dv, Tensor q, Tensor k
   arguments.depth = depth, arguments.width = width;
   arguments.is_causal = is_causal, arguments.scale = scale;
 
-  const cpu::AttentionBlock work = tangent_kernels().attention[dtype];
-  const int64_t blocks = (queries + cpu::kQueryBlock - 1) / cpu::kQueryBlock;
-  const int64_t products = std::min(queries, cpu::kQueryBlock) * keys * (depth + width);
-  const int64_t grain = std::max<int64_t>(1, cpu::kBlockSize / std::max<int64_t>(1, products));
+  const AttentionBlock work = chosen_kernels().tangents.attention[dtype];
+  const int64_t blocks = (queries + kQueryBlock - 1) / kQueryBlock;
+  const int64_t products = std::min(queries, kQueryBlock) * keys * (depth + width);
+  const int64_t grain = std::max<int64_t>(1, kBlockSize / std::max<int64_t>(1, products));
   torch::stable::parallel_for(0, batch * heads * blocks, grain, [&](int64_t from, int64_t to) {
-    std::vector<char> scratch(cpu::attention_scratch(depth, width) * bytes(dtype));
+    std::vector<char> scratch(attention_scratch(depth, width) * bytes(dtype));
     for (int64_t i = from; i < to; i++) {
-      const int64_t block = i % blocks, head = i / blocks % heads, begin = block * cpu::kQueryBlock;
-      work(arguments, i / blocks / heads, head, begin, std::min(queries, begin + cpu::kQueryBlock), scratch.data());
+      const int64_t block = i % blocks, head = i / blocks % heads, begin = block * kQueryBlock;
+      work(arguments, i / blocks / heads, head, begin, std::min(queries, begin + kQueryBlock), scratch.data());
     }
   });
   return torch::stable::transpose(result, 1, 2);
 }
 
 }  // namespace
-}  // namespace curveball
+}  // namespace curveball::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(curveball_fused, CPU, m) {
-  m.impl("activation", TORCH_BOX(&curveball::activation_cpu));
-  m.impl("attention_tangent", TORCH_BOX(&curveball::attention_tangent_cpu));
-  m.impl("batch_norm_tangent", TORCH_BOX(&curveball::batch_norm_tangent_cpu));
-  m.impl("layer_norm_tangent", TORCH_BOX(&curveball::layer_norm_tangent_cpu));
+  m.impl("activation", TORCH_BOX(&curveball::cpu::activation_cpu));
+  m.impl("attention_tangent", TORCH_BOX(&curveball::cpu::attention_tangent_cpu));
+  m.impl("batch_norm_tangent", TORCH_BOX(&curveball::cpu::batch_norm_tangent_cpu));
+  m.impl("layer_norm_tangent", TORCH_BOX(&curveball::cpu::layer_norm_tangent_cpu));
 }

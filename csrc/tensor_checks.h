@@ -1,17 +1,22 @@
-// Checks of the operators' arguments. They appear in Python as RuntimeError, so each says what to do.
+// Checks of the operators' arguments, and what operators on parameters read and return. Failed checks appear in Python
+// as RuntimeError, so each says what to do.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "dtypes.h"
 
 namespace curveball {
+
+using torch::stable::Tensor;
 
 inline const char* name_of(DType dtype) {
   constexpr const char* names[] = {"float16", "bfloat16", "float32", "float64"};
@@ -43,7 +48,7 @@ inline void check_groups(size_t tensors, const std::vector<int64_t>& sizes, cons
 }
 
 // True where this library's kernels can work. (The emulated CUDA kernels work on the CPU.)
-inline bool is_on_device(const torch::stable::Tensor& tensor) {
+inline bool is_on_device(const Tensor& tensor) {
 #if defined(__CUDACC__)
   return tensor.is_cuda();
 #else
@@ -52,7 +57,7 @@ inline bool is_on_device(const torch::stable::Tensor& tensor) {
 }
 
 // The dtype of list[index], which must be on the device.
-inline DType dtype_of(const torch::stable::Tensor& tensor, const char* list, size_t index) {
+inline DType dtype_of(const Tensor& tensor, const char* list, size_t index) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(is_on_device(tensor), list, "[", index, "] is on another device: move all tensors to one.");
   switch (tensor.scalar_type()) {
@@ -78,7 +83,7 @@ inline void check_state_dtype(DType param, DType z, size_t index) {
 }
 
 // Every element at its own place and no holes: then the memory can be walked in a straight line.
-inline void check_dense(const torch::stable::Tensor& tensor, const char* list, size_t index) {
+inline void check_dense(const Tensor& tensor, const char* list, size_t index) {
   if (tensor.is_contiguous()) return;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size), innermost first
@@ -96,8 +101,7 @@ inline void check_dense(const torch::stable::Tensor& tensor, const char* list, s
 }
 
 // Same sizes and same strides. The strides of dimensions of size one place nothing, so they may differ.
-inline void check_same_layout(const torch::stable::Tensor& a, const char* a_list, const torch::stable::Tensor& b,
-                              const char* b_list, size_t index) {
+inline void check_same_layout(const Tensor& a, const char* a_list, const Tensor& b, const char* b_list, size_t index) {
   const auto sizes = a.sizes(), other_sizes = b.sizes();
   STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), other_sizes.begin(), other_sizes.end()), a_list, "[", index,
                   "] and ", b_list, "[", index, "] have different sizes: they must match.");
@@ -110,8 +114,52 @@ inline void check_same_layout(const torch::stable::Tensor& a, const char* a_list
   }
 }
 
+// ---------------------------------------------------------------------------------------------- update, dots
+
+// The lengths of the lists that `update_` takes.
+inline void check_update_lists(const std::vector<Tensor>& params, const std::vector<Tensor>& z,
+                               const std::vector<Tensor>& r, const std::vector<int64_t>& group_sizes,
+                               const std::vector<double>& lr, const std::vector<double>& weight_decay) {
+  check_lengths(params.size(), "params", z.size(), "z");
+  check_lengths(params.size(), "params", r.size(), "r");
+  check_groups(params.size(), group_sizes, lr, weight_decay);
+}
+
+struct UpdateDTypes {
+  DType w, z, r;
+};
+
+// One place of the lists that `update_` takes.
+inline UpdateDTypes check_update(const Tensor& w, const Tensor& z, const Tensor& r, size_t index) {
+  const UpdateDTypes dtypes{dtype_of(w, "params", index), dtype_of(z, "z", index), dtype_of(r, "r", index)};
+  check_state_dtype(dtypes.w, dtypes.z, index);
+  STD_TORCH_CHECK(dtypes.r == dtypes.w || dtypes.r == dtypes.z, "r[", index, "] has dtype ", name_of(dtypes.r),
+                  " beside a ", name_of(dtypes.w), " parameter: convert r to the parameter's dtype or to that of z.");
+  check_dense(w, "params", index);
+  check_same_layout(w, "params", z, "z", index);
+  check_same_layout(w, "params", r, "r", index);
+  return dtypes;
+}
+
+// One place of the lists that `dots` takes. Returns the dtypes.
+inline std::pair<DType, DType> check_dots(const Tensor& z, const Tensor& r, size_t index) {
+  const DType z_dtype = dtype_of(z, "z", index), r_dtype = dtype_of(r, "r", index);
+  STD_TORCH_CHECK(z_dtype == kFloat32 || z_dtype == kFloat64, "z[", index, "] has dtype ", name_of(z_dtype),
+                  ": convert it to float32 or float64.");
+  check_dense(z, "z", index);
+  check_same_layout(z, "z", r, "r", index);
+  return {z_dtype, r_dtype};
+}
+
+// ---------------------------------------------------------------------------------------------- small vectors
+
+// Uninitialized, where `like` is.
+inline Tensor new_doubles(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return torch::stable::new_empty(like, sizes, torch::headeronly::ScalarType::Double);
+}
+
 // The address of a small float64 vector with at least `count` elements.
-inline const double* read_doubles(const torch::stable::Tensor& tensor, int64_t count, const char* name) {
+inline const double* read_doubles(const Tensor& tensor, int64_t count, const char* name) {
   STD_TORCH_CHECK(is_on_device(tensor), name, " is on another device: move it to that of the other arguments.");
   STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Double, name, " has dtype ",
                   torch::headeronly::toString(tensor.scalar_type()), ": convert it to float64.");
@@ -121,7 +169,7 @@ inline const double* read_doubles(const torch::stable::Tensor& tensor, int64_t c
 }
 
 // The values of a small vector of any of the four dtypes.
-inline std::vector<double> read_numbers(const torch::stable::Tensor& tensor, size_t count, const char* name) {
+inline std::vector<double> read_numbers(const Tensor& tensor, size_t count, const char* name) {
   STD_TORCH_CHECK(tensor.numel() == static_cast<int64_t>(count) && tensor.is_contiguous(), name,
                   " must be contiguous with ", count, " element(s); it has ", tensor.numel(), ".");
   const auto dtype = dtype_of(tensor, name, 0);
@@ -145,8 +193,6 @@ inline std::vector<double> read_numbers(const torch::stable::Tensor& tensor, siz
   return values;
 }
 
-inline double read_number(const torch::stable::Tensor& tensor, const char* name) {
-  return read_numbers(tensor, 1, name)[0];
-}
+inline double read_number(const Tensor& tensor, const char* name) { return read_numbers(tensor, 1, name)[0]; }
 
 }  // namespace curveball

@@ -3,7 +3,7 @@
 #include <Python.h>
 #include <torch/headeronly/version.h>
 
-#include "cpu/kernels.h"
+#include "kernels.h"
 
 #if defined(__clang__)
 #define CURVEBALL_COMPILER __VERSION__  // says "Clang" itself
