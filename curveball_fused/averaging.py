@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from curveball_fused.backends.reference.parameters import divide_or_zero
+from curveball_fused.backends.reference.solve import divide_or_zero
 from curveball_fused.backends.scalars import RHO, Z_DOT_Z
 
 RHO_MAX = 1.0  # the heavy ball gains energy beyond it, which one batch's model can't see

@@ -11,6 +11,7 @@ from curveball_fused.backends.triton import attention as triton_attention
 from curveball_fused.backends.triton import batch_norm as triton_batch_norm
 from curveball_fused.backends.triton import cross_entropy as triton_cross_entropy
 from curveball_fused.backends.triton import cross_entropy_kernels as triton_cross_entropy_kernels
+from curveball_fused.backends.triton import damping as triton_damping
 from curveball_fused.backends.triton import layer_norm as triton_layer_norm
 from curveball_fused.backends.triton import losses as triton_losses
 from curveball_fused.backends.triton import norms as triton_norms
@@ -63,7 +64,7 @@ def kernels() -> list[Kernel]:
     found = [
         Kernel("solve", triton_solve.solve_kernel, scalar | doubles | dict(loss="*fp32", products="*fp64"),
                dict(BETA_FIXED=False, RHO_FIXED=False), 1),
-        Kernel("adapt_damping", triton_solve.adapt_damping_kernel, scalar | doubles | dict(new_loss="*fp32"), {}, 1),
+        Kernel("adapt_damping", triton_damping.adapt_damping_kernel, scalar | doubles | dict(new_loss="*fp32"), {}, 1),
         Kernel("finish update_", triton_parameters.finish_update_kernel,
                scalar | dict(partials="*fp64", bounds="*i64", lr="*fp64", groups="i32"),
                dict(BLOCK=triton_reduce.SUM_BLOCK), triton_parameters.WARPS),

@@ -1,4 +1,4 @@
-"""The operators on lists of parameters and on the scalars of a step.
+"""The operators on lists of parameters.
 
 `backends.reference.parameters` says in plain torch what they compute.
 """
@@ -14,6 +14,7 @@ from curveball_fused import backends
 from curveball_fused.backends.scalars import SCALARS, Z_DOT_Z
 
 from ._checks import check_lists
+from ._rates import rates_on_device
 
 
 def update_(
@@ -98,7 +99,7 @@ def update_groups_(
     """
     check_lists(params, z, r)
     kernels = backends.kernels(backends.choose(backend, scalars.device))
-    rates, rate_tensor = _rates(lr, scalars.device)
+    rates, rate_tensor = rates_on_device(lr, scalars.device)
     w_flat, z_flat, r_flat, copies = [], [], [], []
     for w_i, z_i, r_i in zip(params, z, r, strict=True):
         w_k, z_k = w_i, z_i
@@ -146,104 +147,6 @@ def dots(z: Sequence[Tensor], r: Sequence[Tensor], *, backend: str = "auto") -> 
     return result
 
 
-def solve(
-    scalars: Tensor,
-    loss: Tensor,
-    products: Tensor,
-    dots: Tensor | None = None,
-    *,
-    beta: float | None = None,
-    rho: float | None = None,
-    lr: float | Tensor = 1.0,
-    backend: str = "auto",
-) -> Tensor:
-    """Solve for β and ρ of this step: [β, -ρ] = A⁺ b minimizes the quadratic model in the plane of Δ = r + λz and z.
-
-    With the damped Gauss-Newton matrix G = JᵀHJ + λI, A = [[Δ·GΔ, Δ·Gz], [Δ·Gz, z·Gz]] and b = [Jᵀg·Δ, Jᵀg·z]:
-    Henriques et al. 2019, equation 18, after Martens and Grosse 2015, section 7. Where the curvature is so negative
-    that A⁺ b could climb or leap, the step goes along Δ alone, no further than 1/λ, and is counted in `safe_steps`.
-
-    Args:
-        scalars: float64, the values named by `backends.scalars.SCALARS`, of which λ and z·z are read; not changed.
-        loss: 0-dim, the minimized objective.
-        products: float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`, as the operators in `ops.losses` give them.
-        dots: float64 `[z·z, z·r, r·r]`, or None (default) to take them from z·z of the last step and the adjoint
-            identities z·r = Jz·c and r·r = Jr·c, with c = HJz + g.
-        beta: value to keep for β; None (default) to solve for it.
-        rho: value to keep for ρ; None (default) to solve for it.
-        lr: number (default: 1) or 0-dim tensor, by which the change of the loss is predicted.
-        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
-
-    Returns:
-        New scalars: β, ρ, the loss, the model's two terms and the predicted change M = -lr x·b + ½ lr² xᵀA x, with
-        x = [β, -ρ]. A loss, product or rate that is not finite gives β = ρ = NaN, by which `update_` leaves all as it
-        is, and is counted in `skipped_steps`.
-
-    Example::
-
-        scalars = torch.zeros(len(SCALARS), dtype=torch.float64)
-        scalars[LAMBD] = 1.0
-        loss, c, products = ops.losses.mse_cotangent(outputs, jz, target)  # r = Jᵀc, jr = Jr
-        products = ops.losses.mse_products(outputs, jz, jr, target, products)
-        scalars = ops.solve(scalars, loss, products)
-    """
-    kernels = backends.kernels(backends.choose(backend, scalars.device))
-    (rate,), tensor = _rates([lr], scalars.device)
-    result: Tensor = kernels.solve(scalars, loss, products, dots, beta, rho, rate, tensor)
-    return result
-
-
-def adapt_damping(
-    scalars: Tensor,
-    new_loss: Tensor,
-    *,
-    low: float,
-    high: float,
-    factor: float,
-    minimum: float,
-    maximum: float,
-    backend: str = "auto",
-) -> Tensor:
-    """Adapt λ by the ratio γ = (new loss - loss) / M of the actual to the predicted change of the loss.
-
-    The Levenberg-Marquardt rule, as in Martens 2010 and Henriques et al. 2019: λ/factor where γ < low, or γ is not
-    finite, or M > 0; λ·factor where γ > high; and then λ within the bounds.
-
-    Args:
-        scalars: float64, the values named by `backends.scalars.SCALARS`; not changed.
-        new_loss: 0-dim, the loss after the step, on the same batch.
-        low: γ below which the model was too bold; 0 < low < high.
-        high: γ above which it was too cautious.
-        factor: between 0 and 1.
-        minimum: lower bound of λ.
-        maximum: upper bound of λ.
-        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
-
-    Returns:
-        New scalars, with λ and γ; as they were where the step was skipped or predicted no change.
-
-    Example::
-
-        rule = dict(low=0.5, high=1.5, factor=0.995, minimum=1e-6, maximum=1e6)
-        scalars = ops.adapt_damping(scalars, new_loss, **rule)
-    """
-    kernels = backends.kernels(backends.choose(backend, scalars.device))
-    result: Tensor = kernels.adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
-    return result
-
-
-def _rates(lr: Sequence[float | Tensor], device: torch.device) -> tuple[list[float], Tensor | None]:
-    """Return the groups' rates as numbers, and, where one is a tensor, all of them as a vector on the device."""
-    # Reading a tensor that is on the host already has nobody wait.
-    lr = [float(r) if isinstance(r, Tensor) and r.device.type == "cpu" != device.type else r for r in lr]
-    if not any(isinstance(rate, Tensor) for rate in lr):
-        return [float(rate) for rate in lr], None
-    if len(lr) == 1:
-        return [0.0], torch.as_tensor(lr[0]).reshape(1)
-    filled = [r if isinstance(r, Tensor) else torch.full((), r, dtype=torch.float64, device=device) for r in lr]
-    return [0.0] * len(lr), torch.stack([rate.reshape(()).double() for rate in filled])
-
-
 def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
     """Return whether both fill their memory without gaps, in the same order: a flat walk pairs their elements."""
     if a.is_contiguous():
@@ -261,11 +164,3 @@ if backends.has_operators():
     @torch.library.register_fake("curveball_fused::dots")
     def _(z, r):  # type: ignore[no-untyped-def]
         return z[0].new_empty(3, dtype=torch.float64)
-
-    @torch.library.register_fake("curveball_fused::solve")
-    def _(scalars, loss, products, dots, beta, rho, lr, lr_tensor=None):  # type: ignore[no-untyped-def]
-        return torch.empty_like(scalars)
-
-    @torch.library.register_fake("curveball_fused::adapt_damping")
-    def _(scalars, new_loss, low, high, factor, minimum, maximum):  # type: ignore[no-untyped-def]
-        return torch.empty_like(scalars)

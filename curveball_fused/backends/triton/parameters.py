@@ -16,6 +16,7 @@ from torch import Tensor
 
 from curveball_fused.backends.dtypes import compute_dtype
 
+from .damping import adapt_damping
 from .launch_tables import CHUNK, Launch, device_constants, list_items, plan
 from .reduce import SUM_BLOCK, TYPES, reduce_vectors, sum_partials, sum_rows_kernel, zeros
 from .scalar import as_double, divide_or_zero, is_finite
@@ -29,7 +30,6 @@ from .solve import (
     QUADRATIC_TERM,
     RHO,
     Z_DOT_Z,
-    adapt_damping,
     predicted_change,
     solve,
 )

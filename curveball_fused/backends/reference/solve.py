@@ -1,0 +1,121 @@
+"""The closed-form solve for β and ρ in plain torch: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curveball_fused.backends.scalars import (
+    BETA,
+    CONVEX_TOLERANCE,
+    LAMBD,
+    LINEAR_TERM,
+    LOSS,
+    PREDICTED_CHANGE,
+    QUADRATIC_TERM,
+    RANK_TOLERANCE,
+    RHO,
+    SAFE_STEPS,
+    SKIPPED_STEPS,
+    Z_DOT_Z,
+)
+
+
+def solve(
+    scalars: Tensor,
+    loss: Tensor,
+    products: Tensor,
+    dots: Tensor | None,
+    beta: float | None,
+    rho: float | None,
+    lr: float,
+    lr_tensor: Tensor | None,
+) -> Tensor:
+    """Solve for [β, -ρ] = A⁺ b, the minimizer x of ½ xᵀA x - x·b.
+
+    Henriques et al. 2019, equation 18; the idea is that of Martens and Grosse 2015, section 7.
+    A = Gauss-Newton + λ·Gram, so A ⪰ λ·Gram for a loss that is convex in the outputs. Where the curvature is so
+    negative that A ⪰ ½λ·Gram fails, A⁺ b could climb or leap; a safe step goes down along Δ alone, no further than 1/λ:
+    ρ = 0, β = b₁ / max(|A₁₁|, λ Δ·Δ).
+
+    Args:
+        scalars: the values named by `SCALARS`; not changed.
+        loss: 0-dim.
+        products: `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
+        dots: `[z·z, z·r, r·r]`, or None where the adjoint identities z·r = Jz·c and r·r = Jr·c hold.
+        beta: value that is kept, or None; the other minimizes what is left.
+        rho: likewise.
+        lr: rate of the step.
+        lr_tensor: the rate in the place of `lr`, or None.
+
+    Returns:
+        New scalars.
+    """
+    gz, z_hz, gr, z_hr, r_hr = products.unbind()
+    lambd = scalars[LAMBD]
+    zz, zr, rr = (scalars[Z_DOT_Z], gz + z_hz, gr + z_hr) if dots is None else dots.unbind()
+    dd, dz = rr + 2 * lambd * zr + lambd**2 * zz, zr + lambd * zz
+    a11 = r_hr + 2 * lambd * z_hr + lambd**2 * z_hz + lambd * dd
+    a12 = z_hr + lambd * z_hz + lambd * dz
+    a22 = z_hz + lambd * zz
+    b1, b2 = gr + lambd * gz, gz
+    n11, n12, n22 = a11 - 0.5 * lambd * dd, a12 - 0.5 * lambd * dz, a22 - 0.5 * lambd * zz
+    zero, nan = torch.zeros_like(a11), torch.full_like(a11, torch.nan)
+
+    steepest = divide_or_zero(b1, torch.maximum(a11.abs(), lambd * dd))
+    if beta is None and rho is None:
+        x1, x2 = _solve_both(a11, a12, a22, b1, b2)
+        safe = (n11 < 0) | (n22 < 0) | (n12 * n12 > (1 + CONVEX_TOLERANCE) * n11 * n22)
+        x1, x2 = torch.where(safe, steepest, x1), torch.where(safe, zero, x2)
+    elif beta is None:
+        assert rho is not None
+        x2, safe = torch.full_like(a11, -rho), n11 < 0
+        x1 = torch.where(safe, steepest, divide_or_zero(b1 - a12 * x2, a11))
+    elif rho is None:
+        x1, safe = torch.full_like(a11, beta), n22 < 0
+        x2 = torch.where(safe, zero, divide_or_zero(b2 - a12 * x1, a22))
+    else:
+        x1, x2, safe = (
+            torch.full_like(a11, beta),
+            torch.full_like(a11, -rho),
+            torch.zeros_like(a11, dtype=torch.bool),
+        )
+
+    linear_term = x1 * b1 + x2 * b2
+    quadratic_term = torch.where(safe, linear_term, x1 * (a11 * x1 + 2 * a12 * x2) + x2 * a22 * x2)
+    rate = scalars.new_full((), lr) if lr_tensor is None else lr_tensor.reshape(()).to(scalars)
+    finite = torch.isfinite(torch.stack((loss.to(products), *products.unbind(), zz, zr, rr, x1, x2, rate))).all()
+    new = scalars.clone()
+    new[BETA], new[RHO] = torch.where(finite, x1, nan), torch.where(finite, -x2, nan)
+    new[LINEAR_TERM], new[QUADRATIC_TERM] = (
+        torch.where(finite, linear_term, zero),
+        torch.where(finite, quadratic_term, zero),
+    )
+    new[PREDICTED_CHANGE] = torch.where(finite, predicted_change(new, rate), zero)
+    new[LOSS] = loss
+    new[SKIPPED_STEPS] += (~finite).to(new.dtype)
+    new[SAFE_STEPS] += (finite & safe).to(new.dtype)
+    return new
+
+
+def predicted_change(scalars: Tensor, lr: Tensor) -> Tensor:
+    """Return M = -lr x·b + ½ lr² xᵀA x, which is -½ lr (2 - lr) x·b at the minimizer x."""
+    return lr * (0.5 * lr * scalars[QUADRATIC_TERM] - scalars[LINEAR_TERM])
+
+
+def _solve_both(a11: Tensor, a12: Tensor, a22: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve x = A⁺ b, after scaling A to unit diagonal."""
+    s1, s2 = a11.clamp(min=0).sqrt(), a22.clamp(min=0).sqrt()
+    cos, y1, y2 = divide_or_zero(a12, s1 * s2), divide_or_zero(b1, s1), divide_or_zero(b2, s2)
+    gap = (1 - cos) * (1 + cos)
+    full = torch.stack((divide_or_zero(y1 - cos * y2, gap), divide_or_zero(y2 - cos * y1, gap)))
+    sign = torch.sign(cos)
+    parallel = torch.stack((y1 + sign * y2, sign * y1 + y2)) / 4  # the pseudo-inverse of [[1, ±1], [±1, 1]]
+    # A zero diagonal entry leaves the other equation alone, as cos is zero then.
+    x = torch.where(gap <= RANK_TOLERANCE, parallel, full)
+    return divide_or_zero(x[0], s1), divide_or_zero(x[1], s2)
+
+
+def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:
+    """Return a / b, and zero where b is zero."""
+    return torch.where(b == 0, torch.zeros_like(a), a / torch.where(b == 0, torch.ones_like(b), b))

@@ -1,0 +1,64 @@
+"""The closed-form solve for the step size β on the linear system and the momentum ρ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curveball_fused import backends
+
+from ._rates import rates_on_device
+
+
+def solve(
+    scalars: Tensor,
+    loss: Tensor,
+    products: Tensor,
+    dots: Tensor | None = None,
+    *,
+    beta: float | None = None,
+    rho: float | None = None,
+    lr: float | Tensor = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Solve for β and ρ of this step: [β, -ρ] = A⁺ b minimizes the quadratic model in the plane of Δ = r + λz and z.
+
+    With the damped Gauss-Newton matrix G = JᵀHJ + λI, A = [[Δ·GΔ, Δ·Gz], [Δ·Gz, z·Gz]] and b = [Jᵀg·Δ, Jᵀg·z]:
+    Henriques et al. 2019, equation 18, after Martens and Grosse 2015, section 7. Where the curvature is so negative
+    that A⁺ b could climb or leap, the step goes along Δ alone, no further than 1/λ, and is counted in `safe_steps`.
+
+    Args:
+        scalars: float64, the values named by `backends.scalars.SCALARS`, of which λ and z·z are read; not changed.
+        loss: 0-dim, the minimized objective.
+        products: float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`, as the operators in `ops.losses` give them.
+        dots: float64 `[z·z, z·r, r·r]`, or None (default) to take them from z·z of the last step and the adjoint
+            identities z·r = Jz·c and r·r = Jr·c, with c = HJz + g.
+        beta: value to keep for β; None (default) to solve for it.
+        rho: value to keep for ρ; None (default) to solve for it.
+        lr: number (default: 1) or 0-dim tensor, by which the change of the loss is predicted.
+        backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
+
+    Returns:
+        New scalars: β, ρ, the loss, the model's two terms and the predicted change M = -lr x·b + ½ lr² xᵀA x, with
+        x = [β, -ρ]. A loss, product or rate that is not finite gives β = ρ = NaN, by which `update_` leaves all as it
+        is, and is counted in `skipped_steps`.
+
+    Example::
+
+        scalars = torch.zeros(len(SCALARS), dtype=torch.float64)
+        scalars[LAMBD] = 1.0
+        loss, c, products = ops.losses.mse_cotangent(outputs, jz, target)  # r = Jᵀc, jr = Jr
+        products = ops.losses.mse_products(outputs, jz, jr, target, products)
+        scalars = ops.solve(scalars, loss, products)
+    """
+    kernels = backends.kernels(backends.choose(backend, scalars.device))
+    (rate,), tensor = rates_on_device([lr], scalars.device)
+    result: Tensor = kernels.solve(scalars, loss, products, dots, beta, rho, rate, tensor)
+    return result
+
+
+if backends.has_operators():
+
+    @torch.library.register_fake("curveball_fused::solve")
+    def _(scalars, loss, products, dots, beta, rho, lr, lr_tensor=None):  # type: ignore[no-untyped-def]
+        return torch.empty_like(scalars)
