@@ -14,7 +14,7 @@ WRITTEN_IN_PYTHON := $(wildcard setup.py curveball_fused tests tools examples be
 WRITTEN_IN_CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench docs gpu lint format wheel cuda clean
+.PHONY: help install demo test bench gpu lint format wheel cuda clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -41,14 +41,6 @@ test: install  ## all tests; options in ARGS, such as ARGS="-k solve"
 bench: install  ## measure the speed of the kernels and of whole steps
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
-# The package is installed already, so pip adds what the extra names.
-.venv/.made-docs: .venv/.made-install
-	$(PIP) install 'curveball_fused[docs]'
-	touch $@
-
-docs: .venv/.made-docs  ## build the documentation into build/docs; a warning is an error
-	$(BIN)/sphinx-build -W --keep-going -d build/doctrees docs build/docs
-
 # Without .venv: by the torch that is installed, which must have CUDA, in the source tree, for this machine's GPU only.
 OUT ?= build/gpu
 gpu:  ## on a machine with a GPU: build, test and measure the kernels there; logs and figures in OUT=build/gpu
@@ -64,6 +56,15 @@ format: install  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix $(WRITTEN_IN_PYTHON)
 	$(BIN)/ruff format $(WRITTEN_IN_PYTHON)
 	$(BIN)/clang-format -i $(WRITTEN_IN_CPP)
+
+# The package is installed already, so pip adds what the extra names.
+.venv/.made-docs: .venv/.made-install
+	$(PIP) install 'curveball_fused[docs]'
+	touch $@
+
+.PHONY: docs
+docs: .venv/.made-docs  ## build the documentation into build/docs; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -d build/doctrees docs build/docs
 
 # CUDA=13.0: a wheel with the CUDA kernels, for every torch of CUDA 13. Needs nvcc of that release, no GPU, and no CUDA
 # build of torch. The kernels are for TORCH_CUDA_ARCH_LIST.

@@ -1,4 +1,4 @@
-"""Trains a small convolutional net on real images: CurveBall without any hyper-parameter, SGD, Adam.
+"""Train a small convolutional net on real images: CurveBall without any hyper-parameter, SGD, Adam.
 
 All three start from the same weights and see the same batches, for several seeds. Prints a table in Markdown
 and saves a picture. Needs `pip install 'curveball_fused[demo]'`. As it comes, it takes about a minute on two

@@ -30,7 +30,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Data:
-    """Images (n, 1, height, width), standardised by the training set's mean and deviation; their classes."""
+    """Images (n, 1, height, width), standardized by the training set's mean and deviation; their classes."""
 
     name: str
     train_images: Tensor
@@ -40,18 +40,18 @@ class Data:
 
 
 def digits() -> Data:
-    """1437 images to train on and 360 to test on, always the same ones."""
+    """Load 1437 images to train on and 360 to test on, always the same ones."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
     parts = train_test_split(bunch.images, bunch.target, test_size=360, random_state=0, stratify=bunch.target)
     train_images, test_images, train_classes, test_classes = parts
-    return _standardised("digits", train_images, train_classes, test_images, test_classes)
+    return _standardized("digits", train_images, train_classes, test_images, test_classes)
 
 
 def fashion_mnist(directory: Path) -> Data:
-    """60,000 images to train on and 10,000 to test on."""
+    """Load 60,000 images to train on and 10,000 to test on."""
     arrays = []
     for part in ("train", "t10k"):
         images = _read_idx(directory / f"{part}-images-idx3-ubyte.gz")
@@ -59,10 +59,10 @@ def fashion_mnist(directory: Path) -> Data:
         if images.ndim != 3 or classes.ndim != 1 or len(images) != len(classes):
             raise DataError(f"{directory}: the images and the labels of {part!r} do not belong together.")
         arrays += [images, classes]
-    return _standardised("Fashion-MNIST", *arrays)
+    return _standardized("Fashion-MNIST", *arrays)
 
 
-def _standardised(
+def _standardized(
     name: str, train_images: Array, train_classes: Array, test_images: Array, test_classes: Array
 ) -> Data:
     train = torch.tensor(train_images, dtype=torch.float32)[:, None]
@@ -78,7 +78,7 @@ def _standardised(
 
 
 def _read_idx(path: Path) -> Array:
-    """A gzipped IDX file of bytes: 0, 0, 8, number of dimensions, each as big-endian int32, values."""
+    """Read a gzipped IDX file of bytes: 0, 0, 8, number of dimensions, each as big-endian int32, values."""
     try:
         raw = gzip.decompress(path.read_bytes())
     except FileNotFoundError:

@@ -25,7 +25,7 @@ STATS_STYLE = {
 
 
 def table(runs: Runs, epochs: int) -> str:
-    """Train loss and test error after equal epochs and equal seconds: mean ± standard deviation over the seeds.
+    """Return train loss and test error after equal epochs and equal seconds: mean ± standard deviation over the seeds.
 
     The seconds are those of the shortest run, the longest time that every run has; a slower one is read at its
     last measurement within them.
@@ -46,7 +46,7 @@ def table(runs: Runs, epochs: int) -> str:
 
 
 def picture(runs: Runs, title: str, path: Path) -> None:
-    """Loss against iterations, loss against seconds, and how CurveBall set ρ, β and λ."""
+    """Draw loss against iterations, loss against seconds, and how CurveBall set ρ, β and λ."""
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     figure.suptitle(title, fontsize=13)
     by_steps, by_seconds, own = figure.subplots(1, 3)
@@ -79,7 +79,7 @@ def count(number: int, noun: str) -> str:
 
 
 def _curves(axes: Axes, x: Array, y: Array, color: str, label: str, window: int = 1) -> None:
-    """Each seed as a thin line, their median, averaged over a window of points, as a thick one."""
+    """Draw each seed as a thin line, their median, averaged over a window of points, as a thick one."""
     axes.plot(x.T, y.T, color=color, linewidth=0.7, alpha=0.3)
     weights = np.full(window, 1 / window)
     middle = [np.convolve(np.median(values, axis=0), weights, mode="valid") for values in (x, y)]

@@ -39,7 +39,7 @@ class Run:
 
 
 def net(seed: int) -> nn.Module:
-    """A small convolutional net with batch norm for one-channel images of any size, and 10 classes."""
+    """Return a small convolutional net with batch norm for one-channel images of any size, and 10 classes."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs, outputs, pool in (
@@ -53,7 +53,7 @@ def net(seed: int) -> nn.Module:
 
 
 def train(name: str, data: Data, seed: int, epochs: int, batch_size: int, on_step: Callable[[], object]) -> Run:
-    """Trains a net with OPTIMIZERS[name]; the seed fixes its first weights and the order of the batches.
+    """Train a net with OPTIMIZERS[name]; the seed fixes its first weights and the order of the batches.
 
     The clock runs during steps alone (forward, backward, update): not while data are gathered, the net is
     measured or `stats()` is called, whose tensors are read when the run is over. An incomplete last batch of
@@ -85,7 +85,7 @@ def train(name: str, data: Data, seed: int, epochs: int, batch_size: int, on_ste
 
 
 def warm_up(data: Data, batch_size: int) -> None:
-    """Two steps of each optimizer with a net that is thrown away: no run pays for what is set up once."""
+    """Take two steps of each optimizer with a net that is thrown away: no run pays for what is set up once."""
     for make in OPTIMIZERS.values():
         model = net(seed=0)
         optimizer = make(model.parameters())
@@ -108,7 +108,7 @@ def _step(optimizer: Optimizer, model: nn.Module, images: Tensor, classes: Tenso
 
 @torch.no_grad()
 def _measure(run: Run, model: nn.Module, data: Data, step: int, seconds: float) -> None:
-    """Measures the net as it would be used, batch norm with its running statistics: the same way for all."""
+    """Measure the net as it would be used, batch norm with its running statistics: the same way for all."""
     model.eval()
     loss = error = 0.0
     train_images, train_classes = data.train_images[:MEASURED_IMAGES], data.train_classes[:MEASURED_IMAGES]
