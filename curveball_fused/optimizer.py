@@ -27,7 +27,7 @@ class CurveBall(Optimizer):
         z ← ρz - βΔ
         w ← (1 - lr·weight_decay) w + lr z
 
-    β and ρ minimize the quadratic model of the loss in span{Δ, z} (equation 18 of the paper). Every `lambda_interval`
+    β and ρ minimize the quadratic model of the loss in span{Δ, z} (equation (7) of docs/method.md). Every `lambda_interval`
     steps the loss at the new weights is compared with what that model predicted: λ falls where γ, the ratio of actual
     to predicted change, is above `lambda_high`, and grows where it is below `lambda_low`.
 

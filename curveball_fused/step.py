@@ -1,6 +1,6 @@
-"""One step, in the order of the algorithm (Henriques et al. 2019, algorithm 1): measure, solve, update, adapt λ.
+"""One step, in the order of the algorithm (Henriques et al. 2019): measure, solve, update, adapt λ.
 
-`CurveBall.step` and its CUDA graphs run it.
+`CurveBall.step` and its CUDA graphs run it. Numbers in parentheses are those of the equations in docs/method.md.
 """
 
 from __future__ import annotations
@@ -79,9 +79,11 @@ def run_step(
     torch.clear_autocast_cache()  # it may hold half-precision copies of weights that have moved since
     with force_eager():
         try:
-            terms = _measure(context, inputs, replay, None if kind.full_solve else shared["system"])  # r = Jᵀ(H Jz + g)
-            system, scalars = _solve(terms, inputs, shared, settings)  # [β, -ρ] = A⁺ b
-            scalars = _update(context, groups, terms, scalars)  # z ← ρz - βΔ;  w ← w + lr z
+            terms = _measure(
+                context, inputs, replay, None if kind.full_solve else shared["system"]
+            )  # r = Jᵀ(H Jz + g)  (1-4)
+            system, scalars = _solve(terms, inputs, shared, settings)  # [β, -ρ] = A⁺ b  (5-7)
+            scalars = _update(context, groups, terms, scalars)  # z ← ρz - βΔ;  w ← w + lr z  (8)
             _remember(optimizer, inputs, shared, terms, system, scalars)
         except BaseException:
             replay.rewind()
@@ -89,7 +91,7 @@ def run_step(
         torch.clear_autocast_cache()  # for the run at the new weights, and for whatever follows in the same autocast
         try:
             if kind.adapt_damping:
-                shared["scalars"] = _adapt_damping(inputs, terms.method, scalars, replay, settings)  # λ by γ
+                shared["scalars"] = _adapt_damping(inputs, terms.method, scalars, replay, settings)  # λ by γ  (9-10)
         finally:
             replay.finish()
     return terms.loss, terms.outputs

@@ -29,7 +29,7 @@ def update_(
 ) -> Tensor:
     """Update parameters and state in one pass: z ← (ρ-βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z.
 
-    The update of Henriques et al. 2019, algorithm 1, with decoupled weight decay.
+    Equation (8) of docs/method.md (Henriques et al. 2019), with decoupled weight decay.
 
     Args:
         params: w, float16, bfloat16, float32 or float64, of any shapes and strides; written.

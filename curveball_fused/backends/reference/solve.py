@@ -33,7 +33,7 @@ def solve(
 ) -> Tensor:
     """Solve for [β, -ρ] = A⁺ b, the minimizer x of ½ xᵀA x - x·b.
 
-    Henriques et al. 2019, equation 18; the idea is that of Martens and Grosse 2015, section 7.
+    Equation (7) of docs/method.md: Henriques et al. 2019; the idea is that of Martens and Grosse 2015, section 7.
     A = Gauss-Newton + λ·Gram, so A ⪰ λ·Gram for a loss that is convex in the outputs. Where the curvature is so
     negative that A ⪰ ½λ·Gram fails, A⁺ b could climb or leap; a safe step goes down along Δ alone, no further than 1/λ:
     ρ = 0, β = b₁ / max(|A₁₁|, λ Δ·Δ).
