@@ -27,9 +27,9 @@ class CurveBall(Optimizer):
         z ← ρz - βΔ
         w ← (1 - lr·weight_decay) w + lr z
 
-    β and ρ minimize the quadratic model of the loss in span{Δ, z} (equation (7) of docs/method.md). Every `lambda_interval`
-    steps the loss at the new weights is compared with what that model predicted: λ falls where γ, the ratio of actual
-    to predicted change, is above `lambda_high`, and grows where it is below `lambda_low`.
+    β and ρ minimize the quadratic model of the loss in span{Δ, z}: equation (7) of docs/method.md. Every
+    `lambda_interval` steps the loss at the new weights is compared with what that model predicted: λ falls where γ, the
+    ratio of actual to predicted change, is above `lambda_high`, and grows where it is below `lambda_low`.
 
     Args:
         params: parameters, or groups of them, each with its own `lr` and `weight_decay` if given; real, dense, of

@@ -79,11 +79,10 @@ def run_step(
     torch.clear_autocast_cache()  # it may hold half-precision copies of weights that have moved since
     with force_eager():
         try:
-            terms = _measure(
-                context, inputs, replay, None if kind.full_solve else shared["system"]
-            )  # r = Jᵀ(H Jz + g)  (1-4)
-            system, scalars = _solve(terms, inputs, shared, settings)  # [β, -ρ] = A⁺ b  (5-7)
-            scalars = _update(context, groups, terms, scalars)  # z ← ρz - βΔ;  w ← w + lr z  (8)
+            previous_system = None if kind.full_solve else shared["system"]
+            terms = _measure(context, inputs, replay, previous_system)  # (1-4)  r = Jᵀ(H Jz + g)
+            system, scalars = _solve(terms, inputs, shared, settings)  # (5-7)  [β, -ρ] = A⁺ b
+            scalars = _update(context, groups, terms, scalars)  # (8)  z ← ρz - βΔ;  w ← w + lr z
             _remember(optimizer, inputs, shared, terms, system, scalars)
         except BaseException:
             replay.rewind()
@@ -91,7 +90,7 @@ def run_step(
         torch.clear_autocast_cache()  # for the run at the new weights, and for whatever follows in the same autocast
         try:
             if kind.adapt_damping:
-                shared["scalars"] = _adapt_damping(inputs, terms.method, scalars, replay, settings)  # λ by γ  (9-10)
+                shared["scalars"] = _adapt_damping(inputs, terms.method, scalars, replay, settings)  # (9-10)  λ by γ
         finally:
             replay.finish()
     return terms.loss, terms.outputs
