@@ -24,9 +24,9 @@ def solve(
     """Solve for β and ρ of this step: [β, -ρ] = A⁺ b minimizes the quadratic model in the plane of Δ = r + λz and z.
 
     With the damped Gauss-Newton matrix G = JᵀHJ + λI, A = [[Δ·GΔ, Δ·Gz], [Δ·Gz, z·Gz]] and b = [Jᵀg·Δ, Jᵀg·z]:
-    equation (7) of docs/method.md (Henriques et al. 2019, after Martens and Grosse 2015, section 7). Where the curvature
-    is so negative that A⁺ b could climb or leap, the step goes along Δ alone, no further than 1/λ, and is counted in
-    `safe_steps`.
+    equation (7) of docs/method.md (Henriques et al. 2019, after Martens and Grosse 2015, section 7). Where the
+    curvature is so negative that A⁺ b could climb or leap, the step goes along Δ alone, no further than 1/λ, and is
+    counted in `safe_steps`.
 
     Args:
         scalars: float64, the values named by `backends.scalars.SCALARS`, of which λ and z·z are read; not changed.
