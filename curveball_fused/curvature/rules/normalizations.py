@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.ops import tangents as tangent_ops
 
 from .context import Call, Map, Rule, Tangents, tangent_at
@@ -85,7 +86,7 @@ def rms_norm(
     """x̂ = x / rms(x) over the last dimensions."""
     shape, at_x, x = list(normalized_shape), call.at(input), input.contiguous()
     small = torch.finfo(input.dtype).eps if eps is None else eps
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    wide = compute_dtype(input.dtype)
     squares = torch.linalg.vector_norm(x.detach().flatten(-len(shape)), dim=-1, dtype=wide).square_()
     rstd = (squares / math.prod(shape) + small).rsqrt_()
     output = F.rms_norm(x, shape, weight, eps)
@@ -168,7 +169,7 @@ def _kept(call: Call, tensor: Tensor | None) -> Any:
 
 def _statistics(values: Tensor, x: Tensor) -> Tensor:
     """In the dtype of the arithmetic."""
-    return values.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return values.detach().to(compute_dtype(x.dtype))
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
