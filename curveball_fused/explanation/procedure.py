@@ -28,7 +28,7 @@ from curveball_fused.step import StepInputs, take_step
 
 from .cost import Cost, counted, median_seconds
 from .report import Explanation, MethodReport
-from .trace_report import Function, Survey
+from .trace_report import Function, trace
 
 
 def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explanation:
@@ -70,7 +70,8 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
         errors = {method: _error(partial(step, method), restore) for method in AUTO}
         if all(errors.values()) and not all(map(_is_refusal, errors.values())):
             raise next(error for error in errors.values() if error and not _is_refusal(error))
-        functions, loss, loss_products = _survey(model_fn, loss_fn, trained)
+        outputs, functions = trace(model_fn, trained)
+        loss, loss_products = _loss(loss_fn, outputs)
         runs: dict[str, Callable[[], Any]] = {"": forward}
         if not all(errors.values()) or _error(backward, restore) is None:
             runs["backward"] = backward
@@ -102,13 +103,13 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without warnings; those that are given once per process are left to the training."""
-    announced = set(torch_modes._announced)
+    announced = set(torch_modes.announced)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            torch_modes._announced.intersection_update(announced)
+            torch_modes.announced.intersection_update(announced)
 
 
 @contextmanager
@@ -155,22 +156,18 @@ def _reason(error: Exception | None) -> str:
     return str(error.__cause__).partition(": ")[2] if _is_refusal(error) else str(error)
 
 
-def _survey(model_fn: ModelFn, loss_fn: LossFn, params: Sequence[Tensor]) -> tuple[tuple[Function, ...], str, str]:
-    """The functions of the model, the name of the loss, and how its products are computed."""
-    survey = Survey(params, "auto")
-    with torch.enable_grad(), survey:
-        outputs = checked_outputs(model_fn())
-    functions = survey.functions(outputs)
+def _loss(loss_fn: LossFn, outputs: Tensor) -> tuple[str, str]:
+    """Return the name of the loss, or "" where it is not recognized, and how its products are computed."""
     leaf = outputs.detach().requires_grad_()
     with torch.enable_grad(), Recognizer(leaf) as seen:
         call = seen.recognized(loss_fn(leaf))
     if call is None:
-        return functions, "", "autograd"
+        return "", "autograd"
     name = f"F.{call.function.__name__}"
     if fused(call.function, call.args, call.kwargs, 1.0, "auto") is not None:
-        return functions, name, "fused kernels"
+        return name, "fused kernels"
     has_closed_form = CLOSED_FORMS[call.function](*call.args, **call.kwargs) is not None
-    return functions, name, "closed form" if has_closed_form else "autograd"
+    return name, "closed form" if has_closed_form else "autograd"
 
 
 def _costs(
@@ -180,9 +177,9 @@ def _costs(
     for run in runs:
         restore()
         multiply_adds, peak_bytes = counted(run, device)
-        if any(function.name.rpartition(".")[2] in torch_modes._RECURRENT for function in functions):
+        if any(function.name.rpartition(".")[2] in torch_modes.RECURRENT for function in functions):
             restore()
-            with torch_modes._plain_recurrence(device.type):  # torch does not count the fused ones
+            with torch_modes.plain_recurrence(device.type):  # torch does not count the fused ones
                 multiply_adds, _ = counted(run, device)
         counts.append((multiply_adds, peak_bytes))
     seconds = median_seconds(runs, restore, device)

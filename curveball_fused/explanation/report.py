@@ -9,15 +9,16 @@ import torch
 
 from curveball_fused.backends import ADVICE
 from curveball_fused.curvature import METHODS
+from curveball_fused.curvature.tape import COMPOSITE, DUAL_NUMBERS, IN_PLACE_RULE, OWN_RULE
 
 from .cost import Cost
-from .trace_report import COMPOSITE, DUAL, IN_PLACE_RULE, OWN, REFUSED, Function
+from .trace_report import REFUSED, Function
 
-_FOLLOWED = {
-    OWN: "own rule",
+_HANDLED_BY = {
+    OWN_RULE: "own rule",
     IN_PLACE_RULE: "own rule, in place",
     COMPOSITE: "the functions it is composed of",
-    DUAL: "torch's dual numbers",
+    DUAL_NUMBERS: "torch's dual numbers",
 }
 _WIDTHS = (13, 9, 9, 9, 6, 11)
 _SEEN_BY = {
@@ -121,8 +122,8 @@ def _functions(e: Explanation) -> Iterator[str]:
     yield "On the method from the parameters to the outputs, with a linearized run"
     yield f"  calls  {'function':{width}}  followed by"
     for f in e.functions:
-        followed = f"refused: {f.reason}" if f.followed == REFUSED else _FOLLOWED[f.followed]
-        yield f"  {f.calls:5}  {_short(f.name):{width}}  {followed}"
+        handled_by = f"refused: {f.reason}" if f.handled_by == REFUSED else _HANDLED_BY[f.handled_by]
+        yield f"  {f.calls:5}  {_short(f.name):{width}}  {handled_by}"
     lacking: dict[str, Function] = {f.name: f for f in e.functions if f.lacks}
     if not lacking:
         yield "None of these torch functions lacks a forward mode."
