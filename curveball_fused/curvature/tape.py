@@ -161,8 +161,7 @@ class Tape(Decompose):
     def tangent_index(self, tensor: Tensor) -> int | None:
         """Return where the tangent of a tensor stands; None for a constant.
 
-        Raises:
-            TapeUnsupported: the tensor depends on a parameter by what the tape has not seen.
+        `TapeUnsupported` is raised for one that depends on a parameter by what the tape has not seen.
         """
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor:
