@@ -30,7 +30,7 @@ from curveball_fused._torch_private import (
 
 _aten = torch.ops.aten
 # torch's formulas, and some that it lacks. A multiply-add is two floating-point operations.
-_FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
+FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
     _aten.addmm_: addmm_flop,
     _aten.baddbmm_: baddbmm_flop,
     _aten.mv: shape_wrapper(lambda a, x, **_: 2 * a[0] * a[1]),
@@ -40,7 +40,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
 }
 if backends.has_operators():
     # Five products, of scores with tangents and of them with values, where attention itself has two.
-    _FORMULAS[torch.ops.curveball_fused.attention_tangent] = shape_wrapper(
+    FORMULAS[torch.ops.curveball_fused.attention_tangent] = shape_wrapper(
         lambda dq, dk, dv, q, k, v, *_, **__: 5 * sdpa_flop_count(q, k, v) // 2
     )
 
@@ -90,7 +90,7 @@ class Meter(TorchDispatchMode):
             if id(memory) not in self._made:
                 self._given.add(memory)
         result = func(*args, **kwargs)
-        formula = _FORMULAS.get(func.overloadpacket)
+        formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
             self.multiply_adds += formula(*args, **kwargs, out_val=result) // 2
         for memory in _memories(result):
