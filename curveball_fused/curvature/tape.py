@@ -38,7 +38,7 @@ class TapeUnsupported(Exception):
 
 
 class Observer(Protocol):
-    """Sees what a tape does with each call on the way from the parameters to the outputs.
+    """An observer of what a tape does with each call on the way from the parameters to the outputs.
 
     Where there is one, the tape goes on after a call that it cannot follow, instead of raising `TapeUnsupported`; its
     Jacobian-vector products do so then.
@@ -58,7 +58,7 @@ class Observer(Protocol):
 
 
 class Tape(Decompose):
-    """Records the maps while the model runs, gradients enabled.
+    """Record the maps while the model runs, gradients enabled.
 
     A tensor is known by its identity and version: one that was written to, by whatever call, is not the one that the
     tape knows. What depends on a parameter requires a gradient, so that nothing can slip past the tape. The tape keeps
@@ -141,7 +141,7 @@ class Tape(Decompose):
         with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
             for place, entry, spent in self._order(last):
                 values[place] = entry.tangent(values)
-                for read in spent:  # a tangent that nobody reads any more makes room
+                for read in spent:  # the memory of a tangent that nobody reads any more
                     values[read] = None
         tangent = values[last]
         assert tangent is not None
@@ -210,7 +210,7 @@ class Tape(Decompose):
             return NotImplemented
         try:
             recorded = rule(call, *args, **kwargs)
-        except TypeError:  # arguments that the rule does not know, or wrong ones, which the function itself will tell
+        except TypeError:  # arguments that the rule does not know, or wrong ones, which the function itself will refuse
             return NotImplemented
         if recorded is NotImplemented:
             return NotImplemented

@@ -34,7 +34,7 @@ def differences(
     worst = 0.0
     for jv, (first, wide), (second, narrow), floor in zip(jvs, coarse, fine, floors, strict=True):
         error = min(_excess(jv, first, wide, floor), _excess(jv, second, narrow, floor))
-        # Difference quotients that disagree among themselves, as at a jump, tell nothing.
+        # Difference quotients that disagree among themselves, as at a jump, prove nothing.
         if relative(first - second, second) < 0.5 * min(1.0, error):
             worst = max(worst, error)
     return worst

@@ -93,7 +93,7 @@ class Explanation:
         return cost.multiply_adds / self.forward.multiply_adds if self.forward.multiply_adds else None
 
     def __str__(self) -> str:
-        """Return a report, as `report`."""
+        """Return the explanation as text for a terminal."""
         return report(self)
 
 

@@ -64,7 +64,7 @@ class TraceReport:
 
     def __init__(self) -> None:
         self._calls: dict[tuple[str, str, str, str], int] = {}
-        self._lacks = ""  # of the call of which the tape speaks
+        self._lacks = ""  # why the call that the tape is at fails on dual numbers
 
     def functions(self) -> tuple[Function, ...]:
         """Return the functions in the order of their first calls."""

@@ -28,7 +28,7 @@ def squares(outputs: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round of times is enough where they are not looked at."""
+    """One round of times is enough where they do not matter."""
 
     def once(functions: Any, prepare: Callable[[], None], device: torch.device) -> list[float]:
         for function in functions:
@@ -129,7 +129,7 @@ def written_to(net: nn.Module) -> Tensor:
     ],
 )
 def test_refusals(run: Callable[[Any], Tensor], function: str, reason: str, method: str) -> None:
-    """All are told, not just the first, and "auto" does as is said."""
+    """All are reported, not just the first, and "auto" does as is said."""
     net = nn.Linear(6, 6)
     torch_modes.announced.clear()
     found = explain(lambda: run(net), squares, net.parameters())
