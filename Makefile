@@ -38,8 +38,15 @@ demo: install  ## train a small model beside SGD and Adam; options in ARGS
 test: install  ## all tests; options in ARGS, such as ARGS="-k solve"
 	CURVEBALL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests $(ARGS)
 
-bench: install  ## measure the speed of the kernels and of whole steps
+bench: install  ## measure the speed of the kernels and of whole steps; figures in build/benchmarks/
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# Those that the documentation cites.
+KEPT := benchmarks/results
+.PHONY: figures
+figures: install  ## measure, and replace the figures in benchmarks/results/ and docs/scaling.png
+	CURVEBALL_RESULTS=$(KEPT) $(BIN)/python -m pytest benchmarks $(ARGS)
+	if test -e $(KEPT)/scaling.png; then mv $(KEPT)/scaling.png docs/scaling.png; fi
 
 # Without .venv: by the torch that is installed, which must have CUDA, in the source tree, for this machine's GPU only.
 OUT ?= build/gpu

@@ -18,10 +18,9 @@ from torch._inductor.utils import fresh_cache
 from benchmarks.compare import compare
 from benchmarks.nets import CASES, Case
 from benchmarks.report import Report
-from benchmarks.steps import Step, sgd
+from benchmarks.steps import INTERVAL, Step, repeated, sgd
 from curveball_fused import CurveBall
 
-INTERVAL = 5  # CurveBall looks at λ once in so many steps, so only a multiple of it has the average cost
 ROUNDS = {"mlp": 15, "gpt": 5, "vit": 5, "basic_bn": 5, "resnet18": 3}
 
 
@@ -63,14 +62,7 @@ def test_compiled_step(
     for step in steps.values():
         step()
 
-    def repeated(step: Step) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(INTERVAL * turns):
-                step()
-
-        return run
-
-    calls = {method: repeated(step) for method, step in steps.items()}
+    calls = {method: repeated(step, INTERVAL * turns) for method, step in steps.items()}
     timings = compare(calls, "SGD", ROUNDS[name], 1, INTERVAL * turns)
     over_eager = compare(calls, "SGD, eager", ROUNDS[name], 1, INTERVAL * turns)["CurveBall"].ratio.median
     rows = []
@@ -80,7 +72,7 @@ def test_compiled_step(
         rows.append(row | {"over eager SGD": over_eager if method == "CurveBall" else None})
     note = (
         f"Batch {case.batch}, 1 thread, {ROUNDS[name]} rounds of {INTERVAL * turns} steps. Ratios are those to SGD "
-        "with the model compiled. CurveBall: compile=True, with its looks at λ. First step: with all that "
+        "with the model compiled. CurveBall: compile=True, with its updates of λ. First step: with all that "
         "compiling takes; from the cache: when Inductor finds its code on disk."
     )
     report.add(f"compiled step, {case.name}", note, rows)

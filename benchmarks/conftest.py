@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from benchmarks.report import Report
+from benchmarks.report import Report, results_folder
 
 REPORT = pytest.StashKey[Report]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[REPORT] = Report()
+    config.stash[REPORT] = Report(results_folder())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:

@@ -2,6 +2,8 @@
 
 Time of a step over fused momentum SGD's, taken in turn, and the training loss after equal epochs and at equal seconds:
 the mean over the last epoch, and over the steps, up to an epoch, that fit in the time of SGD's whole run.
+
+Figures go to build/benchmarks/; with CURVEBALL_RESULTS=benchmarks/results they replace those that are kept there.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks import nets
 from benchmarks.compare import compare
-from benchmarks.report import Report
+from benchmarks.report import Report, results_folder
 from curveball_fused import CurveBall
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -89,7 +91,7 @@ def torch_optimizer(make: Callable[..., torch.optim.Optimizer], **options: Any) 
 
 
 def curveball(part: int = 1, **options: Any) -> Callable[[nn.Module], Step]:
-    """With the curvature of the first `1 / part` of each batch."""
+    """CurveBall, with the curvature of the first `1 / part` of each batch."""
 
     def start(net: nn.Module) -> Step:
         optimizer = CurveBall(net.parameters(), **options)
@@ -175,7 +177,7 @@ def measure(name: str, batch: int, methods: dict[str, Callable[[nn.Module], Step
                 runs[method].rho = max(step.largest_rho(), runs[method].rho or 0.0)
 
     calls: dict[str, Callable[[], object]] = {}
-    turn = 20  # steps, so that every kind of step has its share, looks at λ included
+    turn = 20  # steps, so that every kind of step has its share, updates of λ included
     for method, start in methods.items():
         net, batches = task.start(data, batch, 0)
         step, (x, y) = start(net), next(batches)
@@ -204,7 +206,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    report = Report(name="economy", command="python benchmarks/economy.py")
+    report = Report(results_folder(), "economy", "python -m benchmarks.economy")
     methods = {SGD: METHODS[SGD]} | {name: METHODS[name] for name in given.methods}
     for case in given.only:
         name, batch = case.split(":")

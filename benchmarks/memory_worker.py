@@ -20,7 +20,7 @@ from benchmarks.steps import STEPS
 def peak_mib() -> float:
     """Peak of this program's resident memory.
 
-    On Linux ru_maxrss is at least what the parent had when it started this process, so where the kernel tells the
+    On Linux ru_maxrss is at least what the parent had when it started this process, so where the kernel knows the
     peak of the program alone, that is used.
     """
     try:

@@ -11,35 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-import curveball_fused  # noqa: F401  # defines the operator that is counted below
 from benchmarks.nets import CASES
 from benchmarks.steps import INTERVAL, STEPS
+from curveball_fused.explanation.cost import FORMULAS
 
-# torch has these formulas under other names: of the operators that don't write in place, of the GPU's attention.
-_aten = torch.ops.aten
-flop_registry.update(
-    {
-        _aten.addmm_: flop_registry[_aten.addmm],
-        _aten.baddbmm_: flop_registry[_aten.baddbmm],
-        _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-        _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-            _aten._scaled_dot_product_flash_attention_backward
-        ],
-    }
-)
-
-
-@register_flop_formula(torch.ops.curveball_fused.attention_tangent, get_raw=True)
-def _attention_tangent(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
-) -> int:
-    """Five products, of scores with tangents and of them with values, where attention has two."""
-    return 5 * sdpa_flop_count(q.shape, k.shape, v.shape) // 2
-
-
+flop_registry.update(FORMULAS)  # torch lacks some
 _BATCH = 2  # all counts are proportional to the batch
 
 
@@ -48,10 +26,10 @@ class Counts:
     """Multiply-adds of a step, over those of a step of SGD.
 
     Attributes:
-        methods: as counted, by method, with the look at λ in its turn.
+        methods: as counted, by method, with the update of λ in its turn.
         floor: the fewest that an exact step needs. A Jacobian-vector product multiplies once for each operand that has
             a tangent, as the backward pass does for each that needs a gradient, so of a forward pass F and an SGD
-            step S the floor is one S, two products of S - F each, and F for every look at λ. It is 3 - 1.8 F/S: 2.4
+            step S the floor is one S, two products of S - F each, and F for every update of λ. It is 3 - 1.8 F/S: 2.4
             where S = 3 F, less where a first layer, whose input has neither tangent nor gradient, dominates.
     """
 
@@ -69,8 +47,8 @@ def counts(name: str) -> Counts:
     per_step = {}
     for method, make in STEPS.items():
         step = make(case, _BATCH)
-        with_look, without = _count(step), _count(step)  # the first step is one that looks at λ
-        per_step[method] = (with_look + (INTERVAL - 1) * without) / INTERVAL
+        with_update, without = _count(step), _count(step)  # the first step adapts λ
+        per_step[method] = (with_update + (INTERVAL - 1) * without) / INTERVAL
     sgd = per_step["SGD"]
     floor = sgd + 2 * (sgd - forward) + forward / INTERVAL
     return Counts({method: count / sgd for method, count in per_step.items()}, floor / sgd)

@@ -27,7 +27,7 @@ class PlainCurveBall:
         self._steps = 0
 
     def step(self, model_fn: Callable[[], Tensor], loss_fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """One step; returns the loss before it. λ is looked at in the first and every fifth step after it."""
+        """One step; returns the loss before it. λ is adapted in the first and every fifth step after it."""
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention cannot be differentiated twice
             return self._step(model_fn, loss_fn)
 

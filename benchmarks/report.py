@@ -20,7 +20,12 @@ import curveball_fused
 from benchmarks.compare import Spread
 
 HERE = Path(__file__).resolve().parent
-_WRITTEN = "benchmarks/results", "docs/scaling.png"  # by the benchmarks themselves
+_KEPT = "benchmarks/results", "docs/scaling.png"  # figures that were measured before, no sources
+
+
+def results_folder(default: str = "build/benchmarks") -> Path:
+    """Where figures go: the environment variable CURVEBALL_RESULTS, else a folder of the repository, by default."""
+    return Path(os.environ.get("CURVEBALL_RESULTS", HERE.parent / default))
 
 
 @functools.cache
@@ -75,7 +80,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit, marked where sources differ from it; results, which a run itself writes, don't count.
+    """The commit, marked where sources differ from it; figures don't count.
 
     Where the sources have come without their history, the environment variable COMMIT may name it.
     """
@@ -85,7 +90,7 @@ def _commit() -> str:
         return subprocess.check_output(command, cwd=HERE, stderr=subprocess.DEVNULL, text=True)
 
     try:
-        changed = git("status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in _WRITTEN)).strip()
+        changed = git("status", "--porcelain", "--", ":/", *(f":(top,exclude){path}" for path in _KEPT)).strip()
         commit = git("rev-parse", "--short=12", "HEAD").strip()
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT", "no commit")
@@ -152,22 +157,29 @@ class Report:
     Files are rewritten after each table, so a run that is partial, or is interrupted, replaces only what it
     measured.
 
+    Args:
+        folder: made where it does not exist.
+        name: of the files, without suffix.
+        command: what makes them, for their readers.
+
     Attributes:
+        folder: as above.
         measured: the tables of this run.
     """
 
-    def __init__(self, folder: Path = HERE / "results", name: str = "cpu", command: str = "make bench") -> None:
+    def __init__(self, folder: Path, name: str = "cpu", command: str = "make bench") -> None:
+        self.folder = folder
         self._json, self._markdown = folder / f"{name}.json", folder / f"{name}.md"
         self._command = command
         self.measured: list[Table] = []
 
     def add(self, title: str, note: str, rows: list[dict[str, Any]]) -> None:
-        """Keeps a table that was just measured and writes the files."""
+        """Keep a table that was just measured and write the files."""
         table = Table(title, note, rows, round(os.getloadavg()[0], 1), environment())
         self.measured.append(table)
         tables = {t.title: t for t in self._read()} | {table.title: table}
         ordered = sorted(tables.values(), key=lambda t: t.title)
-        self._json.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         content = {"tables": [asdict(t) for t in ordered]}
         _write(self._json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         _write(self._markdown, _document(ordered, self._command))
@@ -195,7 +207,7 @@ def _document(tables: list[Table], command: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replaces a file at once, so that an interruption leaves the old or the new one."""
+    """Replace a file at once, so that an interruption leaves the old or the new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -14,7 +14,7 @@ from benchmarks.plain import PlainCurveBall
 from curveball_fused import CurveBall
 
 Step = Callable[[], Tensor]
-INTERVAL = 5  # CurveBall looks at λ once in so many steps, so only a multiple of it has the average cost
+INTERVAL = 5  # CurveBall adapts λ once in so many steps, so only a multiple of it has the average cost
 
 
 def sgd(case: Case, batch: int | None = None) -> Step:
@@ -44,6 +44,16 @@ def plain(case: Case, batch: int | None = None) -> Step:
     model, x, y = case.make(batch)
     optimizer = PlainCurveBall(model.parameters())
     return lambda: optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
+
+
+def repeated(step: Callable[[], object], count: int) -> Callable[[], None]:
+    """`count` steps."""
+
+    def run() -> None:
+        for _ in range(count):
+            step()
+
+    return run
 
 
 FORWARD, PLAIN = 'CurveBall, curvature="forward"', "plain PyTorch CurveBall"

@@ -44,7 +44,7 @@ def test_loss(
 
     def step(products: Products | None) -> Tensor:
         assert products is not None
-        _, products_with = products(v)
+        _, products_with = products.at(v)
         return products_with(u)
 
     calls: dict[str, Callable[[], object]] = {

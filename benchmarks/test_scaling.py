@@ -1,4 +1,4 @@
-"""How the time of a step grows with batch, width and depth: a table, and the picture docs/scaling.png.
+"""How the time of a step grows with batch, width and depth: a table, and the picture scaling.png.
 
 The arithmetic is proportional to the batch, to the depth and to the square of the width; that a step's time is too, for
 CurveBall as for SGD, is what the exponents show: the slopes of straight lines through the logarithms.
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from benchmarks.compare import Spread, Timing, compare
 from benchmarks.nets import Case
-from benchmarks.report import HERE, Report, bar
-from benchmarks.steps import INTERVAL, curveball, sgd
+from benchmarks.report import Report, bar
+from benchmarks.steps import INTERVAL, curveball, repeated, sgd
 
-PICTURE = HERE.parent / "docs" / "scaling.png"
 ROUNDS = 5
 SLOPE_BAR = 1.1  # not faster than linearly; below 1 where something that does not grow still counts
 COLORS = {"SGD": "#0072b2", "CurveBall": "#d55e00"}  # told apart by color-blind readers too
@@ -94,21 +93,12 @@ def test_scaling(report: Report, set_threads: Callable[[int], None]) -> None:
     ]
     note = "Exponents of the time: slopes of straight lines through the logarithms of the table above."
     report.add("scaling, exponents", note, rows)
-    _picture(measured, slopes)
+    _picture(measured, slopes).savefig(report.folder / "scaling.png", dpi=100)
 
 
 def _measure(size: Size) -> dict[str, Timing]:
     case = Case("", size.build, size.data, size.batch)
-    steps = {"SGD": sgd(case), "CurveBall": curveball(case)}
-
-    def repeated(step: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(INTERVAL):
-                step()
-
-        return run
-
-    calls = {method: repeated(step) for method, step in steps.items()}
+    calls = {"SGD": repeated(sgd(case), INTERVAL), "CurveBall": repeated(curveball(case), INTERVAL)}
     for call in calls.values():
         call()
     return compare(calls, "SGD", ROUNDS, units=INTERVAL)
@@ -123,7 +113,7 @@ def _logs(values: Sequence[float]) -> list[float]:
     return [math.log(value) for value in values]
 
 
-def _picture(measured: Mapping[str, Timings], slopes: Mapping[str, Mapping[str, float]]) -> None:
+def _picture(measured: Mapping[str, Timings], slopes: Mapping[str, Mapping[str, float]]) -> Figure:
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     figure.suptitle("Time of a step, 1 thread; dotted: proportional to the size", fontsize=13)
     panels = figure.subplots(1, len(AXES), sharey=True)
@@ -140,4 +130,4 @@ def _picture(measured: Mapping[str, Timings], slopes: Mapping[str, Mapping[str, 
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("milliseconds per step")
-    figure.savefig(PICTURE, dpi=100)
+    return figure

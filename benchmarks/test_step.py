@@ -13,7 +13,7 @@ from benchmarks.compare import Spread, Timing, compare
 from benchmarks.multiply_adds import counts
 from benchmarks.nets import CASES
 from benchmarks.report import Report, bar, bar_from_below, cores, threads_text
-from benchmarks.steps import FORWARD, INTERVAL, PLAIN, STEPS
+from benchmarks.steps import FORWARD, INTERVAL, PLAIN, STEPS, repeated
 
 MEAN_BAR, BAR = 2.4, 2.8  # over SGD: for the geometric mean, and for each network
 PLAIN_BAR = 2.2  # plain PyTorch over CurveBall
@@ -67,14 +67,7 @@ def test_step(
     for step in steps.values():
         step()
 
-    def repeated(step: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(effort.steps):
-                step()
-
-        return run
-
-    calls = {method: repeated(step) for method, step in steps.items()}
+    calls = {method: repeated(step, effort.steps) for method, step in steps.items()}
     pair = {method: calls[method] for method in ("SGD", "CurveBall")}
     turns = INTERVAL // math.gcd(INTERVAL, effort.steps)
     of_all = compare(calls, "SGD", effort.rounds_of_all, turns, effort.steps)
@@ -86,7 +79,7 @@ def test_step(
     ]
     note = (
         f"Batch {case.batch}, {threads_text(threads)}. SGD: momentum, fused; zero_grad, forward, backward, step. "
-        "CurveBall: defaults, with its looks at λ. Plain: the same method by double backward. SGD and CurveBall: "
+        "CurveBall: defaults, with its updates of λ. Plain: the same method by double backward. SGD and CurveBall: "
         f"{effort.rounds} rounds of {turns * effort.steps} steps; the others, beside them: {effort.rounds_of_all}. "
         "Multiply-adds: over SGD's, counted."
     )
@@ -138,7 +131,7 @@ def test_overview(threads: int, report: Report) -> None:
     )
     note = (
         f"Time of a step over that of momentum SGD, median (p20-p80) over rounds; {threads_text(threads)}. Floor: the "
-        "fewest multiply-adds of an exact step, with its look at λ every fifth time, over those of SGD. Plain / "
+        "fewest multiply-adds of an exact step, with an update of λ every fifth time, over those of SGD. Plain / "
         "CurveBall: of times, and of the multiply-adds that both do."
     )
     report.add(f"step, overview, {threads_text(threads)}", note, rows)

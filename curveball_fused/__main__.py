@@ -1,5 +1,7 @@
-"""`python -m curveball_fused`: what was built, what was chosen, and why; `... explain FILE_OR_MODULE:FUNCTION`: what
-CurveBall would do with a model, and at what cost.
+"""The command line.
+
+`python -m curveball_fused` prints what was built, which backend was chosen, and why;
+`python -m curveball_fused explain FILE_OR_MODULE:FUNCTION` what CurveBall would do with a model, and at what cost.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from . import build_info
 
 
 def main() -> None:
+    """Run the command that `sys.argv` gives."""
     parser = argparse.ArgumentParser(
-        prog="python -m curveball_fused", description="Tells what was built and what runs."
+        prog="python -m curveball_fused", description="Print what was built and what runs."
     )
     commands = parser.add_subparsers(dest="command")
     explaining = commands.add_parser("explain", help="what CurveBall would do with a model, and at what cost")
@@ -38,7 +41,7 @@ def main() -> None:
 
 
 def _task(target: str, parser: argparse.ArgumentParser) -> Callable[[], Any]:
-    """The function that a command line names."""
+    """Return the function that a command line names."""
     place, _, name = target.rpartition(":")
     if not place:
         parser.error(f"{target!r} names no function: write FILE_OR_MODULE:FUNCTION.")
@@ -59,4 +62,5 @@ def _task(target: str, parser: argparse.ArgumentParser) -> Callable[[], Any]:
     return function  # type: ignore[no-any-return]
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -17,5 +17,5 @@ torch.set_num_threads(1)  # the nets are tiny; tests of threading set their own 
 def fresh_state() -> Iterator[None]:
     """The same random numbers for each test, and announcements that are made once per process made again."""
     torch.manual_seed(0)
-    torch_modes._announced.clear()
+    torch_modes.announced.clear()
     yield

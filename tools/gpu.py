@@ -1,11 +1,11 @@
-"""What `make gpu` does: builds for this machine's GPU, tests, checks memory accesses, measures, and reports.
+"""What `make gpu` does: build for this machine's GPU, test, check memory accesses, measure, and report.
 
     python3 tools/gpu.py <folder for the results>
 
 Needs what is installed: a torch with CUDA, Triton, nvcc, a C++ compiler and pytest; fetches nothing. (Where pytest is
-missing, wheels of pytest, pluggy, iniconfig, packaging and pygments in a folder wheels/ serve.) All parts run, but
+missing, wheels of pytest, pluggy, iniconfig, packaging and pygments in a folder wheels/ serve.) All stages run, but
 nothing without a build; each has a limit on its time, by which all end within eight minutes. The folder then holds the
-logs of the parts, and gpu.json and gpu.md with the figures. The exit status is 1 if a part failed.
+logs of the stages, and gpu.json and gpu.md with the figures. The exit status is 1 if a stage failed.
 """
 
 from __future__ import annotations
@@ -61,22 +61,22 @@ LOGS = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of the run.
+class Stage:
+    """A stage of the run.
 
     Attributes:
         name: for tables; what stands before a comma names the log.
         command: what runs, without a shell.
         limit: seconds.
-        judge: finds in the output what is worth telling, or nothing, by which the part failed.
-        shown: whether its output is printed even if all is well.
+        summarize: finds in the output what the table is to say; where it finds nothing, the stage has failed.
+        shown: whether its output is printed even if it is ok.
         skipped: why it doesn't run.
     """
 
     name: str
     command: tuple[str, ...]
     limit: float
-    judge: Callable[[str], str]
+    summarize: Callable[[str], str]
     shown: bool = False
     skipped: str = ""
 
@@ -87,26 +87,26 @@ class Part:
 
 @dataclass(frozen=True)
 class Result:
-    """How a part ended."""
+    """How a stage ended."""
 
-    part: str
+    stage: str
     outcome: str
     seconds: float
     detail: str
 
 
-def run(part: Part, folder: Path, environment: dict[str, str], deadline: float) -> Result:
-    """Runs a part, its output into its log, and stops it and all that it started when its time is over."""
-    if part.skipped:
-        return Result(part.name, "skipped", 0.0, part.skipped)
-    limit = min(part.limit, deadline - time.monotonic())
+def run(stage: Stage, folder: Path, environment: dict[str, str], deadline: float) -> Result:
+    """Run a stage, its output into its log, and stop it and all that it started when its time is over."""
+    if stage.skipped:
+        return Result(stage.name, "skipped", 0.0, stage.skipped)
+    limit = min(stage.limit, deadline - time.monotonic())
     if limit <= 0:
-        return Result(part.name, "failed", 0.0, "no time was left")
-    print(f"{part.name} ...", flush=True)
+        return Result(stage.name, "failed", 0.0, "no time was left")
+    print(f"{stage.name} ...", flush=True)
     start = time.monotonic()
     with tempfile.TemporaryFile() as own:
         process = subprocess.Popen(
-            part.command, cwd=ROOT, env=environment, stdout=own, stderr=subprocess.STDOUT, start_new_session=True
+            stage.command, cwd=ROOT, env=environment, stdout=own, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             status: int | None = process.wait(limit)
@@ -119,26 +119,26 @@ def run(part: Part, folder: Path, environment: dict[str, str], deadline: float) 
         own.seek(0)
         output = own.read().decode(errors="replace")
     seconds = time.monotonic() - start
-    with LOGS, (folder / part.log).open("a", encoding="utf-8") as log:
-        log.write(f"### {part.name}, {seconds:.0f} s: {' '.join(part.command)}\n{output}\n")
-    detail = part.judge(output)
-    well = status == 0 and detail
-    if part.shown or not well:
+    with LOGS, (folder / stage.log).open("a", encoding="utf-8") as log:
+        log.write(f"### {stage.name}, {seconds:.0f} s: {' '.join(stage.command)}\n{output}\n")
+    detail = stage.summarize(output)
+    ok = status == 0 and detail
+    if stage.shown or not ok:
         print("\n".join(output.splitlines()[-30:]), flush=True)
-    if well:
-        return Result(part.name, "ok", seconds, detail)
+    if ok:
+        return Result(stage.name, "ok", seconds, detail)
     reason = f"exit status {status}" if status is not None else f"stopped after {limit:.0f} s"
-    return Result(part.name, "failed", seconds, f"{reason}; {detail}" if detail else f"{reason}; see {part.log}")
+    return Result(stage.name, "failed", seconds, f"{reason}; {detail}" if detail else f"{reason}; see {stage.log}")
 
 
 def last(pattern: str) -> Callable[[str], str]:
-    """Judges by the last line in which `pattern` occurs."""
+    """Summarize by the last line in which `pattern` occurs."""
 
-    def judge(output: str) -> str:
+    def summarize(output: str) -> str:
         lines = [line.strip(" =") for line in output.splitlines() if re.search(pattern, line)]
         return lines[-1] if lines else ""
 
-    return judge
+    return summarize
 
 
 def why_not_sanitizer(tool: str | None) -> str:
@@ -154,43 +154,43 @@ def why_not_sanitizer(tool: str | None) -> str:
     return "" if said and said[-1] == "ERROR SUMMARY: 0 errors" else f"compute-sanitizer cannot watch: {' '.join(said)}"
 
 
-def sanitizer_parts() -> list[Part]:
-    """Every operator once under compute-sanitizer, whose last line tells that it watched."""
+def sanitizer_stages() -> list[Stage]:
+    """Every operator once under compute-sanitizer, whose last line says that it watched."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     why_not = why_not_sanitizer(tool)
-    parts = []
+    stages = []
     for i, check in enumerate(("memcheck", "racecheck", "initcheck")):
         options = ("--tool", check, "--port", str(49152 + 100 * i))  # as they run side by side
         command = (tool or "", *SANITIZER, *options, sys.executable, "-m", "tests.gpu.operators")
-        parts.append(Part(f"sanitizer, {check}", command, 100, last("SUMMARY: 0 (errors|hazards)"), skipped=why_not))
-    return parts
+        stages.append(Stage(f"sanitizer, {check}", command, 100, last("SUMMARY: 0 (errors|hazards)"), skipped=why_not))
+    return stages
 
 
-def all_parts() -> list[list[Part]]:
+def all_stages() -> list[list[Stage]]:
     """In order, the build first; those of one list run side by side.
 
     Most of the time of the tests goes into compiling Triton kernels, on one core each; the sanitizer finds them
     compiled. What the benchmarks need is not known beforehand: they get all that is left.
     """
     tests = [
-        Part(f"tests, {name}", (*PYTEST, "--durations=10", "-rs", "tests/gpu", "-k", choice), 150, last(r"\d passed"))
+        Stage(f"tests, {name}", (*PYTEST, "--durations=10", "-rs", "tests/gpu", "-k", choice), 150, last(r"\d passed"))
         for name, choice in TESTS.items()
     ]
     benchmarks = [
-        Part(f"benchmarks, {name}", (*PYTEST, f"benchmarks/gpu/{file}"), LIMIT, last(r"\d passed"))
+        Stage(f"benchmarks, {name}", (*PYTEST, f"benchmarks/gpu/{file}"), LIMIT, last(r"\d passed"))
         for name, file in BENCHMARKS.items()
     ]
     return [
-        [Part("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 150, last("_C_cuda"))],
-        [Part("build, info", (sys.executable, "-m", "curveball_fused"), 30, last("backend: cuda$"), shown=True)],
+        [Stage("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 150, last("_C_cuda"))],
+        [Stage("build, info", (sys.executable, "-m", "curveball_fused"), 30, last("backend: cuda$"), shown=True)],
         tests,
-        sanitizer_parts(),
-        *([part] for part in benchmarks),
+        sanitizer_stages(),
+        *([stage] for stage in benchmarks),
     ]
 
 
 def environment(capability: str, folder: Path) -> dict[str, str]:
-    """For all parts."""
+    """For all stages."""
     variables = dict(
         FORCE_CUDA="1",
         TORCH_CUDA_ARCH_LIST=capability,
@@ -217,8 +217,8 @@ def report(folder: Path, results: list[Result], probe: dict[str, str]) -> None:
     from benchmarks.report import Report
 
     note = f"Built for and run on {probe['gpu']}, compute capability {probe['capability']}."
-    rows = [{"": r.part, "outcome": r.outcome, "seconds": round(r.seconds, 1), "detail": r.detail} for r in results]
-    Report(folder, "gpu", "make gpu").add("all parts", note, rows)
+    rows = [{"": r.stage, "outcome": r.outcome, "seconds": round(r.seconds, 1), "detail": r.detail} for r in results]
+    Report(folder, "gpu", "make gpu").add("all stages", note, rows)
 
 
 def main() -> int:
@@ -233,14 +233,14 @@ def main() -> int:
     print(f"{probe['gpu']}, compute capability {probe['capability']}, torch {probe['torch']}", flush=True)
     variables = environment(probe["capability"], folder)
     folder.mkdir(parents=True, exist_ok=True)
-    everything = all_parts()
-    for name in {part.log for beside in everything for part in beside} | {"gpu.json", "gpu.md"}:
+    everything = all_stages()
+    for name in {stage.log for beside in everything for stage in beside} | {"gpu.json", "gpu.md"}:
         (folder / name).unlink(missing_ok=True)
 
     results: list[Result] = []
     for beside in everything:
         with ThreadPoolExecutor() as pool:
-            results += pool.map(lambda part: run(part, folder, variables, deadline), beside)
+            results += pool.map(lambda stage: run(stage, folder, variables, deadline), beside)
         if results[0].outcome != "ok":
             break
     try:
@@ -250,9 +250,9 @@ def main() -> int:
         traceback.print_exc()
         results.append(Result("report", "failed", 0.0, f"{type(error).__name__}: {error}"))
     print(f"\nin {folder}/:")
-    width = max(len(result.part) for result in results)
+    width = max(len(result.stage) for result in results)
     for result in results:
-        print(f"{result.part:{width}}  {result.outcome:8}{result.seconds:6.1f} s  {result.detail}")
+        print(f"{result.stage:{width}}  {result.outcome:8}{result.seconds:6.1f} s  {result.detail}")
     return int(any(result.outcome == "failed" for result in results))
 
 

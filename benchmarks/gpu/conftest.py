@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.report import HERE, Report
+from benchmarks.report import Report, results_folder
 
-ROOT = HERE.parent
-
-REPORT = Report(Path(os.environ.get("CURVEBALL_RESULTS", ROOT / "build/gpu")), "gpu", "make gpu")
+REPORT = Report(results_folder("build/gpu"), "gpu", "make gpu")
 COPY_SIZE = 10**9  # float32: 4 GB read, 4 GB written
 
 

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.compare import Spread
 from benchmarks.report import Report, bar
+from benchmarks.steps import repeated
 from tests.gpu.device import BACKENDS
 
 Call = Callable[[], object]
@@ -39,10 +40,10 @@ MARK = "*: began before the host had queued all of it, so the host may show in i
 
 def in_a_row(step: Call, count: int) -> Callable[[], None]:
     """`count` steps, and waiting for them."""
+    steps = repeated(step, count)
 
     def run() -> None:
-        for _ in range(count):
-            step()
+        steps()
         torch.cuda.synchronize()
 
     return run

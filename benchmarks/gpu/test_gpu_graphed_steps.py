@@ -13,12 +13,12 @@ from benchmarks.compare import compare
 from benchmarks.gpu.measure import in_a_row
 from benchmarks.nets import CASES, Case
 from benchmarks.report import Report, bar
-from benchmarks.steps import sgd
+from benchmarks.steps import INTERVAL, sgd
 from curveball_fused import CurveBall, make_graphed_step
 from tests.gpu.device import DEVICE, launches
 
 BATCH, ROUNDS = 128, 10
-STEPS = 20  # a multiple of the interval of looks at λ
+STEPS = 4 * INTERVAL
 BAR = 2.6
 Step = Callable[[], Tensor]
 
@@ -81,7 +81,7 @@ def test_graphed_step(name: str, report: Report) -> None:
         rows.append({"": method} | timing.columns() | {"launches": len(launches(steps[method])), "bar": verdict})
     note = (
         f"Batch {BATCH}, float32, time on the wall; {ROUNDS} rounds of {STEPS} steps; launches: kernels, copies and "
-        "fills of one step that the profiler saw. CurveBall: defaults, with its looks at λ."
+        "fills of one step that the profiler saw. CurveBall: defaults, with its updates of λ."
     )
     report.add(f"graphed step, {case.name}", note, rows)
     assert all(step().isfinite() for step in steps.values())

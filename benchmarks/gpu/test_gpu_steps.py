@@ -12,12 +12,11 @@ from benchmarks.compare import Timing, compare
 from benchmarks.gpu.measure import in_a_row
 from benchmarks.nets import CASES
 from benchmarks.report import Report
-from benchmarks.steps import sgd
+from benchmarks.steps import INTERVAL, sgd
 from curveball_fused import CurveBall
 from tests.gpu.device import BACKENDS, DEVICE
 
 BATCH, ROUNDS = 128, 10
-STEPS = 5  # CurveBall looks at λ once in so many steps
 
 
 def curveball(name: str, backend: str) -> Callable[[], Tensor]:
@@ -32,15 +31,15 @@ def test_step(name: str, report: Report) -> None:
         steps = {"SGD": sgd(CASES[name], BATCH)}
         steps |= {backend: curveball(name, backend) for backend in (*BACKENDS, "torch")}
 
-    calls = {method: in_a_row(step, STEPS) for method, step in steps.items()}
+    calls = {method: in_a_row(step, INTERVAL) for method, step in steps.items()}
     for call in calls.values():
         call()
         call()
-    timings: dict[str, Timing] = compare(calls, "SGD", ROUNDS, units=STEPS)
+    timings: dict[str, Timing] = compare(calls, "SGD", ROUNDS, units=INTERVAL)
     rows = [{"": method} | timing.columns() for method, timing in timings.items()]
     note = (
-        f"Batch {BATCH}, float32, eager, time on the wall; {ROUNDS} rounds of {STEPS} steps. SGD: momentum, fused; "
-        "zero_grad, forward, backward, step. CurveBall: defaults, with its looks at λ, by backend."
+        f"Batch {BATCH}, float32, eager, time on the wall; {ROUNDS} rounds of {INTERVAL} steps. SGD: momentum, fused; "
+        "zero_grad, forward, backward, step. CurveBall: defaults, with its updates of λ, by backend."
     )
     report.add(f"step, {CASES[name].name}", note, rows)
     assert all(step().isfinite() for step in steps.values())

@@ -13,6 +13,13 @@ from curveball_fused.replay import generators
 class Pool:
     """What the graphs of one step share: memory, since they never run at once, and a stream to be captured on.
 
+    Args:
+        device: of the parameters.
+
+    Attributes:
+        device: as above.
+        memory: the handle of torch's memory pool.
+
     Raises:
         RuntimeError: `device` has no CUDA.
     """
@@ -29,7 +36,7 @@ class Pool:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """On the side stream, on which warm-up steps must run, and ordered with the current one."""
+        """Use the side stream within the block, as warm-up steps must; ordered with the current one."""
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
             with torch.cuda.stream(self._stream):
@@ -38,7 +45,7 @@ class Pool:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def graph(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
-        """The context in which `graph` is captured."""
+        """Return the context in which `graph` is captured."""
         # Relaxed: to allocate pinned memory, as a loader's thread or a backend may do, is no harm.
         return torch.cuda.graph(graph, pool=self.memory, stream=self._stream, capture_error_mode="relaxed")
 
@@ -79,6 +86,7 @@ class Capture:
     """A graph of what runs in `recording`.
 
     Args:
+        pool: shared with the other graphs.
         reruns: how often the model may run again there. Each takes a state, which replays must set.
 
     Raises:
@@ -98,7 +106,7 @@ class Capture:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """What runs in the block is recorded, not executed."""
+        """Record what runs in the block, instead of executing it."""
         unused = list(self._states)
         try:
             with self._pool.graph(self._graph), generators.captured(lambda: _OwnStates(self._generator, unused)):
@@ -108,7 +116,7 @@ class Capture:
             self._generator.graphsafe_set_state(self._usual)
 
     def replay(self) -> None:
-        """Runs it, on the current stream, with the random numbers that an ordinary step would draw."""
+        """Run the graph on the current stream, with the random numbers that an ordinary step would draw."""
         now = self._generator.get_state()
         for one in self._states:
             one.set_state(now)

@@ -3,13 +3,14 @@
 A graph repeats what the device did while it was captured, at the same addresses and with the host's numbers of then.
 So what changes from step to step must have a fixed place on the device: the batch, the learning rates, the state, which
 every captured step leaves where it found it, and the generators' positions. What the host decides by counting steps,
-whether a step solves completely and whether it looks at λ, is one graph for each case.
+whether a step solves in full and whether it adapts λ, is one graph for each case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import NoneType
 from typing import Any, NamedTuple
@@ -38,7 +39,10 @@ _WARM_UPS = 3  # libraries choose kernels and allocate workspaces in the first r
 def make_graphed_step(
     optimizer: CurveBall, model_fn: ModelOf, loss_fn: LossOf, sample_batch: tuple[Any, Any]
 ) -> GraphedStep:
-    """`optimizer.step` for batches of one shape, captured as CUDA graphs.
+    """Capture `optimizer.step` for batches of one shape as CUDA graphs.
+
+    `TypeError` or `ValueError` is raised for an argument that cannot be used, with what to do; `RuntimeError` for a
+    model that cannot be captured, with what it does on the host, and where.
 
     Args:
         optimizer: over CUDA parameters. Its learning rates may change from step to step; all other settings, the
@@ -46,15 +50,18 @@ def make_graphed_step(
         model_fn: maps `inputs` to the predictions; a module, say. Its random numbers must come from the default
             generator of the device.
         loss_fn: maps the predictions and `targets` to the scalar loss; `F.cross_entropy`, say.
-        sample_batch: `(inputs, targets)`: each a tensor on the device, or nested lists, tuples or dictionaries of such.
-            Some steps are taken with it, of which nothing stays.
+        sample_batch: `(inputs, targets)`: each a tensor, or nested lists, tuples or dictionaries of tensors, numbers
+            and strings. Some steps are taken with it, of which nothing stays.
 
     Returns:
         A function `(inputs, targets) -> (loss, outputs)`, see `GraphedStep`.
 
-    Raises:
-        TypeError, ValueError: an argument cannot be used; the message says what to do.
-        RuntimeError: the model cannot be captured; the message names what it does on the host, and where.
+    Example::
+
+        optimizer = CurveBall(model.parameters())  # on a CUDA device
+        step = make_graphed_step(optimizer, model, F.cross_entropy, next(iter(loader)))
+        for inputs, targets in loader:  # with drop_last=True
+            loss, outputs = step(inputs, targets)
     """
     return GraphedStep(optimizer, model_fn, loss_fn, sample_batch)
 
@@ -71,7 +78,7 @@ class GraphedStep:
     """A step that replays graphs; made by `make_graphed_step`.
 
     It is interchangeable with `optimizer.step`: both may be called in turn, checkpoints saved and loaded between them,
-    and the weights that come of it are the same, bit for bit.
+    and the resulting weights are the same, bit for bit.
     """
 
     def __init__(self, optimizer: CurveBall, model_fn: ModelOf, loss_fn: LossOf, sample_batch: tuple[Any, Any]) -> None:
@@ -79,56 +86,68 @@ class GraphedStep:
         self._optimizer = optimizer
         self._device = optimizer._device
         self._pool = Pool(self._device)
-        self._batch = tree_map(self._own_place, tuple(sample_batch))
+        self._batch = tree_map(self._copied_to_device, tuple(sample_batch))
         self._inputs = StepInputs(lambda: model_fn(self._batch[0]), lambda outputs: loss_fn(outputs, self._batch[1]))
         self._rates = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in optimizer.param_groups]
         self._rates_hold: list[float | None] = [None] * len(self._rates)
+        self._failures_when_watched: dict[StepKind, str] = {}
+        # A graph reads the rates on the device anew in every replay.
+        settings = replace(Settings.of(optimizer), lr=tuple(self._rates))
         with torch.no_grad():
-            shared = prepared(optimizer, Settings.of(optimizer))
-            kinds = sorted({kind_of(Settings.of(optimizer), step) for step in _examples(optimizer)})
-            self._modules = self._warm_up(kinds, shared)
+            shared = prepared(optimizer, settings)
+            kinds = sorted({kind_of(settings, step) for step in _examples(settings)})
+            self._modules = self._warm_up(kinds, shared, settings)
             self._shared = {name: shared[name] for name in state.REPLACED}
             self._followed = {name: shared[name] for name in ("method", "compute_dtype")}
             self._z = {p: optimizer.state[p]["z"] for p in optimizer._parameters if p.requires_grad}
             self._made_for = _unchanging(optimizer, self._modules)
-            self._graphs = {kind: self._captured(kind, shared) for kind in kinds}
+            self._graphs = {kind: self._captured(kind, shared, settings) for kind in kinds}
 
     def __call__(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        """One step on a batch of the shapes, dtypes and structure of the sample, on the device or on the CPU.
+        """Take one step, with the optimizer's hooks.
+
+        `ValueError` is raised for a batch that differs from the sample, `RuntimeError` where the optimizer or its
+        parameters are not what the graphs were made for. Nothing has been changed then.
+
+        Args:
+            inputs: of the shapes, dtypes and structure of the sample's, on the device or on the CPU.
+            targets: the same.
 
         Returns:
-            The loss and the predictions at the weights before the step. The predictions are the graph's own memory,
-            which the next call overwrites: clone them to keep them.
+            The loss, 0-dim, and the predictions at the weights before the step, detached. The predictions are the
+            graph's own memory, which the next call overwrites: clone them to keep them.
 
-        Raises:
-            ValueError: the batch differs from the sample; nothing has been changed then.
-            RuntimeError: the optimizer or its parameters are not what the graphs were made for.
+        Example::
+
+            for inputs, targets in loader:
+                loss, outputs = step(inputs, targets)
+                correct += (outputs.argmax(1) == targets).sum()
         """
-        return _replayed(self._optimizer, self, inputs, targets)
+        return _step_with_hooks(self._optimizer, self, inputs, targets)
 
     @torch.no_grad()
-    def replay(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        """As a call, without the optimizer's hooks."""
+    def _replay(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         if _unchanging(self._optimizer, self._modules) != self._made_for:
             raise RuntimeError(
                 "the optimizer's settings, the places of parameters or buffers, or what requires a gradient have "
                 "changed since the graphs were made: call make_graphed_step again. (Learning rates may change.)"
             )
+        settings = Settings.of(self._optimizer)
         self._fill((inputs, targets))
-        shared = self._state_in_place()
+        shared = self._state_in_place(settings)
         self._set_rates()
-        graph = self._graphs[kind_of(Settings.of(self._optimizer), shared["step"])]
+        graph = self._graphs[kind_of(settings, shared["step"])]
         graph.capture.replay()
         shared |= self._followed
         state.finish_step(shared)
         torch.autograd.graph.increment_version([*self._z, *self._z.values()])
         return graph.loss.clone(), graph.outputs
 
-    def _own_place(self, leaf: Any) -> Any:
+    def _copied_to_device(self, leaf: Any) -> Any:
         return leaf.detach().to(self._device, copy=True) if isinstance(leaf, Tensor) else leaf
 
     def _fill(self, batch: tuple[Any, Any]) -> None:
-        """The batch into the places that the graphs read."""
+        """Copy the batch to the places that the graphs read."""
         places, structure = tree_flatten(self._batch)
         given, given_structure = tree_flatten(batch)
         if structure != given_structure:
@@ -144,9 +163,9 @@ class GraphedStep:
             if isinstance(place, Tensor) and place is not source:
                 place.copy_(source, non_blocking=True)
 
-    def _state_in_place(self) -> dict[str, Any]:
-        """The optimizer's state where the graphs read it: ordinary steps, or a checkpoint, put new tensors there."""
-        shared = prepared(self._optimizer, Settings.of(self._optimizer))
+    def _state_in_place(self, settings: Settings) -> dict[str, Any]:
+        """Put the optimizer's state where the graphs read it; ordinary steps and checkpoints bring new tensors."""
+        shared = prepared(self._optimizer, settings)
         for name, place in self._shared.items():
             if shared[name] is not place:
                 place.copy_(shared[name])
@@ -157,6 +176,7 @@ class GraphedStep:
         return shared
 
     def _set_rates(self) -> None:
+        """Copy the groups' learning rates to where the graphs read them, if they have changed."""
         for i, group in enumerate(self._optimizer.param_groups):
             rate = group["lr"]
             if isinstance(rate, Tensor) and rate.device == self._device:
@@ -166,8 +186,13 @@ class GraphedStep:
                 self._rates_hold[i] = float(rate)
                 self._rates[i].fill_(float(rate))
 
-    def _warm_up(self, kinds: Sequence[StepKind], shared: dict[str, Any]) -> list[nn.Module]:
-        """Ordinary steps of each kind, of which stays what libraries have learned, and how the model was followed.
+    def _warm_up(self, kinds: Sequence[StepKind], shared: dict[str, Any], settings: Settings) -> list[nn.Module]:
+        """Take ordinary steps of each kind, of which nothing stays but the method, and what libraries have learned.
+
+        Args:
+            kinds: all that there are.
+            shared: the state that belongs to all parameters.
+            settings: the optimizer's, with the rates on the device.
 
         Returns:
             The modules that the model consists of and that have buffers.
@@ -175,9 +200,9 @@ class GraphedStep:
         replay, drawn = Replay(self._optimizer._parameters, self._device), host_positions(self._device)
 
         def run(kind: StepKind) -> None:
-            shared["step"] = _a_step_of(self._optimizer, kind)
+            shared["step"] = _a_step_of(kind, settings)
             try:
-                replay.first(lambda: run_step(self._optimizer, self._inputs, shared, Settings.of(self._optimizer)))
+                replay.first(lambda: run_step(self._optimizer, self._inputs, shared, settings))
                 if drawn != host_positions(self._device):
                     raise RuntimeError(
                         "model_fn draws random numbers on the host, with Python's random or torch's CPU generator, "
@@ -186,29 +211,34 @@ class GraphedStep:
             finally:
                 replay.rewind()
 
-        with self._pool.stream(), _put_back(self._optimizer, shared), self._rates_on_device():
+        with self._pool.stream(), _put_back(self._optimizer, shared):
+            self._set_rates()
             for kind in kinds:
-                refuse_host_reads(partial(run, kind), self._device)
+                self._failures_when_watched[kind] = refuse_host_reads(partial(run, kind), self._device)
             for kind in list(kinds) * _WARM_UPS:
                 run(kind)
         return replay.modules()
 
-    def _captured(self, kind: StepKind, shared: dict[str, Any]) -> _Graph:
-        """The graph of steps of one kind. While it is made nothing runs on the device."""
+    def _captured(self, kind: StepKind, shared: dict[str, Any], settings: Settings) -> _Graph:
+        """Make the graph of steps of one kind. While it is made nothing runs on the device."""
         before, buffers = dict(shared), [dict(buffers_of(module)) for module in self._modules]
-        shared["step"] = _a_step_of(self._optimizer, kind)
+        shared["step"] = _a_step_of(kind, settings)
         capture = Capture(self._pool, METHODS[shared["method"]].reruns)
         try:
-            with self._rates_on_device(), capture.recording():
-                loss, outputs = run_step(self._optimizer, self._inputs, shared, Settings.of(self._optimizer))
+            with capture.recording():
+                loss, outputs = run_step(self._optimizer, self._inputs, shared, settings)
                 for name, place in self._shared.items():
                     if shared[name] is not place:
                         place.copy_(shared[name])
         except RuntimeError as error:
+            failure = self._failures_when_watched[kind]
+            watched = (
+                f" Before, while it was watched for host reads, the step failed with {failure}." if failure else ""
+            )
             raise RuntimeError(
                 f"the step could not be captured as a CUDA graph: {error}. Something in model_fn or loss_fn waits for "
                 'the device, or uses another stream; torch.cuda.set_sync_debug_mode("error") with optimizer.step may '
-                "name the line."
+                f"name the line.{watched}"
             ) from error
         finally:
             shared.update(before)
@@ -223,25 +253,12 @@ class GraphedStep:
             )
         return _Graph(capture, loss, outputs)
 
-    @contextmanager
-    def _rates_on_device(self) -> Iterator[None]:
-        """The groups' rates are those on the device, which a graph reads anew in every replay."""
-        self._set_rates()
-        given = [group["lr"] for group in self._optimizer.param_groups]
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
-        try:
-            yield
-        finally:
-            for group, rate in zip(self._optimizer.param_groups, given, strict=True):
-                group["lr"] = rate
-
 
 @Optimizer.profile_hook_step
-def _replayed(optimizer: CurveBall, graphed: GraphedStep, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-    """A replay as a step of the optimizer: with its hooks, and known to schedulers."""
+def _step_with_hooks(optimizer: CurveBall, graphed: GraphedStep, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """Replay as a step of the optimizer: with its hooks, and known to schedulers."""
     mark_as_stepped(optimizer)
-    return graphed.replay(inputs, targets)
+    return graphed._replay(inputs, targets)
 
 
 def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> None:
@@ -262,18 +279,17 @@ def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> No
             )
 
 
-def _examples(optimizer: CurveBall) -> tuple[int, ...]:
-    """Numbers of steps among which there are all kinds."""
-    settings = optimizer.param_groups[0]
-    return 0, 1, settings["solve_interval"], settings["lambda_interval"]
+def _examples(settings: Settings) -> tuple[int, ...]:
+    """Return numbers of steps among which there are all kinds."""
+    return 0, 1, settings.solve_interval, settings.lambda_interval
 
 
-def _a_step_of(optimizer: CurveBall, kind: StepKind) -> int:
-    return next(step for step in _examples(optimizer) if kind_of(Settings.of(optimizer), step) == kind)
+def _a_step_of(kind: StepKind, settings: Settings) -> int:
+    return next(step for step in _examples(settings) if kind_of(settings, step) == kind)
 
 
 def _unchanging(optimizer: CurveBall, modules: Sequence[nn.Module]) -> list[Any]:
-    """What the graphs have in them: settings other than rates, and the places of parameters and buffers."""
+    """Return what the graphs have in them: settings other than rates, and the places of parameters and buffers."""
     names = optimizer.defaults.keys() - {"lr"}
     settings = [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
     places = [(p.data_ptr(), p.requires_grad) for p in optimizer._parameters]
@@ -287,7 +303,7 @@ def _described(leaf: Any) -> str:
 
 @contextmanager
 def _put_back(optimizer: CurveBall, shared: dict[str, Any]) -> Iterator[None]:
-    """Weights and state are at the end of the block what they were, except for how the model was followed."""
+    """Restore weights and state at the end of the block, except for the method by which the model was linearized."""
     live = [p for p in optimizer._parameters if p.requires_grad]
     live += [optimizer.state[p]["z"] for p in live]
     values, before = [t.detach().clone() for t in live], dict(shared)

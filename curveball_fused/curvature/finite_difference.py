@@ -58,7 +58,10 @@ def difference(
 
 @contextmanager
 def _moved(params: Sequence[Tensor], tangents: Sequence[Tensor]) -> Iterator[None]:
-    """Put the parameters at w + εv, without a gradient, so that no graph of this run is kept; then back, exactly."""
+    """Put the parameters at w + εv, without a gradient, so that no graph of this run is kept; then back, exactly.
+
+    By `data`, so that their versions stay, and with them what other graphs have saved of the weights.
+    """
     weights = [p.data for p in params]
     try:
         for p, weight, tangent in zip(params, weights, tangents, strict=True):

@@ -20,7 +20,7 @@ from .dual_numbers import DualNumbers
 from .linear_map import LinearMap, MethodUnsupported, ModelFn, evaluate
 from .linearized import Linearized
 from .tape import TapeUnsupported
-from .torch_modes import ForwardModeUnsupported, announce
+from .torch_modes import ForwardModeUnsupported, announce, first_line
 
 
 @dataclass(frozen=True)
@@ -150,5 +150,5 @@ def _refusals_named(method: Method) -> Iterator[None]:
         known = isinstance(error, (TapeUnsupported, ForwardModeUnsupported))
         if not known and not any(words in text for words in method.missing_derivative):
             raise
-        first_line = text.split("\n")[0]
-        raise MethodUnsupported(f'curvature="{method.name}" cannot follow this model: {first_line}') from error
+        reason = first_line(error)
+        raise MethodUnsupported(f'curvature="{method.name}" cannot follow this model: {reason}') from error

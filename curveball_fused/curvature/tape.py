@@ -9,8 +9,8 @@ part alone: 7 forward-equivalents of multiply-adds, against 9 with dual numbers.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -19,8 +19,9 @@ from torch import Tensor
 from curveball_fused._torch_private import has_saved_tensor_hooks, in_functorch_transform, version_of
 from curveball_fused.replay.generators import positions
 
+from .arguments import map_nested
 from .rules import COMPOSITES, IN_PLACE, RULES, Call, Map, Tangents, frozen, tensors, without_override
-from .torch_modes import Decompose
+from .torch_modes import Decompose, first_line
 
 _MOVES_STATISTICS = frozenset(("batch_norm", "instance_norm"))
 # What is read off a tensor without being computed from its elements.
@@ -28,21 +29,54 @@ _READS = frozenset("__get__ size dim stride numel is_contiguous is_floating_poin
 _DIFFERENTIATES = frozenset((torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward))
 
 
+# How the tape handles a call.
+OWN_RULE, IN_PLACE_RULE, COMPOSITE, DUAL_NUMBERS = "own rule", "in-place rule", "composite", "dual numbers"
+
+
 class TapeUnsupported(Exception):
-    """The model does what the tape cannot follow; other ways can."""
+    """The model does what the tape cannot follow; other methods can."""
+
+
+class Observer(Protocol):
+    """An observer of what a tape does with each call on the way from the parameters to the outputs.
+
+    Where there is one, the tape goes on after a call that it cannot follow, instead of raising `TapeUnsupported`; its
+    Jacobian-vector products do so then.
+    """
+
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See a call before it is made, and before anything else is said of it."""
+
+    def on_handled(self, func: Any, by: str) -> None:
+        """See how the call is handled; of a composite, before the calls that it is composed of."""
+
+    def on_refused(self, func: Any, reason: str) -> None:
+        """See why the call cannot be followed."""
+
+    def on_unknown(self, tensor: Tensor, reason: str) -> None:
+        """See an argument, or outputs, whose tangent is not known, and why."""
 
 
 class Tape(Decompose):
-    """Records the maps while the model runs, gradients enabled.
+    """Record the maps while the model runs, gradients enabled.
 
     A tensor is known by its identity and version: one that was written to, by whatever call, is not the one that the
     tape knows. What depends on a parameter requires a gradient, so that nothing can slip past the tape. The tape keeps
     alive what the maps read, which is what autograd's graph holds too, and nothing else.
+
+    Args:
+        params: the parameters, whose tangents the maps begin with.
+        backend: whose tangent operators the rules may use.
+        observer: sees what the tape does, and lets it go on where it would refuse.
+
+    Attributes:
+        seen: ids of the parameters that reached a torch call.
     """
 
-    def __init__(self, params: Sequence[Tensor], backend: str) -> None:
+    def __init__(self, params: Sequence[Tensor], backend: str, observer: Observer | None = None) -> None:
         super().__init__(every_call=False)
         self._backend = backend
+        self._observer = observer
         self._known = {id(p): (weakref.ref(p), place, version_of(p)) for place, p in enumerate(params)}
         self._constant: dict[
             int, tuple[weakref.ref[Tensor], int]
@@ -62,12 +96,16 @@ class Tape(Decompose):
         inputs = tensors((args, list(kwargs.values())))
         if not any(t.requires_grad for t in inputs):
             return func(*args, **kwargs)
-        call = Call({id(t): self._place(t) for t in inputs}, self._backend)
+        call = Call({id(t): self.tangent_index(t) for t in inputs}, self._backend)
         if not any(place is not None for place in call.places.values()):
             result = func(*args, **kwargs)
             self._constant |= {id(t): (weakref.ref(t), version_of(t)) for t in tensors((result,)) if t.requires_grad}
             return result
-        self._refuse(func)
+        if self._observer is not None:
+            self._observer.on_call(func, args, kwargs)
+        reason = _refusal(func)
+        if reason:
+            return self._refuse(func, reason, lambda: func(*args, **kwargs))
         # Rules take derivatives for numbers, which complex ones need not have.
         real = not any(t.dtype.is_complex for t in inputs)
         result = self._by_rule(func, args, kwargs, call) if real else NotImplemented
@@ -75,33 +113,42 @@ class Tape(Decompose):
             return result
         inside = COMPOSITES.get(func) or without_override(func)
         if inside is not None:
+            if self._observer is not None:
+                self._observer.on_handled(func, COMPOSITE)
             with self:
                 return inside(*args, **kwargs)
         return self._by_dual_numbers(func, args, kwargs, inputs, call)
 
     def jvp(self, tangents: Sequence[Tensor], outputs: Tensor) -> Tensor:
-        """J v, of the shape of `outputs`, which the taped run returned.
+        """Compute J v.
+
+        Args:
+            tangents: v, in the parameters' shapes and dtypes.
+            outputs: what the taped run returned.
+
+        Returns:
+            J v, of the shape and dtype of `outputs`.
 
         Raises:
             TapeUnsupported: the outputs, or what a map reads, is not what it was when the tape saw it.
         """
         if any(version_of(t) != version for t, version in self._kept):
             raise TapeUnsupported("a tensor that was written to after it was used")
-        last = self._place(outputs)
+        last = self.tangent_index(outputs)
         if last is None:
             raise TapeUnsupported("outputs that do not depend on a parameter")
         values: Tangents = [*tangents, *[None] * len(self._maps)]
         with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
             for place, entry, spent in self._order(last):
                 values[place] = entry.tangent(values)
-                for read in spent:  # a tangent that nobody reads any more makes room
+                for read in spent:  # the memory of a tangent that nobody reads any more
                     values[read] = None
         tangent = values[last]
         assert tangent is not None
         return tangent
 
     def _order(self, last: int) -> list[tuple[int, _Entry, list[int]]]:
-        """What leads to the place `last`: places, their entries, and the places that are not read after them."""
+        """Return what leads to the place `last`: places, their entries, and the places that are not read after them."""
         needed, order = {last}, []
         for place in range(last, self._parameters - 1, -1):
             if place in needed:
@@ -111,30 +158,51 @@ class Tape(Decompose):
                 order.append((place, entry, spent))
         return order[::-1]
 
-    def _place(self, tensor: Tensor) -> int | None:
-        """Where the tangent of a tensor stands; None for a constant."""
+    def tangent_index(self, tensor: Tensor) -> int | None:
+        """Return where the tangent of a tensor stands; None for a constant.
+
+        `TapeUnsupported` is raised for one that depends on a parameter by what the tape has not seen.
+        """
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor:
             if known[2] != version_of(tensor):
-                raise TapeUnsupported("a tensor that was written to")
+                return self._unknown(tensor, "a tensor that was written to")
             if known[1] < self._parameters:
                 self.seen.add(id(tensor))
             return known[1]
         if tensor.requires_grad and not tensor.is_leaf:
             constant = self._constant.get(id(tensor))
             if constant is None or constant[0]() is not tensor:
-                raise TapeUnsupported("a result of code that torch functions cannot see into")
+                return self._unknown(tensor, "a result of code that torch functions cannot see into")
             if constant[1] != version_of(tensor):
-                raise TapeUnsupported("a tensor that was written to")
+                return self._unknown(tensor, "a tensor that was written to")
         return None
 
-    def _refuse(self, func: Any) -> None:
-        if in_functorch_transform():
-            raise TapeUnsupported("a transform of torch.func")
-        if has_saved_tensor_hooks():
-            raise TapeUnsupported("gradient checkpointing, or other hooks on saved tensors")
-        if func in _DIFFERENTIATES:
-            raise TapeUnsupported(f"{func.__name__} inside the model")
+    def _unknown(self, tensor: Tensor, reason: str) -> int:
+        """Refuse a tensor; where there is an observer, return its place, as it is known from now on."""
+        if self._observer is None:
+            raise TapeUnsupported(reason)
+        self._observer.on_unknown(tensor, reason)
+        self._adopt(tensor, reason)
+        return self._known[id(tensor)][1]
+
+    def _refuse(self, func: Any, reason: str, go_on: Callable[[], Any]) -> Any:
+        """Refuse a call; where there is an observer, return its result, which is known from now on."""
+        if self._observer is None:
+            raise TapeUnsupported(reason)
+        self._observer.on_refused(func, reason)
+        result = go_on()
+        self._adopt(result, reason)
+        return result
+
+    def _adopt(self, result: Any, reason: str) -> None:
+        """Take tensors for known although their tangents are not."""
+
+        def no_map(_: Tangents) -> Tensor:
+            raise TapeUnsupported(reason)
+
+        for tensor in tensors((result,)):
+            self._add("", tensor, no_map, Call({}, self._backend))
 
     def _by_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
         rule = RULES.get(func) or IN_PLACE.get(func)
@@ -142,7 +210,7 @@ class Tape(Decompose):
             return NotImplemented
         try:
             recorded = rule(call, *args, **kwargs)
-        except TypeError:  # arguments that the rule does not know, or wrong ones, which the function itself will tell
+        except TypeError:  # arguments that the rule does not know, or wrong ones, which the function itself will refuse
             return NotImplemented
         if recorded is NotImplemented:
             return NotImplemented
@@ -153,6 +221,8 @@ class Tape(Decompose):
         else:
             for one, tangent_map in zip(result, maps, strict=True):
                 self._add(_name(func), one, tangent_map, call)
+        if self._observer is not None:
+            self._observer.on_handled(func, IN_PLACE_RULE if func in IN_PLACE else OWN_RULE)
         return None if func is torch.Tensor.__setitem__ else result
 
     def _add(self, name: str, result: Tensor, tangent_map: Map, call: Call) -> None:
@@ -166,32 +236,45 @@ class Tape(Decompose):
     def _by_dual_numbers(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], call: Call
     ) -> Any:
-        """For a function without a rule: its map runs it again, on dual numbers."""
+        """Follow a function without a rule: its map runs it again, on dual numbers."""
         name = _name(func)
         if name in _MOVES_STATISTICS and kwargs.get("running_mean", args[1] if len(args) > 1 else None) is not None:
-            raise TapeUnsupported(f"{name} with running statistics, in mixed precision or over instances")
+            reason = f"{name} with running statistics, in mixed precision or over instances"
+            return self._refuse(func, reason, lambda: func(*args, **kwargs))
         versions, drawn = [version_of(t) for t in inputs], positions(inputs[0].device)
         with self._kernels(func, args, kwargs):
             result = func(*args, **kwargs)
         if versions != [version_of(t) for t in inputs]:
-            raise TapeUnsupported(f"{name} writes to its argument")
+            return self._refuse(func, f"{name} writes to its argument", lambda: result)
         results = [t for t in tensors((result,)) if t.requires_grad]
-        if not results or all(any(t is known for known in inputs) for t in results):
-            return result  # a shape, a comparison; or the argument itself
-        if drawn != positions(inputs[0].device):
-            raise TapeUnsupported(f"{name} draws random numbers")
-        if not isinstance(result, Tensor) and not isinstance(result, (tuple, list)):
-            raise TapeUnsupported(f"{name} returns {type(result).__name__}")
-        dual = _DualMaps(func, args, kwargs, call)
-        self._kept += call.kept
-        for index, one in enumerate((result,) if isinstance(result, Tensor) else result):
-            if isinstance(one, Tensor):
-                self._add(name, one, dual.map_of(None if isinstance(result, Tensor) else index), call)
+        if not results:
+            return result  # a shape, a comparison
+        if not all(any(t is known for known in inputs) for t in results):
+            if drawn != positions(inputs[0].device):
+                return self._refuse(func, f"{name} draws random numbers", lambda: result)
+            if not isinstance(result, (Tensor, tuple, list)):
+                return self._refuse(func, f"{name} returns {type(result).__name__}", lambda: result)
+            dual = _DualMaps(func, args, kwargs, call)
+            self._kept += call.kept
+            for index, one in enumerate((result,) if isinstance(result, Tensor) else result):
+                if isinstance(one, Tensor):
+                    self._add(name, one, dual.map_of(None if isinstance(result, Tensor) else index), call)
+        if self._observer is not None:
+            self._observer.on_handled(func, DUAL_NUMBERS)
         return result
 
 
+def _refusal(func: Any) -> str:
+    """Return why a function cannot be called within the model, or an empty string."""
+    if in_functorch_transform():
+        return "a transform of torch.func"
+    if has_saved_tensor_hooks():
+        return "gradient checkpointing, or other hooks on saved tensors"
+    return f"{func.__name__} inside the model" if func in _DIFFERENTIATES else ""
+
+
 class _Entry(NamedTuple):
-    """How one tangent comes about: the name of the function, the map, the places that it reads; shape and dtype."""
+    """How to compute one tangent: the name of the function, the map, the places that it reads; shape and dtype."""
 
     name: str
     map: Map
@@ -200,20 +283,20 @@ class _Entry(NamedTuple):
     dtype: torch.dtype
 
     def tangent(self, tangents: Tangents) -> Tensor:
-        """What the map gives, in the dtype of the result."""
+        """Return the tangent in the dtype of the result."""
         try:
             tangent = self.map(tangents)
         except torch.OutOfMemoryError:
             raise
         except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise TapeUnsupported(f"{self.name}: {_first_line(error)}") from error
+            raise TapeUnsupported(f"{self.name}: {first_line(error)}") from error
         if tangent.shape != self.shape:
             raise TapeUnsupported(f"{self.name}: its tangent has another shape")
         return tangent if tangent.dtype == self.dtype else tangent.to(self.dtype)
 
 
 def _under_autocast(tangent_map: Map, device_type: str) -> Map:
-    """The map, in the precision that autocast, as it is now, chooses for its function."""
+    """Return the map in the precision that autocast, as it is now, chooses for its function."""
     lower = torch.get_autocast_dtype(device_type)
 
     def tangent_map_under_autocast(tangents: Tangents) -> Tensor:
@@ -229,10 +312,18 @@ class _DualMaps:
     def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> None:
         self._func = func
         self._places: dict[int, int | None] = {}  # by the identities of the kept tensors
-        self._args, self._kwargs = self._kept(args, call), self._kept(kwargs, call)
+
+        def keep(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return frozen(value)
+            kept = call.keep(value)
+            self._places[id(kept)] = call.at(value)
+            return kept
+
+        self._args, self._kwargs = map_nested(keep, args), map_nested(keep, kwargs)
 
     def map_of(self, index: int | None) -> Map:
-        """The map of the result, or of one of several."""
+        """Return the map of the result, or of one of several."""
 
         def tangent_map(tangents: Tangents) -> Tensor:
             with fwAD.dual_level(), Decompose(every_call=True):
@@ -242,27 +333,13 @@ class _DualMaps:
 
         return tangent_map
 
-    def _kept(self, value: Any, call: Call) -> Any:
-        if isinstance(value, Tensor):
-            kept = call.keep(value)
-            self._places[id(kept)] = call.at(value)
-            return kept
-        if type(value) is dict:
-            return {key: self._kept(v, call) for key, v in value.items()}
-        return type(value)([self._kept(v, call) for v in value]) if type(value) in (list, tuple) else frozen(value)
-
     def _dual(self, value: Any, tangents: Tangents) -> Any:
-        if isinstance(value, Tensor):
-            place = self._places[id(value)]
+        def dual(value: Any) -> Any:
+            place = self._places[id(value)] if isinstance(value, Tensor) else None
             return value if place is None else fwAD.make_dual(value, tangents[place])
-        if type(value) is dict:
-            return {key: self._dual(v, tangents) for key, v in value.items()}
-        return type(value)([self._dual(v, tangents) for v in value]) if type(value) in (list, tuple) else value
+
+        return map_nested(dual, value)
 
 
 def _name(func: Any) -> str:
     return str(getattr(func, "__name__", func))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n")[0]

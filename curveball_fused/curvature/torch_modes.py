@@ -18,10 +18,10 @@ from curveball_fused._torch_private import base_of, forward_grad_enabled, set_fo
 from .dual_rules import RULES
 
 _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
-_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
+RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 # In these a dual number differs from its parameter.
 _OWN_ATTRIBUTES = frozenset(("requires_grad", "is_leaf", "grad_fn", "grad"))
-_announced: set[str] = set()
+announced: set[str] = set()  # what has been warned of in this process
 
 
 class ForwardModeUnsupported(NotImplementedError):
@@ -30,9 +30,14 @@ class ForwardModeUnsupported(NotImplementedError):
 
 def announce(key: str, message: str) -> None:
     """Warn once per process."""
-    if key not in _announced:
-        _announced.add(key)
+    if key not in announced:
+        announced.add(key)
         warnings.warn(message, stacklevel=2)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message: torch's may be followed by a stack of C++ frames."""
+    return str(error).partition("\n")[0]
 
 
 class Decompose(TorchFunctionMode):
@@ -57,8 +62,8 @@ class Decompose(TorchFunctionMode):
         if name in _ATTENTION:
             if self._every_call or _has_dropout(args, kwargs):
                 return sdpa_kernel(SDPBackend.MATH)
-        elif name in _RECURRENT and (self._every_call or _has_dropout(args, kwargs)):
-            return _plain_recurrence(args[0].device.type)
+        elif name in RECURRENT and (self._every_call or _has_dropout(args, kwargs)):
+            return plain_recurrence(args[0].device.type)
         return nullcontext()
 
 
@@ -97,7 +102,7 @@ class Substitute(Decompose):
             if result is not NotImplemented:
                 return result
         name = getattr(func, "__name__", "")
-        if name in _RECURRENT or name in _ATTENTION:
+        if name in RECURRENT or name in _ATTENTION:
             announce(name, f"curveball_fused: {name}'s fused kernel has no forward-mode formula; a plain one is used.")
         with self._kernels(func, args, kwargs):
             return func(*args, **kwargs)
@@ -137,7 +142,8 @@ def _has_dropout(args: Any, kwargs: dict[str, Any] | None) -> bool:
 
 
 @contextmanager
-def _plain_recurrence(device_type: str) -> Iterator[None]:
+def plain_recurrence(device_type: str) -> Iterator[None]:
+    """Let recurrent layers run as what they are composed of, within the block."""
     switch = torch.backends.cudnn if device_type == "cuda" else torch.backends.mkldnn
     with switch.flags(enabled=False):
         yield

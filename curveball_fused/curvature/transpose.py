@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from curveball_fused._torch_private import OpOverload
 from curveball_fused._torch_private.compiler import detect_fake_mode, fx_graph_cse, select_decomp_table
 
+from .torch_modes import first_line
+
 SEVERAL = (
     "it returns more than one tensor, or keeps one beyond its run (assigns a new tensor to a buffer or attribute, "
     "where it should write to it in place)"
@@ -63,7 +65,7 @@ def transpose(backward: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
                 saved, u, [torch.empty_like(g) for g in v]
             )
     except (NotImplementedError, RuntimeError) as error:
-        raise CompileUnsupported(str(error).splitlines()[0]) from error
+        raise CompileUnsupported(first_line(error)) from error
     linear = fx.GraphModule(traced, fx_graph_cse(traced.graph))
     linear.graph.eliminate_dead_code()
     unused = linear.graph.find_nodes(op="placeholder")[len(residuals)]

@@ -19,24 +19,29 @@ def differences(
     middle: Sequence[Tensor],
     floors: Sequence[float],
 ) -> float:
-    """The largest relative distance of the tangents `jvs` from what lies between the difference quotients.
+    """Compare tangents with difference quotients.
 
     Args:
-        along: the results at a distance on the way.
-        middle: those at distance 0.
-        floors: the least root mean square, for each, to which errors are relative.
+        jvs: the tangents of several results.
+        along: maps a step t to the results at x + t v.
+        middle: the results at x.
+        floors: for each, the least root mean square to which errors are relative.
+
+    Returns:
+        The largest relative distance of a tangent from what lies between the one-sided quotients.
     """
     coarse, fine = (difference_quotients(along, middle, factor) for factor in (1.0, 0.125))
     worst = 0.0
     for jv, (first, wide), (second, narrow), floor in zip(jvs, coarse, fine, floors, strict=True):
         error = min(_excess(jv, first, wide, floor), _excess(jv, second, narrow, floor))
-        # Difference quotients that disagree among themselves, as at a jump, tell nothing.
+        # Difference quotients that disagree among themselves, as at a jump, prove nothing.
         if relative(first - second, second) < 0.5 * min(1.0, error):
             worst = max(worst, error)
     return worst
 
 
 def _excess(jv: Tensor, derivative: Tensor, margin: Tensor, floor: float) -> float:
+    """Return the relative distance of `jv` from the interval derivative ± margin."""
     judged = derivative.isfinite() & margin.isfinite()
     excess = ((jv.to(derivative.dtype) - derivative).abs() - margin).nan_to_num(nan=math.inf).clamp(min=0)
     return relative(excess[judged], derivative[judged], floor * math.sqrt(int(judged.sum())))
@@ -45,7 +50,16 @@ def _excess(jv: Tensor, derivative: Tensor, margin: Tensor, floor: float) -> flo
 def difference_quotients(
     along: Callable[[float], Sequence[Tensor]], middle: Sequence[Tensor], factor: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each result the central difference quotient, and half the distance of the one-sided ones, with rounding."""
+    """Return, for each result, the central difference quotient, and its margin.
+
+    Args:
+        along: maps a step t to the results at x + t v.
+        middle: the results at x.
+        factor: of the step ε^(1/3), with ε the machine epsilon of the results.
+
+    Returns:
+        Pairs of (f(t) - f(-t)) / 2t and half the distance of the one-sided quotients, with what rounding may add.
+    """
     eps = max(torch.finfo(m.dtype).eps for m in middle)
     step = factor * eps ** (1 / 3)
     found = []
@@ -56,7 +70,7 @@ def difference_quotients(
 
 
 def relative(error: Tensor, reference: Tensor, floor: float = 0.0) -> float:
-    """|error| / |reference|, of the elements that are finite in the reference; 0 where both are 0."""
+    """Return |error| / |reference|, of the elements that are finite in the reference; 0 where both are 0."""
     judged = reference.isfinite() & (error.isfinite() | error.isinf())
     size, scale = (float(t[judged].double().norm()) for t in (error, reference))
     scale = max(scale, floor)
@@ -64,17 +78,18 @@ def relative(error: Tensor, reference: Tensor, floor: float = 0.0) -> float:
 
 
 def size(t: Tensor) -> float:
-    """Root mean square of the elements that are finite."""
+    """Return the root mean square of the elements that are finite."""
     found = real(t)
     found = found[found.isfinite()].double()
     return float(found.square().mean().sqrt()) if found.numel() else 0.0
 
 
 def real(t: Tensor) -> Tensor:
-    """Detached, with the two parts of complex numbers in a last dimension."""
+    """Return `t` detached, with the two parts of complex numbers in a last dimension."""
     t = t.detach()
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def dot(a: Tensor, b: Tensor) -> float:
+    """Return <a, b> in float64; of complex numbers, that of their parts."""
     return float((real(a).double() * real(b).double()).sum())

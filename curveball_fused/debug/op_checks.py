@@ -34,12 +34,13 @@ _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedErro
 
 
 class OpChecks(Decompose):
-    """Checks each call on the way from the parameters to the outputs, while the model runs with gradients enabled.
+    """Check each call on the way from the parameters to the outputs, while the model runs with gradients enabled.
 
     Args:
         method: whose Jacobian-vector products are checked: those of our rules, torch's dual numbers or double backward.
 
     Attributes:
+        method: as above.
         checked, unchecked: how often each function was checked, and how often it could not be.
         stops: where the model leaves the derivative on purpose, such as `detach`.
         eps: machine epsilon of the lowest precision among the results.
@@ -55,10 +56,15 @@ class OpChecks(Decompose):
         self.eps = 0.0
 
     def run(self, model_fn: Callable[[], Tensor]) -> Tensor:
-        """The outputs, with autograd's graph.
+        """Run the model and check its calls.
 
-        Raises:
-            RuntimeError: the derivative of a call is wrong; the message names the function.
+        `RuntimeError` is raised where the derivative of one is wrong; the message names the function.
+
+        Args:
+            model_fn: called without arguments, returns the predictions.
+
+        Returns:
+            The outputs, with autograd's graph.
         """
         with torch.enable_grad(), self._located(), self:
             return model_fn()
@@ -104,7 +110,7 @@ class OpChecks(Decompose):
             self._raise(call, error, tolerance, complaint)
 
     def _compare(self, call: RecordedCall) -> tuple[float, float, str]:
-        """The first relative error that is too large, or the last; its tolerance; what it says."""
+        """Return the first relative error that is too large, or the last; its tolerance; what it means."""
         v = call.directions()
         own = [t.detach() for t in results_of(*call(call.func))]
         results, jvs, leaves = self._products(call, v)
@@ -145,7 +151,7 @@ class OpChecks(Decompose):
             return call.by_rule() is not None
 
     def _products(self, call: RecordedCall, v: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Results with their graph, Jv of each, and the leaves of the graph."""
+        """Return results with their graph, Jv of each, and the leaves of the graph."""
         recorded = call.by_rule() if self.method == "linearize" else None
         if recorded is not None:
             results, maps, leaves = recorded
@@ -163,7 +169,7 @@ class OpChecks(Decompose):
             return results, [torch.zeros_like(p) if t is None else t.clone() for p, t in pairs], leaves
 
     def _note_stop(self, func: Any, result: Any) -> None:
-        """Notes what takes a value, but not its derivative, from what depends on the parameters."""
+        """Note what takes a value, but not its derivative, from what depends on the parameters."""
         name = name_of(func)
         if name.startswith("new_") or name.endswith("_like") or name == "grad":
             return
@@ -183,6 +189,7 @@ class OpChecks(Decompose):
         )
 
     def _place(self) -> str:
+        """Return the module that makes the call, for an error message; empty outside of modules."""
         if not self._modules:
             return ""
         names = [name for name, module in self._modules[0].named_modules() if module is self._modules[-1] and name]
@@ -207,7 +214,7 @@ class OpChecks(Decompose):
 def _adjoint_error(
     results: list[Tensor], jvs: list[Tensor], leaves: list[Tensor], v: list[Tensor], floors: list[float]
 ) -> float:
-    """|<u, Jv> - <Jᵀu, v>| / |u| |Jv|, for a u that lies along Jv in part, so that the products are not small."""
+    """Return |<u, Jv> - <Jᵀu, v>| / |u| |Jv|, for a u that lies along Jv in part, lest the products be small."""
     us = []
     for jv in jvs:
         generator = torch.Generator(jv.device).manual_seed(1)
@@ -226,7 +233,7 @@ def _adjoint_error(
 
 
 def _by_double_backward(results: list[Tensor], leaves: list[Tensor], v: list[Tensor]) -> list[Tensor]:
-    """Jv as the derivative of <Jᵀu, v> with respect to u."""
+    """Compute Jv as the derivative of <Jᵀu, v> with respect to u."""
     us = [torch.zeros_like(t, requires_grad=True) for t in results]
     used = [i for i, t in enumerate(results) if t.requires_grad]
     outputs, cotangents = [results[i] for i in used], [us[i] for i in used]
@@ -242,7 +249,7 @@ def _by_double_backward(results: list[Tensor], leaves: list[Tensor], v: list[Ten
 
 
 def _dual_function(func: Any) -> Callable[..., Any]:
-    """Our rule for dual numbers, where there is one and it takes the arguments; else torch's function."""
+    """Return our rule for dual numbers, where there is one and it takes the arguments; else torch's function."""
     rule = dual_rules.RULES.get(func)
 
     def function(*args: Any, **kwargs: Any) -> Any:

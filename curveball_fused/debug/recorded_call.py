@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from curveball_fused.curvature import rules
+from curveball_fused.curvature.arguments import map_nested
 from curveball_fused.curvature.rules import Call, tensors
 from curveball_fused.replay.generators import Saved, positions
 
@@ -19,6 +20,9 @@ class RecordedCall:
     """A call that can be made again and again, as the same function, without touching anything of the model.
 
     Attributes:
+        func, name: the function and its name.
+        args, kwargs: copies of the arguments.
+        device: of the first tensor among them.
         active: copies of the arguments that require gradients.
     """
 
@@ -27,11 +31,11 @@ class RecordedCall:
         self.device = tensors((args, list(kwargs.values())))[0].device
         self.active: list[Tensor] = []
         self._generators, self._positions = Saved(self.device), positions(self.device)
-        self.args, self.kwargs = _mapped((args, kwargs), self._frozen)
+        self.args, self.kwargs = _mapped((args, kwargs), self._record)
         self._places = {id(t): place for place, t in enumerate(self.active)}
         self._random: bool | None = None
 
-    def _frozen(self, value: Any) -> Any:
+    def _record(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         copy = value.detach().clone()
@@ -40,14 +44,22 @@ class RecordedCall:
         return copy
 
     def __call__(self, function: Any, replace: Callable[[Any], Any] | None = None) -> tuple[Any, tuple[Any, ...]]:
-        """What `function` returns, and the arguments it got: copies of those of the call, changed by `replace`."""
+        """Call `function` instead of the recorded one, with generators where they stood then.
+
+        Args:
+            function: called with copies of the recorded arguments.
+            replace: changes each argument; the default copies it.
+
+        Returns:
+            What `function` returns, and the positional arguments that it got.
+        """
         args, kwargs = _mapped((self.args, self.kwargs), replace or _copied)
         self._generators.rewind()
         return function(*args, **kwargs), args
 
     @property
     def is_random(self) -> bool:
-        """Whether the call draws random numbers, which would be others in another precision."""
+        """Whether the call draws random numbers, which would be different in another precision."""
         if self._random is None:
             with torch.no_grad():
                 self(self.func)
@@ -55,7 +67,7 @@ class RecordedCall:
         return self._random
 
     def directions(self) -> list[Tensor]:
-        """Random tangents of the arguments' own size; the same for the same call."""
+        """Return random tangents of the arguments' own size; the same for the same call."""
         generator = torch.Generator(self.device).manual_seed(0)
         found = []
         for t in self.active:
@@ -67,7 +79,7 @@ class RecordedCall:
         return found
 
     def without_padding(self, v: list[Tensor]) -> list[Tensor]:
-        """An embedding's row of padding is a constant, although the function reads it."""
+        """Return `v` without an embedding's row of padding, a constant although the function reads it."""
         if self.name != "embedding" or len(v) != 1:
             return v
         padding = self.kwargs.get("padding_idx", self.args[2] if len(self.args) > 2 else None)
@@ -77,7 +89,16 @@ class RecordedCall:
         return [rows.index_fill(0, torch.tensor([padding % len(rows)], device=rows.device), 0)]
 
     def moved(self, v: list[Tensor], step: float, dtype: torch.dtype | None) -> tuple[Any, tuple[Any, ...]]:
-        """The call at x + step · v, in float64 if `dtype` says so."""
+        """Make the call at x + step · v.
+
+        Args:
+            v: tangents of the active arguments.
+            step: how far to go along v.
+            dtype: float64 to compute in double precision; None for the arguments' own.
+
+        Returns:
+            As `__call__`.
+        """
 
         def replace(value: Any) -> Any:
             place = self._places.get(id(value))
@@ -88,7 +109,7 @@ class RecordedCall:
             return self(self.func, replace)
 
     def leaves(self) -> tuple[list[Tensor], Callable[[Any], Any]]:
-        """Leaves of a graph for the active arguments, and what puts copies of them in place."""
+        """Return leaves of a graph for the active arguments, and what replaces these by copies of the leaves."""
         leaves = [t.clone().requires_grad_() for t in self.active]
 
         def replace(value: Any) -> Any:
@@ -98,7 +119,7 @@ class RecordedCall:
         return leaves, replace
 
     def dual(self, v: list[Tensor]) -> Callable[[Any], Any]:
-        """What puts dual numbers of tangent `v` in place."""
+        """Return what replaces the active arguments by dual numbers of tangents `v`."""
 
         def replace(value: Any) -> Any:
             place = self._places.get(id(value))
@@ -107,7 +128,7 @@ class RecordedCall:
         return replace
 
     def by_rule(self) -> tuple[list[Tensor], list[Any], list[Tensor]] | None:
-        """Results, the map of each and the leaves; None where the tape has no rule that takes the call."""
+        """Return results, the map of each and the leaves; None where the tape has no rule that takes the call."""
         rule = rules.RULES.get(self.func) or rules.IN_PLACE.get(self.func)
         if rule is None or any(t.is_complex() for t in self.active):
             return None
@@ -131,18 +152,20 @@ class RecordedCall:
 
 
 def results_of(result: Any, args: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors among the results; the first argument, for a call that writes to it and returns nothing."""
+    """Return the tensors among the results; the first argument, for a call that writes to it and returns nothing."""
     found = [t for t in tensors((result,)) if t.is_floating_point() or t.is_complex()]
     return [args[0]] if result is None and args and isinstance(args[0], Tensor) else found
 
 
 def name_of(func: Any) -> str:
+    """Return the function's name; that of the attribute, for one that reads it."""
     name = str(getattr(func, "__name__", func))
     return str(func.__self__.__name__) if name == "__get__" else name
 
 
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
+    """Put the generators back at the end of the block."""
     saved = Saved(device)
     try:
         yield
@@ -151,19 +174,15 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested tuples, lists and dictionaries with each leaf changed; a tensor that occurs twice is changed once."""
+    """Return nested arguments with each leaf changed; a tensor that occurs twice is changed once."""
     made: dict[int, tuple[Any, Any]] = {}
 
-    def walk(value: Any) -> Any:
-        if type(value) is dict:
-            return {key: walk(v) for key, v in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)([walk(v) for v in value])
+    def once(value: Any) -> Any:
         if id(value) not in made:
             made[id(value)] = (value, change(value))
         return made[id(value)][1]
 
-    return walk(value)
+    return map_nested(once, value)
 
 
 def _copied(value: Any) -> Any:
@@ -171,7 +190,7 @@ def _copied(value: Any) -> Any:
 
 
 def _widened(value: Any) -> Any:
-    """Tensors and names of dtypes in double precision."""
+    """Return a tensor, or the name of a dtype, in double precision."""
     dtype = value if isinstance(value, torch.dtype) else getattr(value, "dtype", None)
     if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
         return _copied(value)

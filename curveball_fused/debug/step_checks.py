@@ -1,6 +1,6 @@
 """Debug mode: the products of a step against finite differences of the model, and against the adjoint identities.
 
-Slow, and full of host reads: some twenty runs of the model, beside the checks of each call in debug_calls.py.
+Slow, and full of host reads: some twenty runs of the model, beside the checks of each call in `op_checks`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.curvature import ModelFn, evaluate
+from curveball_fused.curvature.autograd_graph import nodes_of
 from curveball_fused.curvature.double_backward import DoubleBackward
 from curveball_fused.curvature.dual_numbers import DualNumbers
-from curveball_fused.curvature.torch_modes import announce
+from curveball_fused.curvature.torch_modes import announce, first_line
 from curveball_fused.losses import checked_loss
 from curveball_fused.replay import Replay
 
@@ -28,7 +29,23 @@ from .op_checks import OpChecks
 
 @dataclass(frozen=True)
 class Step:
-    """What a step has computed before it changes anything, in the letters of the README; `sign` is the loss's."""
+    """What a step has computed before it changes anything.
+
+    Attributes:
+        method: of linearizing the model, as in `curvature=`, or "compiled".
+        model_fn: called without arguments, returns the predictions.
+        loss_fn: maps the predictions to the scalar loss.
+        sign: 1, or -1 where the loss is maximized.
+        params: the parameters that are optimized.
+        replay: makes further runs of the model the same function.
+        z: the momentum, in the parameters' shapes.
+        outputs: the predictions, detached.
+        jz: Jz, of the outputs' shape.
+        c: H_o Jz + g_o, of the outputs' shape.
+        r: Jᵀc, in the parameters' shapes.
+        jr: Jr, of the outputs' shape.
+        products: float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
+    """
 
     method: str
     model_fn: ModelFn
@@ -46,10 +63,13 @@ class Step:
 
 
 def check(step: Step) -> None:
-    """Checks each call of the model, the Jacobian products and those of the loss.
+    """Check each call of the model, the Jacobian products and those of the loss.
 
-    Raises:
-        RuntimeError: one is wrong; the message says which, by how much, and what to do.
+    `RuntimeError` is raised for one that is wrong; the message says which, by how much, and what to do. What cannot be
+    checked is announced in a warning.
+
+    Args:
+        step: what a step has computed; weights, buffers and generators are left as they were.
     """
     # A compiled step transposes torch's backward passes.
     calls = OpChecks("double_backward" if step.method == "compiled" else step.method)
@@ -70,7 +90,7 @@ def check(step: Step) -> None:
 
 
 def _check_adjoint(step: Step, eps: float, about: str) -> None:
-    """z·r = Jz·c and r·r = Jr·c, for r = Jᵀc."""
+    """Check that z·r = Jz·c and r·r = Jr·c, for r = Jᵀc."""
     for name, v, jv in (("z·Jᵀc = Jz·c", step.z, step.jz), ("r·Jᵀc = Jr·c", step.r, step.jr)):
         left, right = sum(dot(a, b) for a, b in zip(v, step.r, strict=True)), dot(jv, step.c)
         scale = max(abs(left), abs(right), 0.1 * _norm([jv]) * _norm([step.c]))
@@ -80,7 +100,10 @@ def _check_adjoint(step: Step, eps: float, about: str) -> None:
 def _check_by_differences(
     step: Step, name: str, direction: Sequence[Tensor], jv: Tensor, eps: float, about: str
 ) -> None:
-    """Against (f(w + hv) - f(w - hv)) / 2h. One of several h must do: rounding bounds h below, bends above."""
+    """Check Jv against (f(w + hv) - f(w - hv)) / 2h.
+
+    One of several h must agree: rounding bounds h from below, curvature from above.
+    """
     length = _norm(direction)
     if length == 0:
         return _judge(f"{name}, of the zero vector,", _norm([jv]), 0.0, about)
@@ -108,13 +131,13 @@ def _check_by_another_method(
         with torch.enable_grad():
             _, expected = other(model_fn, step.params, replay).jvp(direction)
     except (RuntimeError, NotImplementedError) as error:
-        return announce(name, f"curveball_fused: {name} is unchecked: {str(error).splitlines()[0]}")
+        return announce(name, f"curveball_fused: {name} is unchecked: {first_line(error)}")
     difference = relative(jv.double() - expected, expected.double())
     return _judge(f"{name}, against {other.__name__},", difference, 4 * eps**0.5, about)
 
 
 def _check_loss(step: Step) -> None:
-    """c = H_o Jz + g_o and the products of the 2x2 system, with H_o by differences of the loss's gradient."""
+    """Check c = H_o Jz + g_o and the products of the 2x2 system, with H_o by differences of the loss's gradient."""
     x, dtype = step.outputs.double(), step.outputs.dtype
     try:
         g = _gradient(step, x)
@@ -156,13 +179,17 @@ def _gradient(step: Step, at: Tensor) -> Tensor:
 
 
 def _at(step: Step, direction: Sequence[Tensor], h: float) -> Tensor:
-    """The outputs at w + h v, in float64."""
+    """Return the outputs at w + h v, in float64."""
     with _moved(step.params, direction, h):
         return step.replay.again(partial(evaluate, step.model_fn)).double()
 
 
 @contextmanager
 def _moved(params: Sequence[Tensor], direction: Sequence[Tensor], h: float) -> Iterator[None]:
+    """Put the parameters at w + h v; then back, exactly.
+
+    In place, so that views and flattened copies that the model holds move with them.
+    """
     before = [p.detach().clone() for p in params]
     try:
         for p, v in zip(params, direction, strict=True):
@@ -174,7 +201,7 @@ def _moved(params: Sequence[Tensor], direction: Sequence[Tensor], h: float) -> I
 
 
 def _trimmed(error: Tensor, reference: Tensor, slack: float) -> float:
-    """|error| / |reference| without the worst tenth of the elements: units at a kink, tokens on another route."""
+    """Return |error| / |reference| without the worst tenth of the elements: at kinks, or of another routing."""
     squares = error.flatten().square().nan_to_num(nan=math.inf).sort().values
     kept = float(squares[: len(squares) - len(squares) // 10].sum().sqrt())
     return max(kept - slack, 0.0) / max(float(reference.norm()), 1e-300)
@@ -189,7 +216,7 @@ def _judge(what: str, error: float, tolerance: float, about: str) -> None:
 
 
 def _about(calls: OpChecks, custom: Sequence[str]) -> str:
-    """Where to look for a wrong product of the whole model."""
+    """Return where to search for a wrong product of the whole model."""
     text = "Each of these calls is right by itself: " + ", ".join(calls.checked) if calls.checked else ""
     if custom:
         text += f"; suspect first what could not be checked by itself, the autograd functions {', '.join(custom)}"
@@ -200,18 +227,9 @@ def _about(calls: OpChecks, custom: Sequence[str]) -> str:
 
 
 def _custom_functions(outputs: Tensor) -> list[str]:
-    """Names of the torch.autograd.Function classes in the graph, whose derivative is what their author says."""
-    nodes, seen = [outputs.grad_fn], set()
-    names: set[str] = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            names.add(type(node).__name__.removesuffix("Backward"))
-        nodes += [following for following, _ in node.next_functions]
-    return sorted(names)
+    """Return the names of the torch.autograd.Function classes in the graph; only their authors know the derivative."""
+    custom = (node for node in nodes_of(outputs) if isinstance(node, torch.autograd.function.BackwardCFunction))
+    return sorted({type(node).__name__.removesuffix("Backward") for node in custom})
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -30,7 +30,7 @@ from curveball_fused._torch_private import (
 
 _aten = torch.ops.aten
 # torch's formulas, and some that it lacks. A multiply-add is two floating-point operations.
-_FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
+FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
     _aten.addmm_: addmm_flop,
     _aten.baddbmm_: baddbmm_flop,
     _aten.mv: shape_wrapper(lambda a, x, **_: 2 * a[0] * a[1]),
@@ -40,7 +40,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
 }
 if backends.has_operators():
     # Five products, of scores with tangents and of them with values, where attention itself has two.
-    _FORMULAS[torch.ops.curveball_fused.attention_tangent] = shape_wrapper(
+    FORMULAS[torch.ops.curveball_fused.attention_tangent] = shape_wrapper(
         lambda dq, dk, dv, q, k, v, *_, **__: 5 * sdpa_flop_count(q, k, v) // 2
     )
 
@@ -51,10 +51,10 @@ class Cost:
 
     Attributes:
         multiply_adds: in matrix products, convolutions and attention, as torch.utils.flop_counter counts them.
-        seconds: median.
-        peak_bytes: of the tensors that the run allocated, most at a time. On CUDA as torch's allocator counts, on the
-            CPU by following the memory of every tensor that an operator returned, so that what an operator allocates
-            inside itself is not in it.
+        seconds: the median of several runs.
+        peak_bytes: the most that the tensors that the run allocated took at a time. On CUDA as torch's allocator
+            counts; on the CPU by following the memory of every tensor that an operator returned, without what an
+            operator allocates inside itself.
     """
 
     multiply_adds: int
@@ -63,7 +63,10 @@ class Cost:
 
 
 class Meter(TorchDispatchMode):
-    """Counts multiply-adds, and the bytes of the tensors that were made inside it and are alive.
+    """Count multiply-adds, and the bytes of the tensors that were made inside it and are alive.
+
+    It counts as torch's FlopCounterMode, which cannot be used here: that follows modules by hooks on their inputs, and
+    sets these with torch calls that a tape sees as the model's own.
 
     Attributes:
         multiply_adds: so far.
@@ -87,7 +90,7 @@ class Meter(TorchDispatchMode):
             if id(memory) not in self._made:
                 self._given.add(memory)
         result = func(*args, **kwargs)
-        formula = _FORMULAS.get(func.overloadpacket)
+        formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
             self.multiply_adds += formula(*args, **kwargs, out_val=result) // 2
         for memory in _memories(result):
@@ -107,7 +110,7 @@ class Meter(TorchDispatchMode):
 
 
 def counted(function: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    """Multiply-adds and peak bytes of one run."""
+    """Return multiply-adds and peak bytes of one run on `device`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -122,7 +125,16 @@ def counted(function: Callable[[], Any], device: torch.device) -> tuple[int, int
 def median_seconds(
     functions: Sequence[Callable[[], Any]], prepare: Callable[[], None], device: torch.device
 ) -> list[float]:
-    """Of each function, run in turn with the others; `prepare` runs before each, outside the time."""
+    """Time functions in turn, 3 times at least, at most 50 times or some 3 seconds.
+
+    Args:
+        functions: called without arguments.
+        prepare: called before each, outside of the time.
+        device: synchronized before and after each.
+
+    Returns:
+        The median of each.
+    """
     times: list[list[float]] = [[] for _ in functions]
     start = time.perf_counter()
     while len(times[0]) < 3 or (len(times[0]) < 50 and time.perf_counter() - start < 3.0):

@@ -1,4 +1,4 @@
-"""What CurveBall would do with a model and a loss, and at what cost, told before training."""
+"""Find out, before training, what CurveBall would do with a model and a loss, and at what cost."""
 
 from __future__ import annotations
 
@@ -28,26 +28,29 @@ from curveball_fused.step import StepInputs, take_step
 
 from .cost import Cost, counted, median_seconds
 from .report import Explanation, MethodReport
-from .trace_report import Function, Survey
+from .trace_report import Function, trace
 
 
 def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explanation:
-    """Tells what CurveBall would do with a model, by running it some dozens of times.
+    """Find out what CurveBall would do with a model, by running it some dozens of times.
 
-    Weights, buffers and generators are put back, so that a training that follows is the same as without.
+    Weights, buffers and generators are put back, so that a training that follows is the same as without. On CUDA,
+    torch's statistics of peak memory begin anew.
+
+    Parameters, a model or a loss that cannot be used at all raise the `TypeError`, `ValueError` or `RuntimeError` that
+    `CurveBall` and `CurveBall.step` raise for them. A model that no method can follow is a finding, not an error.
 
     Args:
-        model_fn: as for `CurveBall.step`.
-        loss_fn: as for `CurveBall.step`.
-        params: as for `CurveBall`.
+        model_fn: called without arguments, returns the predictions, as for `CurveBall.step`.
+        loss_fn: maps the predictions to the scalar loss, as for `CurveBall.step`.
+        params: parameters or parameter groups, as for `CurveBall`.
 
     Returns:
-        The findings. That no method can follow the model is one of them, and no error. On CUDA, torch's statistics of
-        peak memory begin anew.
+        The findings; `str()` makes a report of them.
 
-    Raises:
-        TypeError, ValueError, RuntimeError: parameters, model or loss cannot be used at all, as from `CurveBall` and
-            `CurveBall.step`.
+    Example::
+
+        print(explain(lambda: model(x), lambda out: F.cross_entropy(out, y), model.parameters()))
     """
     optimizer = CurveBall(params, auto_lambda=False)
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -68,9 +71,11 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
 
     with _quiet(), force_eager(), _unchanged(forward, trained) as restore:
         errors = {method: _error(partial(step, method), restore) for method in AUTO}
-        if all(errors.values()) and not all(map(_is_refusal, errors.values())):
-            raise next(error for error in errors.values() if error and not _is_refusal(error))
-        functions, loss, loss_products = _survey(model_fn, loss_fn, trained)
+        others = [error for error in errors.values() if error is not None and not _is_refusal(error)]
+        if others and all(errors.values()):
+            raise others[0]
+        outputs, functions = trace(model_fn, trained)
+        loss, loss_products = _loss(loss_fn, outputs)
         runs: dict[str, Callable[[], Any]] = {"": forward}
         if not all(errors.values()) or _error(backward, restore) is None:
             runs["backward"] = backward
@@ -101,19 +106,19 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings; those that are given once per process are left to the training."""
-    announced = set(torch_modes._announced)
+    """Suppress warnings; those that are given once per process are left to the training."""
+    announced = set(torch_modes.announced)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            torch_modes._announced.intersection_update(announced)
+            torch_modes.announced.intersection_update(announced)
 
 
 @contextmanager
 def _unchanged(forward: Callable[[], Any], params: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
-    """Gives a function that puts back what runs of the model and steps have changed, which is called at the end too."""
+    """Yield a function that puts back what runs of the model and steps have changed; it is called at the end too."""
     weights = [p.detach().clone() for p in params]
     replay = Replay(params, params[0].device)
 
@@ -131,7 +136,7 @@ def _unchanged(forward: Callable[[], Any], params: Sequence[Tensor]) -> Iterator
 
 
 def _error(run: Callable[[], Any], restore: Callable[[], None]) -> Exception | None:
-    """What a run raises; None where it works."""
+    """Return what a run raises; None where it works."""
     restore()
     try:
         run()
@@ -145,7 +150,7 @@ def _error(run: Callable[[], Any], restore: Callable[[], None]) -> Exception | N
 
 
 def _is_refusal(error: Exception | None) -> bool:
-    """Whether an error of a step says that this method cannot follow the model, so that "auto" tries the next."""
+    """Return whether an error of a step is that this method cannot follow the model, so that "auto" tries the next."""
     return error is not None and isinstance(error.__cause__, MethodUnsupported)
 
 
@@ -155,22 +160,18 @@ def _reason(error: Exception | None) -> str:
     return str(error.__cause__).partition(": ")[2] if _is_refusal(error) else str(error)
 
 
-def _survey(model_fn: ModelFn, loss_fn: LossFn, params: Sequence[Tensor]) -> tuple[tuple[Function, ...], str, str]:
-    """The functions of the model, the name of the loss, and how its products are computed."""
-    survey = Survey(params, "auto")
-    with torch.enable_grad(), survey:
-        outputs = checked_outputs(model_fn())
-    functions = survey.functions(outputs)
+def _loss(loss_fn: LossFn, outputs: Tensor) -> tuple[str, str]:
+    """Return the name of the loss, or "" where it is not recognized, and how its products are computed."""
     leaf = outputs.detach().requires_grad_()
     with torch.enable_grad(), Recognizer(leaf) as seen:
         call = seen.recognized(loss_fn(leaf))
     if call is None:
-        return functions, "", "autograd"
+        return "", "autograd"
     name = f"F.{call.function.__name__}"
     if fused(call.function, call.args, call.kwargs, 1.0, "auto") is not None:
-        return functions, name, "fused kernels"
+        return name, "fused kernels"
     has_closed_form = CLOSED_FORMS[call.function](*call.args, **call.kwargs) is not None
-    return functions, name, "closed form" if has_closed_form else "autograd"
+    return name, "closed form" if has_closed_form else "autograd"
 
 
 def _costs(
@@ -180,9 +181,9 @@ def _costs(
     for run in runs:
         restore()
         multiply_adds, peak_bytes = counted(run, device)
-        if any(function.name.rpartition(".")[2] in torch_modes._RECURRENT for function in functions):
+        if any(function.name.rpartition(".")[2] in torch_modes.RECURRENT for function in functions):
             restore()
-            with torch_modes._plain_recurrence(device.type):  # torch does not count the fused ones
+            with torch_modes.plain_recurrence(device.type):  # torch does not count the fused ones
                 multiply_adds, _ = counted(run, device)
         counts.append((multiply_adds, peak_bytes))
     seconds = median_seconds(runs, restore, device)

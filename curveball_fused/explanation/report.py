@@ -1,4 +1,4 @@
-"""An explanation as text."""
+"""An explanation: its fields, and its text."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 
 from curveball_fused.backends import ADVICE
 from curveball_fused.curvature import METHODS
+from curveball_fused.curvature.tape import COMPOSITE, DUAL_NUMBERS, IN_PLACE_RULE, OWN_RULE
 
 from .cost import Cost
-from .trace_report import COMPOSITE, DUAL, IN_PLACE_RULE, OWN, REFUSED, Function
+from .trace_report import REFUSED, Function
 
-_FOLLOWED = {
-    OWN: "own rule",
+_HANDLED_BY = {
+    OWN_RULE: "own rule",
     IN_PLACE_RULE: "own rule, in place",
     COMPOSITE: "the functions it is composed of",
-    DUAL: "torch's dual numbers",
+    DUAL_NUMBERS: "torch's dual numbers",
 }
 _WIDTHS = (13, 9, 9, 9, 6, 11)
 _SEEN_BY = {
@@ -33,8 +34,8 @@ class MethodReport:
     Attributes:
         name: as in `curvature=`.
         refusal: why it cannot follow the model; empty where it can.
-        is_error: whether the refusal is one that "auto" does not retreat from, but raises.
-        cost: of a step of CurveBall, without a look at λ; None where it cannot.
+        is_error: whether the refusal is one from which "auto" does not retreat, but which it raises.
+        cost: of a step of CurveBall that does not adapt λ; None where it cannot follow the model.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Explanation:
     """What `explain` has found; `str()` of it is a report.
 
     Attributes:
-        functions: those that the model calls on the method from the parameters to the outputs.
+        functions: those that the model calls on the way from the parameters to the outputs.
         loss: torch's name of the loss that was recognized, or "" for any other.
         loss_products: how its gradient and curvature are computed: "fused kernels", "closed form" or "autograd".
         methods: all, in the order in which "auto" tries them.
@@ -59,7 +60,12 @@ class Explanation:
         device: where the parameters are.
         parameters: number of their elements.
         parameter_bytes, state_bytes: of the parameters that are trained, and of CurveBall's state for them.
-        lambda_interval: in one of so many steps a look at λ costs a forward pass more.
+        lambda_interval: one of so many steps adapts λ, which costs a forward pass more.
+
+    Example::
+
+        found = explain(lambda: model(x), lambda out: F.cross_entropy(out, y), model.parameters())
+        assert found.method == "linearize", [f for f in found.functions if f.handled_by == "refused"]
     """
 
     functions: tuple[Function, ...]
@@ -78,20 +84,21 @@ class Explanation:
 
     @property
     def method(self) -> str | None:
-        """The method that curvature="auto" takes; None where it raises."""
+        """The method that `curvature="auto"` chooses; None where it raises."""
         first = next((method for method in self.methods if method.cost is not None or method.is_error), None)
         return None if first is None or first.is_error else first.name
 
     def forward_equivalents(self, cost: Cost) -> float | None:
-        """Multiply-adds over those of a forward pass; None where that has none that torch counts."""
+        """Return multiply-adds over those of a forward pass; None where that has none that torch counts."""
         return cost.multiply_adds / self.forward.multiply_adds if self.forward.multiply_adds else None
 
     def __str__(self) -> str:
+        """Return the explanation as text for a terminal."""
         return report(self)
 
 
 def report(explanation: Explanation) -> str:
-    """Readable text, for a terminal of 100 columns."""
+    """Return the explanation as text for a terminal of 100 columns."""
     parts = (_summary, _functions, _costs)
     return "\n\n".join("\n".join(part(explanation)) for part in parts)
 
@@ -118,11 +125,11 @@ def _summary(e: Explanation) -> Iterator[str]:
 def _functions(e: Explanation) -> Iterator[str]:
     width = max([len(_short(f.name)) for f in e.functions], default=0)
     width = max(width, len("function"))
-    yield "On the method from the parameters to the outputs, with a linearized run"
+    yield "On the way from the parameters to the outputs, with a linearized run"
     yield f"  calls  {'function':{width}}  followed by"
     for f in e.functions:
-        followed = f"refused: {f.reason}" if f.followed == REFUSED else _FOLLOWED[f.followed]
-        yield f"  {f.calls:5}  {_short(f.name):{width}}  {followed}"
+        handled_by = f"refused: {f.reason}" if f.handled_by == REFUSED else _HANDLED_BY[f.handled_by]
+        yield f"  {f.calls:5}  {_short(f.name):{width}}  {handled_by}"
     lacking: dict[str, Function] = {f.name: f for f in e.functions if f.lacks}
     if not lacking:
         yield "None of these torch functions lacks a forward mode."
@@ -139,7 +146,7 @@ def _costs(e: Explanation) -> Iterator[str]:
         if cost is not None:
             yield _row(name, cost, e)
     each = e.lambda_interval
-    yield f"One of {each} steps looks at λ: a forward pass more, which is not in these figures, nor is SGD's update."
+    yield f"One of {each} steps adapts λ: a forward pass more, which is not in these figures, nor is SGD's update."
     beside = f"the parameters ({_bytes(e.parameter_bytes)}), CurveBall's state ({_bytes(e.state_bytes)}) and the data"
     yield f"{_SEEN_BY.get(e.device.type, _SEEN_BY['cpu'])} Beside it:"
     yield f"{beside}."
@@ -177,5 +184,5 @@ def _bytes(value: int) -> str:
 
 
 def _short(name: str) -> str:
-    """Torch functions as one writes them."""
+    """Return a torch function's name as one writes it."""
     return name.replace("torch.nn.functional.", "F.").replace("torch.Tensor.", "Tensor.").removesuffix(".__get__")

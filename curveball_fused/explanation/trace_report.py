@@ -1,4 +1,4 @@
-"""Which functions a model calls between its parameters and its outputs, and how each is followed."""
+"""Which functions a model calls between its parameters and its outputs, and how the tape handles each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.overrides import resolve_name
 
-from curveball_fused.curvature.rules import COMPOSITES, IN_PLACE, Call, tensors, without_override
-from curveball_fused.curvature.tape import Tape, TapeUnsupported
-from curveball_fused.curvature.torch_modes import Substitute
+from curveball_fused.curvature import ModelFn, checked_outputs
+from curveball_fused.curvature.arguments import map_nested
+from curveball_fused.curvature.tape import DUAL_NUMBERS, Tape
+from curveball_fused.curvature.torch_modes import Substitute, first_line
 
-OWN, IN_PLACE_RULE, COMPOSITE, DUAL, REFUSED = "own rule", "in-place rule", "composite", "dual numbers", "refused"
+REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,8 @@ class Function:
 
     Attributes:
         name: torch's name of it; of the backward node for one that is no torch function.
-        followed: by the linearized run: "own rule"; "in-place rule", an own rule for writing to an argument;
-            "composite", which is followed by the functions that it calls; "dual numbers", torch's own forward mode; or
-            "refused".
+        handled_by: what the linearized run follows it by: "own rule"; "in-place rule", an own rule for writing to an
+            argument; "composite", the functions that it calls; "dual numbers", torch's own forward mode; or "refused".
         reason: why it was refused; empty otherwise.
         lacks: what torch says where it cannot differentiate the function in forward mode; empty where it can, and where
             an own rule does.
@@ -34,114 +34,83 @@ class Function:
     """
 
     name: str
-    followed: str
+    handled_by: str
     reason: str
     lacks: str
     calls: int
 
 
-class Survey(Tape):
-    """A taped run that notes what the tape does with each call and, where the tape refuses one, goes on.
+def trace(model_fn: ModelFn, params: Sequence[Tensor]) -> tuple[Tensor, tuple[Function, ...]]:
+    """Run a model once, as "linearize" does, and go on where that would refuse a call.
 
-    The tape that it leaves is of no use otherwise.
+    Args:
+        model_fn: called without arguments, returns the predictions.
+        params: the parameters that are optimized.
+
+    Returns:
+        The outputs, with autograd's graph; the functions in the order of their first calls.
     """
+    report = TraceReport()
+    tape = Tape(params, "auto", report)
+    with torch.enable_grad(), tape:
+        outputs = checked_outputs(model_fn())
+    if outputs.requires_grad:
+        tape.tangent_index(outputs)  # they may be the result of something that the tape did not see
+    return outputs, report.functions()
 
-    def __init__(self, params: Sequence[Tensor], backend: str) -> None:
-        super().__init__(params, backend)
+
+class TraceReport:
+    """The observer of a tape that counts the calls, by function and by how they are handled."""
+
+    def __init__(self) -> None:
         self._calls: dict[tuple[str, str, str, str], int] = {}
-        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._lacks = ""
+        self._lacks = ""  # why the call that the tape is at fails on dual numbers
 
-    def functions(self, outputs: Tensor) -> tuple[Function, ...]:
-        """In the order of their first calls."""
-        if outputs.requires_grad:
-            self._place(outputs)  # which may be the result of something that the tape did not see
+    def functions(self) -> tuple[Function, ...]:
+        """Return the functions in the order of their first calls."""
         return tuple(Function(*key, calls) for key, calls in self._calls.items())
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self._arguments = args, kwargs or {}
-        try:
-            return super().__torch_function__(func, types, args, kwargs)
-        except TapeUnsupported as refusal:  # before the function was called
-            self._note(_name(func), REFUSED, str(refusal))
-            return self._adopted(func(*args, **(kwargs or {})))
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Try the call on dual numbers, before the function writes to its arguments."""
+        self._lacks = _what_lacks(func, args, kwargs)
 
-    def _refuse(self, func: Any) -> None:
-        self._lacks = _what_lacks(func, *self._arguments)  # before the function writes to its arguments
-        super()._refuse(func)
+    def on_handled(self, func: Any, by: str) -> None:
+        """Count a call that the tape follows."""
+        if by == DUAL_NUMBERS and self._lacks:
+            self.on_refused(func, "no forward mode")
+        else:
+            self._count(_name(func), by, "", self._lacks)
 
-    def _by_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
-        lacks, result = self._lacks, super()._by_rule(func, args, kwargs, call)
-        self._lacks = lacks
-        if result is not NotImplemented:
-            self._note(_name(func), IN_PLACE_RULE if func in IN_PLACE else OWN)
-        elif COMPOSITES.get(func) or without_override(func):
-            self._note(_name(func), COMPOSITE)
-        return result
+    def on_refused(self, func: Any, reason: str) -> None:
+        """Count a call that the tape cannot follow."""
+        self._count(_name(func), REFUSED, reason, self._lacks)
 
-    def _by_dual_numbers(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], call: Call
-    ) -> Any:
-        results: list[Any] = []
+    def on_unknown(self, tensor: Tensor, reason: str) -> None:
+        """Count what is no torch function by the name of its backward node."""
+        self._count(str(tensor.grad_fn and tensor.grad_fn.name()), REFUSED, reason, "")
 
-        def once(*args: Any, **kwargs: Any) -> Any:
-            results.append(func(*args, **kwargs))
-            return results[-1]
-
-        once.__name__ = getattr(func, "__name__", "")
-        try:
-            result = super()._by_dual_numbers(once, args, kwargs, inputs, call)
-        except TapeUnsupported as refusal:
-            self._note(_name(func), REFUSED, str(refusal))
-            return self._adopted(results[0] if results else func(*args, **kwargs))
-        if any(id(t) in self._known for t in tensors((result,))):  # not a shape or a comparison
-            self._note(_name(func), *((REFUSED, "no forward mode") if self._lacks else (DUAL,)))
-        return result
-
-    def _place(self, tensor: Tensor) -> int | None:
-        try:
-            return super()._place(tensor)
-        except TapeUnsupported as refusal:
-            self._lacks = ""
-            self._note(str(tensor.grad_fn and tensor.grad_fn.name()), REFUSED, str(refusal))
-            return super()._place(self._adopted(tensor))
-
-    def _adopted(self, result: Any) -> Any:
-        """`result` of a call that the tape refused, known to it from now on."""
-        for tensor in tensors((result,)):
-            self._add("", tensor, _no_map, Call({}, self._backend))
-        return result
-
-    def _note(self, name: str, followed: str, reason: str = "") -> None:
-        key = (name, followed, reason, self._lacks)
+    def _count(self, name: str, handled_by: str, reason: str, lacks: str) -> None:
+        key = (name, handled_by, reason, lacks)
         self._calls[key] = self._calls.get(key, 0) + 1
 
 
 def _what_lacks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Why a call fails on dual numbers; empty where it does not. On copies, as the function may write to arguments."""
+    """Return why a call fails on dual numbers, or "". On copies, as the function may write to its arguments."""
 
     def dual(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            copy = value.detach().clone()
-            return fwAD.make_dual(copy, torch.zeros_like(copy)) if value.requires_grad else copy
-        if type(value) is dict:
-            return {key: dual(v) for key, v in value.items()}
-        return type(value)([dual(v) for v in value]) if type(value) in (list, tuple) else value
+        if not isinstance(value, Tensor):
+            return value
+        copy = value.detach().clone()
+        return fwAD.make_dual(copy, torch.zeros_like(copy)) if value.requires_grad else copy
 
     substitute = Substitute({}, "auto")
     try:
         with torch.enable_grad(), fwAD.dual_level(), substitute:
-            func(*dual(args), **dual(kwargs))
+            func(*map_nested(dual, args), **map_nested(dual, kwargs))
     except Exception as error:  # whatever copies lead to is no news but for the one thing that is asked
-        first_line = str(error).split("\n")[0]
-        return first_line if isinstance(error, NotImplementedError) or "forward AD" in first_line else ""
+        reason = first_line(error)
+        return reason if isinstance(error, NotImplementedError) or "forward AD" in reason else ""
     return ""
-
-
-def _no_map(_: Any) -> Any:
-    raise AssertionError("a survey has no tangents")
 
 
 def _name(func: Any) -> str:

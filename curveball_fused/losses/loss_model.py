@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curveball_fused.backends.reference.closed_forms import CLOSED_FORMS, Map, Products, Quadratic, itself, products
+from curveball_fused.curvature.autograd_graph import nodes_of
 
 from .fused import fused
 from .recognition import RecognizedLoss, Recognizer
@@ -124,18 +125,11 @@ def _in_place_explained(loss_fn: LossFn, outputs: Tensor) -> Tensor:
 
 def _refuse_parameters(loss: Tensor, params: set[int]) -> None:
     """Raise where the loss reaches a parameter other than through the outputs."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", None)) in params:
-            raise RuntimeError(
-                "loss_fn uses a parameter of the optimizer directly, which the Gauss-Newton products would miss: use "
-                "weight_decay=, or let model_fn return what the loss needs of the parameters."
-            )
-        nodes += [following for following, _ in node.next_functions]
+    if any(id(getattr(node, "variable", None)) in params for node in nodes_of(loss)):
+        raise RuntimeError(
+            "loss_fn uses a parameter of the optimizer directly, which the Gauss-Newton products would miss: use "
+            "weight_decay=, or let model_fn return what the loss needs of the parameters."
+        )
 
 
 def _closed_form(call: RecognizedLoss, sign: float, backend: str) -> Products | None:

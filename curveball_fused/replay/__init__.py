@@ -1,4 +1,4 @@
-"""Running a model again as the same function."""
+"""Run a model again as the same function."""
 
 from .replay import Replay
 

@@ -1,4 +1,4 @@
-"""Random numbers drawn again: generators put back to where a step began, then to where its first run left them.
+"""Draw random numbers again: put generators back to where a step began, then to where its first run left them.
 
 Outside of a CUDA graph, states are saved and restored on the host. While a graph is captured no state can be read, and
 what is put back on the host would not be put back in a replay: there each run of the model gets a generator state of
@@ -20,20 +20,24 @@ class Generators(Protocol):
     """What `Replay` asks of the generators, from where they stand when this is made."""
 
     def mark(self) -> None:
-        """Notes, when first called, where the first run has left them."""
+        """Note, when first called, where the first run has left them."""
 
     def rewind(self) -> None:
-        """Back to where they stood."""
+        """Put them back to where they stood."""
 
     def finish(self) -> None:
-        """To the mark, if there is one."""
+        """Put them to the mark, if there is one."""
 
     def save_own(self, generator: torch.Generator) -> None:
-        """Takes in a generator that the model hands to a torch function, which is about to draw."""
+        """Include a generator that the model passes to a torch function, which is about to draw."""
 
 
 class Saved:
-    """Python's, the CPU's and the device's generator, and those that the model holds."""
+    """Python's, the CPU's and the device's generator, and those that the model holds.
+
+    Args:
+        device: of the parameters.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -43,18 +47,22 @@ class Saved:
         self._marked: tuple[Any, ...] | None = None
 
     def mark(self) -> None:
+        """Save the states, when first called."""
         if self._marked is None:
             self._marked = self._states()
             self._own_marked = [(g, g.get_state()) for g, _ in self._own.values()]
 
     def rewind(self) -> None:
+        """Restore the states in which this was made."""
         self._set(self._before, list(self._own.values()))
 
     def finish(self) -> None:
+        """Restore the states that were marked, if any."""
         if self._marked is not None:
             self._set(self._marked, self._own_marked)
 
     def save_own(self, generator: torch.Generator) -> None:
+        """Save the state of a generator that the model holds, when first called for it."""
         self._own.setdefault(id(generator), (generator, generator.get_state()))
 
     def _states(self) -> tuple[Any, ...]:
@@ -74,13 +82,13 @@ _captured: Callable[[], Generators] | None = None
 
 
 def generators(device: torch.device) -> Generators:
-    """The generators as they stand now; those of the graph, while one is captured."""
+    """Return the generators as they stand now; those of the graph, while one is captured."""
     return Saved(device) if _captured is None else _captured()
 
 
 @contextmanager
 def captured(make: Callable[[], Generators]) -> Iterator[None]:
-    """Until the end of the block, `generators` are what `make` makes: a graph is captured."""
+    """Let `generators` return what `make` makes until the end of the block, while a graph is captured."""
     global _captured
     _captured = make
     try:
@@ -90,7 +98,7 @@ def captured(make: Callable[[], Generators]) -> Iterator[None]:
 
 
 def positions(device: torch.device) -> list[bytes]:
-    """Where the CPU's and the device's generator stand; nothing while a graph is captured, as nothing can be read."""
+    """Return where the CPU's and the device's generator stand; [] while a graph is captured, as none can be read."""
     if _captured is not None:
         return []
     states = [torch.get_rng_state()]
@@ -100,5 +108,5 @@ def positions(device: torch.device) -> list[bytes]:
 
 
 def host_positions(device: torch.device) -> tuple[Any, ...]:
-    """Where those generators stand whose numbers a graph cannot draw anew: the host's, where `device` is another."""
+    """Return where those generators stand whose numbers a graph cannot draw anew: the host's, where `device` is not."""
     return random.getstate(), b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()

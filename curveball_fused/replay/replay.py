@@ -1,4 +1,4 @@
-"""Running a model several times in one step as the same function.
+"""Run a model several times in one step as the same function.
 
 One step needs `model_fn` two to four times: for its Jacobian products, and for the loss at the new weights. Dropout
 draws numbers and batch norm moves its statistics, so a plain second call would be another function, and would move
@@ -32,14 +32,14 @@ from .generators import generators
 Result = TypeVar("Result")
 
 # These write to their running statistics, although neither their names nor, for some, their schemas say so.
-_NORMALISATIONS = frozenset(
+_NORMALIZATIONS = frozenset(
     ("batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 )
 _AUGMENTED = frozenset(f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split())
 
 
 class Replay:
-    """Makes every later run of a callable the same function as the first run.
+    """Make every later run of a callable the same function as the first run.
 
     Args:
         constant: tensors that are left alone whatever happens to them (the optimized parameters, which the optimizer
@@ -65,7 +65,7 @@ class Replay:
         self.dtypes: set[torch.dtype] = set()
 
     def first(self, function: Callable[[], Result]) -> Result:
-        """Runs `function` and records what it changes."""
+        """Run `function` and record what it changes."""
         thread = threading.get_ident()
 
         def on_call(module: nn.Module, _: Any) -> None:
@@ -83,33 +83,33 @@ class Replay:
         return result
 
     def modules(self) -> list[nn.Module]:
-        """Those that the first run has called and that have buffers."""
+        """Return the modules that the first run has called and that have buffers."""
         return [module for module, buffers in self._modules.values() if buffers]
 
     def was_written(self, tensor: Tensor, before: Tensor) -> None:
-        """Notes that a run which this guard could not watch has written to `tensor`, whose value was `before`."""
+        """Note that a run which could not be watched has written to `tensor`, whose value was `before`."""
         self._before[id(tensor)] = (tensor, before)
         self._after[id(tensor)] = (tensor, tensor.detach().clone())
 
     def again(self, function: Callable[[], Result]) -> Result:
-        """Runs `function` from the state in which the first run began."""
+        """Run `function` from the state in which the first run began."""
         self._generators.mark()
         self.rewind()
         return function()
 
     def rewind(self) -> None:
-        """Puts back what the runs changed: the state before the first run."""
+        """Put back what the runs changed: the state before the first run."""
         # The last saved first: of two views of one memory, the one that was saved first holds the older values.
         _put_back(reversed(self._before.values()), self._modules.values())
         self._generators.rewind()
 
     def finish(self) -> None:
-        """Leaves the state as the first run left it, however many runs followed."""
+        """Leave the state as the first run left it, however many runs followed."""
         _put_back(self._after.values(), self._modules_after.values())
         self._generators.finish()
 
     def _mark_buffers(self) -> None:
-        """Notes what a first run has left, at once: a backward pass that computes activations again may move it."""
+        """Note what a first run has left, at once: a backward pass that computes activations again may move it."""
         for key, (tensor, _) in self._before.items():
             if key not in self._after:
                 self._after[key] = (tensor, tensor.detach().clone())
@@ -118,7 +118,7 @@ class Replay:
                 self._modules_after[key] = (module, dict(buffers_of(module)))
 
     def _save(self, tensor: Tensor) -> None:
-        """Keeps the value of `tensor`, which is about to be written."""
+        """Keep the value of `tensor`, which is about to be written."""
         if id(tensor) not in self._before and id(tensor) not in self._constant:
             self._before[id(tensor)] = (tensor, tensor.detach().clone())
 
@@ -144,7 +144,7 @@ def _refuse_wrapper(module: nn.Module) -> None:
 
 
 class _Recorder(TorchFunctionMode):
-    """Calls `save` on every tensor that a torch function is about to write to, unless the run itself created it.
+    """Call `save` on every tensor that a torch function is about to write to, unless the run itself created it.
 
     The run created what autograd has a graph for, and a memory (`fresh`) that first showed up as the result of a call;
     but not, whatever its graph says by now, a memory that was once saved (`external`).
@@ -192,7 +192,7 @@ class _Recorder(TorchFunctionMode):
             self._save(tensor)
 
     def _add_fresh(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A result in the memory of an argument is a view, fresh or not as that is."""
+        """Add the memory of a result; one in that of an argument is a view, fresh or not as that is."""
         memories = {_memory(t) for t in _tensors((result,))}
         if memories:
             self._fresh |= memories - {_memory(t) for t in _tensors((*args, *kwargs.values()))}
@@ -213,14 +213,14 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that `func` writes to."""
+    """Return the arguments that `func` writes to."""
     if isinstance(func, OpOverloadPacket):
         func = getattr(func, func.overloads()[0])
     if isinstance(func, OpOverload):
         return _written_by_schema(func, args, kwargs)
     written = [kwargs["out"]] if "out" in kwargs else []
     name = getattr(func, "__name__", "")
-    if name in _NORMALISATIONS:
+    if name in _NORMALIZATIONS:
         # Statistics, and the affine parameters, which it does no harm to save, are vectors; the input is not.
         written += [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 1]
     elif name in ("embedding", "embedding_bag") and kwargs.get("max_norm") is not None:

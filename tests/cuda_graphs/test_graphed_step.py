@@ -32,7 +32,7 @@ def both(
     half: Any = None,
     **options: Any,
 ) -> list[CurveBall]:
-    """Trains both ways; asserts that losses, outputs, weights, buffers, history and generators agree in every bit."""
+    """Train by ordinary and by graphed steps; assert that they agree in every bit of all that a step changes."""
     results, optimizers = [], []
     for make in (eager, graphed):
         model = net()
@@ -232,7 +232,7 @@ def test_hooks_run_and_schedulers_are_content() -> None:
     assert calls == ["before", "after"]
 
 
-def test_a_stale_graph_of_autograd_is_told() -> None:
+def test_a_stale_graph_of_autograd_is_an_error() -> None:
     model = net()
     step = graphed(CurveBall(model.parameters()), model)
     loss = model(X[0]).sum()

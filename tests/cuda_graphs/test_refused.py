@@ -1,9 +1,10 @@
-"""What a graphed step refuses, by name, and that nothing is changed then; recorded on the CPU as in test_graphs."""
+"""What a graphed step refuses, by name, and that nothing is changed then; on the same fake of CUDA graphs."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -109,6 +110,37 @@ def test_what_prevents_a_graph_is_named(model_fn: Callable[[nn.Module, Tensor], 
     assert_equal(before, list(model.state_dict().values()))
     loss, _ = optimizer.step(lambda: model_fn(model, X[0]), lambda out: F.cross_entropy(out, Y[0]))
     assert loss.isfinite()
+
+
+def test_what_failed_while_it_was_watched_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all that torch can do works under the watch for host reads; a capture that fails says what did not."""
+    model, runs = net(), []
+
+    def fails_at_first(x: Tensor) -> Tensor:
+        runs.append(x)
+        if len(runs) == 1:
+            raise KeyError("the model's own")
+        return model(x)
+
+    def make() -> object:
+        runs.clear()
+        return make_graphed_step(CurveBall(model.parameters()), fails_at_first, F.cross_entropy, (X[0], Y[0]))
+
+    make()  # where the capture works, it does not matter
+
+    class Failing(recorded_graph.Capture):
+        @contextmanager
+        def recording(self) -> Iterator[None]:
+            with super().recording():
+                yield
+            raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(graphed_step, "Capture", Failing)
+    words = (
+        r"not permitted\. .*watched.*failed with KeyError: \"the model's own\", at .*test_refused.py:\d+, in fails_at"
+    )
+    with pytest.raises(RuntimeError, match=words):
+        make()
 
 
 def test_arguments_are_checked() -> None:

@@ -222,7 +222,7 @@ def test_torch_itself_is_caught() -> None:
 
 @pytest.mark.parametrize("method", [Linearized, DualNumbers])
 def test_a_whole_product_that_is_wrong(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each call is right, and J and Jᵀ are wrong in the same way, only the model's own difference tells."""
+    """Where each call is right, and J and Jᵀ are wrong in the same way, only the model's own difference shows it."""
     jvp, vjp = method.jvp, method.vjp
     net, curvature = nn.Linear(6, 3).double(), "linearize" if method is Linearized else "forward"
     monkeypatch.setattr(method, "jvp", lambda self, v: (jvp(self, v)[0], 1.01 * jvp(self, v)[1]))

@@ -28,7 +28,7 @@ def squares(outputs: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One round of times is enough where they are not looked at."""
+    """One round of times is enough where they do not matter."""
 
     def once(functions: Any, prepare: Callable[[], None], device: torch.device) -> list[float]:
         for function in functions:
@@ -44,7 +44,7 @@ def test_nets(name: str) -> None:
     net, x = nets.make(name)
     found = explain(lambda: net(x), squares, net.parameters())
     assert found.method == "linearize"
-    assert {f.followed for f in found.functions} == {"own rule"}
+    assert {f.handled_by for f in found.functions} == {"own rule"}
     assert not any(f.lacks for f in found.functions)
     assert [method.name for method in found.methods if method.cost] == ["linearize", "forward", "double_backward"]
     linears = sum(isinstance(m, nn.Linear) for m in net.modules())
@@ -88,7 +88,7 @@ def test_multiply_adds_of_convolution_and_attention() -> None:
     assert found.forward.multiply_adds == 2 * 2 * 3 * 5 * 5 * 4
 
 
-def test_memory_of_the_ways() -> None:
+def test_memory_of_the_methods() -> None:
     """The tape keeps what autograd's graph keeps, double backward a second graph, dual numbers a few tensors."""
     torch.manual_seed(0)
     net = nn.Sequential(*[layer for _ in range(20) for layer in (nn.Linear(16, 16), nn.Tanh())])
@@ -129,11 +129,11 @@ def written_to(net: nn.Module) -> Tensor:
     ],
 )
 def test_refusals(run: Callable[[Any], Tensor], function: str, reason: str, method: str) -> None:
-    """All are told, not just the first, and "auto" does as is said."""
+    """All are reported, not just the first, and "auto" does as is said."""
     net = nn.Linear(6, 6)
-    torch_modes._announced.clear()
+    torch_modes.announced.clear()
     found = explain(lambda: run(net), squares, net.parameters())
-    refused = {f.name: f.reason for f in found.functions if f.followed == "refused"}
+    refused = {f.name: f.reason for f in found.functions if f.handled_by == "refused"}
     assert reason in refused[function]
     assert found.method == method
     assert reason in found.methods[0].refusal and found.methods[0].cost is None
@@ -145,11 +145,11 @@ def test_refusals(run: Callable[[Any], Tensor], function: str, reason: str, meth
 
 
 def test_autocast() -> None:
-    """Whatever the tape makes of it, functions and ways agree."""
+    """Whatever the tape makes of it, functions and methods agree."""
     net = nn.Linear(6, 6)
     found = explain(lambda: in_autocast(net), squares, net.parameters())
     assert {f.name.rpartition(".")[2] for f in found.functions} >= {"linear", "relu"}
-    refused = [f.followed == "refused" for f in found.functions]
+    refused = [f.handled_by == "refused" for f in found.functions]
     assert any(refused) == all(refused) == (found.methods[0].cost is None)
     optimizer = CurveBall(net.parameters())
     optimizer.step(lambda: in_autocast(net), squares)
@@ -159,13 +159,13 @@ def test_autocast() -> None:
 def test_custom_functions_are_counted() -> None:
     net = nn.Linear(6, 6)
     found = explain(lambda: Double.apply(Double.apply(net(X)).tanh()), squares, net.parameters())
-    assert {f.name: f.calls for f in found.functions if f.followed == "refused"} == {"DoubleBackward": 2}
+    assert {f.name: f.calls for f in found.functions if f.handled_by == "refused"} == {"DoubleBackward": 2}
 
 
 def test_lstm() -> None:
     net, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
     found = explain(lambda: net(x)[0], squares, net.parameters())
-    assert [(f.name, f.followed, f.calls) for f in found.functions] == [("torch.lstm", "dual numbers", 1)]
+    assert [(f.name, f.handled_by, f.calls) for f in found.functions] == [("torch.lstm", "dual numbers", 1)]
     assert found.method == "linearize"
     assert found.forward.multiply_adds == 5 * 2 * 4 * 4 * (3 + 4)  # the fused layer's, which torch does not count
 
@@ -179,7 +179,7 @@ def test_without_forward_mode() -> None:
     assert found.forward_equivalents(found.forward) is None  # it has no multiply-adds
 
 
-def test_a_model_that_no_way_can_follow() -> None:
+def test_a_model_that_no_method_can_follow() -> None:
     net = nn.Linear(6, 3)
     found = explain(lambda: Hidden.apply(net(X)), squares, net.parameters())
     assert found.method is None and not any(method.cost for method in found.methods) and found.backward is not None

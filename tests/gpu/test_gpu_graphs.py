@@ -24,10 +24,10 @@ CASES: dict[str, tuple[torch.dtype | None, dict[str, Any]]] = {
     "default": (None, {}),
     "bfloat16": (torch.bfloat16, {}),
     "float16": (torch.float16, {}),
-    "looks and averages": (None, SMALL | dict(average=0.8, solve_interval=4)),
+    "damping and averages": (None, SMALL | dict(average=0.8, solve_interval=4)),
     "dual numbers": (None, SMALL | dict(curvature="forward")),
     "double backward": (None, dict(curvature="double_backward")),
-    "no looks": (None, dict(auto_lambda=False, rho=0.9)),
+    "fixed damping": (None, dict(auto_lambda=False, rho=0.9)),
 }
 every_case = pytest.mark.parametrize(("half", "options"), CASES.values(), ids=CASES)
 

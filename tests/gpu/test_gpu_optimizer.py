@@ -15,7 +15,7 @@ from tests.gpu.device import BACKENDS, DEVICE, every_backend
 from tests.helpers import nets
 
 STEPS = 10
-# λ is looked at often and moves much.
+# λ is adapted often and moves much.
 SETTINGS: dict[str, Any] = dict(lambd=0.7, lambda_low=0.9, lambda_high=1.1, lambda_factor=0.97, lambda_interval=3)
 DETERMINISTIC = [name for name in nets.NETS if name != "dropout"]  # devices draw other random numbers
 

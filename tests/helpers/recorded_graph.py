@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on a CPU: the operators that ran while a step was recorded, run again.
+"""A fake of CUDA graphs on a CPU: the operators that ran while a step was recorded, run again.
 
 It shares what matters with a graph: numbers from the host are those of the recording, tensors stay where they were,
 nothing is executed while it is recorded, as far as any tensor shows, no Python runs in a replay, generators move on.
@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from curveball_fused._torch_private import TorchDispatchMode, tree_leaves, tree_map
 from curveball_fused.replay import generators
 
 
@@ -28,7 +27,7 @@ class Pool:
 
 
 class Capture:
-    """Records, and puts back all that the operators have written to and drawn."""
+    """Record, and put back all that the operators have written to and drawn."""
 
     def __init__(self, pool: Pool, reruns: int) -> None:
         self._reruns = reruns
