@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curveball_fused import backends
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.ops import tangents as tangent_ops
 
 native = pytest.mark.skipif(not backends.has_operators(), reason="needs the native library")
@@ -54,7 +55,7 @@ def batch_norm_case(
     dims = [d for d in range(len(shape)) if d != 1]
     wide = x.double()
     mean, rstd = wide.mean(dims), (wide.var(dims, unbiased=False) + 1e-5).rsqrt()
-    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    statistics = compute_dtype(dtype)
     vectors = list(torch.randn(3, shape[1], dtype=torch.float64).to(dtype))
     return [dx, x, mean.to(statistics), rstd.to(statistics)], vectors
 

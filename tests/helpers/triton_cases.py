@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import SCALARS
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -23,10 +24,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 RUNTIME_WARNINGS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on NaN, in the interpreter
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0, offset: int = 0) -> Tensor:
@@ -96,14 +93,14 @@ def check_loss(
     # The mean that is taken off v is rounded as v is.
     sizes = ((parts, v), (hv, v), (parts, u), (hu, v), (hu, u))
     size = torch.stack([(a.abs() * (b.abs() + b.abs().max())).sum() for a, b in sizes])
-    epsilon = (16 + largest) * torch.finfo(arithmetic(dtype)).eps
+    epsilon = (16 + largest) * torch.finfo(compute_dtype(dtype)).eps
     got_loss, c, products = got
     assert got_loss.dtype == products.dtype == torch.float64 and got_loss.shape == () and c.dtype == dtype
     torch.testing.assert_close(got_loss, loss, rtol=epsilon, atol=epsilon)
     assert ((products - sign * terms).abs() <= epsilon * size).all()
     exact = sign * (g + hv)
     # The interpreter cuts bfloat16 off instead of rounding to nearest.
-    ulps = 0.0 if dtype == arithmetic(dtype) else 1.0 if INTERPRETED and dtype == torch.bfloat16 else 0.5
+    ulps = 0.0 if dtype == compute_dtype(dtype) else 1.0 if INTERPRETED and dtype == torch.bfloat16 else 0.5
     magnitude = parts + product(torch.ones_like(v)).abs() * (1 + v.abs() + v.abs().max())
     rounding = ulps * torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny
     assert ((c.double() - exact).abs() <= epsilon * magnitude + rounding).all()

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from curveball_fused import backends, ops
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import PREDICTED_CHANGE, SCALARS, Z_DOT_Z
 from tests.helpers.subnormals import check_vanishing
 
@@ -20,10 +21,6 @@ COEFFICIENTS = torch.tensor([0.3, 0.8, 0.25], dtype=torch.float64)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 native_only = pytest.mark.skipif(not NATIVE, reason="needs the native kernels")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # Ways to lay a tensor of given shape out in memory.
@@ -56,11 +53,10 @@ def exact(
 
 
 @every_backend
-@settings(deadline=None, max_examples=60)
 @given(specs=tensors, lr=st.sampled_from([1.0, 0.6]), decay=st.sampled_from([0.0, 0.05]), tensor_lr=st.booleans())
 def test_update(backend: str, specs: list, lr: float, decay: float, tensor_lr: bool) -> None:
     w = [LAYOUTS[a](draw(shape, dtype)) for shape, dtype, a, _, _ in specs]
-    z = [LAYOUTS[b](draw(shape, state_dtype(dtype))) for shape, dtype, _, b, _ in specs]
+    z = [LAYOUTS[b](draw(shape, compute_dtype(dtype))) for shape, dtype, _, b, _ in specs]
     r = [LAYOUTS[c](draw(shape, dtype)) for shape, dtype, _, _, c in specs]
     expected = [exact(*triple, COEFFICIENTS, lr, decay) for triple in zip(w, z, r)]
     strides = [t.stride() for t in w + z]
@@ -84,10 +80,9 @@ def test_z_does_not_become_subnormal(backend: str, dtype: torch.dtype) -> None:
 
 
 @every_backend
-@settings(deadline=None, max_examples=60)
 @given(specs=tensors)
 def test_dots(backend: str, specs: list) -> None:
-    z = [LAYOUTS[b](draw(shape, state_dtype(dtype))) for shape, dtype, _, b, _ in specs]
+    z = [LAYOUTS[b](draw(shape, compute_dtype(dtype))) for shape, dtype, _, b, _ in specs]
     r = [LAYOUTS[c](draw(shape, dtype)) for shape, dtype, _, _, c in specs]
     result = ops.dots(z, r, backend=backend)
     flat_z = torch.cat([t.double().flatten() for t in z]) if z else torch.zeros(0).double()
@@ -104,7 +99,7 @@ def test_dots(backend: str, specs: list) -> None:
 def test_coefficients_that_are_not_finite_change_nothing(
     backend: str, dtype: torch.dtype, coefficients: tuple[float, float]
 ) -> None:
-    w, z = draw((3, 41), dtype), draw((3, 41), state_dtype(dtype))
+    w, z = draw((3, 41), dtype), draw((3, 41), compute_dtype(dtype))
     r = torch.full_like(w, float("nan"))
     before = w.clone(), z.clone()
     given_values = torch.tensor([*coefficients, 0.5], dtype=torch.float64)
@@ -122,7 +117,7 @@ def test_groups(backend: str, tensor_lr: bool, equal: bool) -> None:
     rates = [0.7] * 4 if equal else [0.7, 9.0, 0.4, 1.3]
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float16, torch.float64]
     w = [draw((11, i), dtype) for i, dtype in enumerate(dtypes)]
-    z, r = [draw(t.shape, state_dtype(t.dtype)) for t in w], [draw(t.shape, t.dtype) for t in w]
+    z, r = [draw(t.shape, compute_dtype(t.dtype)) for t in w], [draw(t.shape, t.dtype) for t in w]
     scalars = torch.randn(len(SCALARS), dtype=torch.float64)
     scalars[:3] = COEFFICIENTS
     groups = [g for g, size in enumerate(sizes) for _ in range(size)]
@@ -216,7 +211,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     scalars = torch.rand(len(SCALARS), dtype=torch.float64)
     products, loss = torch.rand(5, dtype=torch.float64), torch.tensor(1.5, dtype=dtype)
     rate, rates = torch.tensor(0.5), torch.tensor([0.5, 0.7])
-    w, z, r = make(dtype), make(state_dtype(dtype)), make(dtype)
+    w, z, r = make(dtype), make(compute_dtype(dtype)), make(dtype)
     torch.library.opcheck(namespace.update_.default, (w, z, r, scalars, [2], [0.5], [0.1], None))
     torch.library.opcheck(namespace.update_.default, (w, z, r, scalars, [1, 1], [0.5, 0.6], [0.1, 0.0], rates))
     torch.library.opcheck(namespace.dots.default, (z, r))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.triton import tangents as triton_tangents
 from tests.helpers.triton_cases import (
     DEVICE,
@@ -16,7 +17,6 @@ from tests.helpers.triton_cases import (
     INTERPRETED,
     NAN,
     RUNTIME_WARNINGS,
-    arithmetic,
     channels_last,
     draw,
     every_dtype,
@@ -51,7 +51,7 @@ def test_activation(name: str, dtype: torch.dtype) -> None:
     x = x.to(dtype).to(DEVICE)
     y, derivative, size, exponent = exact(x, name)
     got = triton_tangents.activation(x, name)
-    epsilon = torch.finfo(arithmetic(dtype)).eps
+    epsilon = torch.finfo(compute_dtype(dtype)).eps
     relative = 8 * epsilon + 2 * epsilon * exponent
     if dtype == torch.float64 and name == "gelu":
         size_y, size_derivative = x.double().abs(), 1 + size  # 1 + erf, as torch has it
@@ -59,10 +59,10 @@ def test_activation(name: str, dtype: torch.dtype) -> None:
         size_y, size_derivative = y.abs(), size
     # One rounding to the dtype (the interpreter cuts bfloat16 off), and what is below its range: for the arithmetic's,
     # numbers that are multiplied by x or by the derivative of a cubic polynomial of x.
-    ulps = 0.0 if dtype == arithmetic(dtype) else 1.0 if INTERPRETED and dtype == torch.bfloat16 else 0.5
+    ulps = 0.0 if dtype == compute_dtype(dtype) else 1.0 if INTERPRETED and dtype == torch.bfloat16 else 0.5
     of = torch.finfo(dtype)
     least = of.tiny * (of.eps if ulps < 1 else 1)
-    least = least + torch.finfo(arithmetic(dtype)).tiny * epsilon * (2 + x.double().abs()) ** 3
+    least = least + torch.finfo(compute_dtype(dtype)).tiny * epsilon * (2 + x.double().abs()) ** 3
     assert got[0].dtype == got[1].dtype == dtype
     for mine, truth, magnitude in ((got[0], y, size_y), (got[1], derivative, size_derivative)):
         assert ((mine.double() - truth).abs() <= relative * magnitude + ulps * of.eps * truth.abs() + least).all()

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.reference import closed_forms
 from curveball_fused.backends.triton import losses as triton_losses
 from curveball_fused.backends.triton.row_blocks import pieces
-from tests.helpers.triton_cases import DEVICE, INF, NAN, RUNTIME_WARNINGS, arithmetic, draw, every_dtype
+from tests.helpers.triton_cases import DEVICE, INF, NAN, RUNTIME_WARNINGS, draw, every_dtype
 from tests.helpers.triton_cases import check_loss as check
 
 triton = pytest.importorskip("triton")
@@ -69,7 +70,7 @@ def test_cross_entropy_over_classes(classes: int) -> None:
 def test_cross_entropy_over_dtypes(dtype: torch.dtype, classes: int) -> None:
     for offset in (0, 1):
         case = Case(5, classes, dtype, offset=offset)
-        case.weight, case.sign = torch.rand(classes, dtype=arithmetic(dtype), device=DEVICE) + 0.1, -1.0
+        case.weight, case.sign = torch.rand(classes, dtype=compute_dtype(dtype), device=DEVICE) + 0.1, -1.0
         case.check()
 
 

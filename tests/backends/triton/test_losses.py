@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.reference import closed_forms
 from curveball_fused.backends.triton import losses as triton_losses
-from tests.helpers.triton_cases import DEVICE, INF, RUNTIME_WARNINGS, arithmetic, draw, every_dtype
+from tests.helpers.triton_cases import DEVICE, INF, RUNTIME_WARNINGS, draw, every_dtype
 from tests.helpers.triton_cases import check_loss as check
 
 pytestmark = RUNTIME_WARNINGS
@@ -40,7 +41,7 @@ def test_bce(dtype: torch.dtype, weights: int | None, pos_weights: int | None, m
         y = torch.rand(shape).round(decimals=1).to(dtype).to(DEVICE)
         weight = None if weights is None else torch.rand((5, 120) if weights == 600 else (1,))
         pos_weight = None if pos_weights is None else 3 * torch.rand((120,) if pos_weights == 120 else (1,))
-        weight, pos_weight = (t if t is None else t.to(arithmetic(dtype)).to(DEVICE) for t in (weight, pos_weight))
+        weight, pos_weight = (t if t is None else t.to(compute_dtype(dtype)).to(DEVICE) for t in (weight, pos_weight))
         loss, c, two = triton_losses.bce_cotangent(x, v, y, weight, pos_weight, mean, 1.0)
         products = triton_losses.bce_products(x, v, u, y, weight, pos_weight, two, mean, 1.0)
         assert torch.equal(products[:2], two)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.triton import batch_norm as triton_batch_norm
 from curveball_fused.backends.triton import tangents as triton_tangents
-from tests.helpers.triton_cases import DEVICE, NAN, RUNTIME_WARNINGS, arithmetic, channels_last, draw, every_dtype
+from tests.helpers.triton_cases import DEVICE, NAN, RUNTIME_WARNINGS, channels_last, draw, every_dtype
 from tests.helpers.triton_cases import check_tangent as check
 
 pytestmark = RUNTIME_WARNINGS
@@ -17,7 +18,7 @@ pytestmark = RUNTIME_WARNINGS
 
 def statistics(x: Tensor, dims: list[int], centered: bool = True) -> tuple[Tensor, Tensor]:
     """Mean and reciprocal standard deviation as the forward kernels give them."""
-    exact, dtype = x.double(), arithmetic(x.dtype)
+    exact, dtype = x.double(), compute_dtype(x.dtype)
     mean = exact.mean(dims, keepdim=True) if centered else torch.zeros_like(exact).mean(dims, keepdim=True)
     rstd = ((exact - mean).square().mean(dims) + 1e-5).rsqrt()
     return mean.flatten().to(dtype), rstd.to(dtype)
@@ -78,7 +79,7 @@ def test_batch_norm(shape: tuple[int, ...], training: bool, last: bool, dtype: t
     mean, rstd = statistics(x, [i for i in range(x.dim()) if i != 1])
     running: tuple[Tensor | None, ...] = (None, None)
     if not training:
-        mean, rstd = draw(channels, dtype=arithmetic(dtype)), draw(channels, dtype=arithmetic(dtype)).abs() + 0.5
+        mean, rstd = draw(channels, dtype=compute_dtype(dtype)), draw(channels, dtype=compute_dtype(dtype)).abs() + 0.5
         running = mean, rstd.double().pow(-2) - 1e-5
     got = triton_tangents.batch_norm_tangent(dx, x, mean, rstd, w, dw, db, training)
     assert got.dtype == dtype and got.stride() == x.stride()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import Z_DOT_Z
 from curveball_fused.backends.triton import launch_tables as triton_tables
 from curveball_fused.backends.triton import parameters as triton_parameters
@@ -21,7 +22,6 @@ from tests.helpers.triton_cases import (
     named,
     scalars,
 )
-from tests.helpers.triton_cases import arithmetic as state_dtype
 
 pytestmark = RUNTIME_WARNINGS
 BODY, TAIL, CHUNK = triton_parameters.BODY, triton_parameters.TAIL, triton_tables.CHUNK
@@ -76,7 +76,7 @@ def check_update(
 
 @every_dtype
 def test_update_over_sizes(dtype: torch.dtype) -> None:
-    w, z, r = ([draw(n, d) for n in SIZES] for d in (dtype, state_dtype(dtype), dtype))
+    w, z, r = ([draw(n, d) for n in SIZES] for d in (dtype, compute_dtype(dtype), dtype))
     check_update(w, z, r, [len(SIZES)], [0.6], [0.05])
 
 
@@ -94,7 +94,7 @@ def test_z_does_not_become_subnormal(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("misaligned", [0, 1, 2])
 def test_update_at_odd_addresses(dtype: torch.dtype, misaligned: int) -> None:
     sizes = [1, BODY + 5, 2 * BODY]
-    dtypes = (dtype, state_dtype(dtype), dtype)
+    dtypes = (dtype, compute_dtype(dtype), dtype)
     lists = [[draw(n, d, offset=int(i == misaligned)) for n in sizes] for i, d in enumerate(dtypes)]
     check_update(*lists, [1, 2], [0.6, 0.9], [0.05, 0.0])
 
@@ -104,8 +104,8 @@ def test_groups_of_mixed_dtypes(lr_dtype: torch.dtype | None) -> None:
     """Four groups, one of them without tensors, dtypes in turn, r in the dtype of w or of z."""
     dtypes = [DTYPES[i % 4] for i in range(11)]
     w = [draw(3 + 700 * i, d) for i, d in enumerate(dtypes)]
-    z = [draw(3 + 700 * i, state_dtype(d)) for i, d in enumerate(dtypes)]
-    r = [draw(3 + 700 * i, d if i % 2 else state_dtype(d)) for i, d in enumerate(dtypes)]
+    z = [draw(3 + 700 * i, compute_dtype(d)) for i, d in enumerate(dtypes)]
+    r = [draw(3 + 700 * i, d if i % 2 else compute_dtype(d)) for i, d in enumerate(dtypes)]
     rates = None if lr_dtype is None else torch.tensor([0.5, 1.0, 0.25, 0.75], dtype=lr_dtype, device=DEVICE)
     check_update(w, z, r, [4, 1, 0, 6], [0.1, 0.7, 0.3, 0.9], [0.05, 0.0, 0.3, 0.01], rates)
 
@@ -124,7 +124,7 @@ def test_learning_rate_and_decay_in_full_precision() -> None:
 @every_dtype
 @pytest.mark.parametrize("bad", [(NAN, 0.9), (0.1, NAN), (INF, 0.9), (0.1, -INF)])
 def test_coefficients_that_are_not_finite_change_nothing(dtype: torch.dtype, bad: tuple[float, float]) -> None:
-    w, z = [draw(BODY + 300, dtype)], [draw(BODY + 300, state_dtype(dtype))]
+    w, z = [draw(BODY + 300, dtype)], [draw(BODY + 300, compute_dtype(dtype))]
     w[0][:2], z[0][:1] = NAN, -0.0
     before = w[0].clone(), z[0].clone()
     given = scalars(beta=bad[0], rho=bad[1])
@@ -158,7 +158,7 @@ def test_tables_follow_the_tensors() -> None:
 
 @every_dtype
 def test_dots(dtype: torch.dtype) -> None:
-    z, r = [draw(n, state_dtype(dtype)) for n in SIZES], [draw(n, dtype) for n in SIZES]
+    z, r = [draw(n, compute_dtype(dtype)) for n in SIZES], [draw(n, dtype) for n in SIZES]
     z += [draw(BODY + 9, torch.float64, offset=1), draw(BODY + 9, torch.float32)]
     r += [draw(BODY + 9, torch.float16), draw(BODY + 9, torch.float64, offset=1)]
     flat_z, flat_r = (torch.cat([t.double() for t in tensors]) for tensors in (z, r))
