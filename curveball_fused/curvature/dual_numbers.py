@@ -8,6 +8,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from curveball_fused._torch_private import dual_level
 from curveball_fused.replay import Replay
 
 from .linear_map import (
@@ -39,7 +40,7 @@ class DualNumbers:
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         # Gradients stay enabled, although none is recorded, so that a `no_grad` block of the model can be told: what
         # it computes is constant to the backward pass and must be so here.
-        with torch.enable_grad(), fwAD.dual_level():
+        with torch.enable_grad(), dual_level():
             duals = {
                 id(p): fwAD.make_dual(p.detach(), t.to(p.dtype)) for p, t in zip(self._params, tangents, strict=True)
             }

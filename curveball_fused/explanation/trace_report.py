@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.overrides import resolve_name
 
+from curveball_fused._torch_private import dual_level
 from curveball_fused.curvature.rules import COMPOSITES, IN_PLACE, Call, tensors, without_override
 from curveball_fused.curvature.tape import Tape, TapeUnsupported
 from curveball_fused.curvature.torch_modes import Substitute
@@ -132,7 +133,7 @@ def _what_lacks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str
 
     substitute = Substitute({}, "auto")
     try:
-        with torch.enable_grad(), fwAD.dual_level(), substitute:
+        with torch.enable_grad(), dual_level(), substitute:
             func(*dual(args), **dual(kwargs))
     except Exception as error:  # whatever copies lead to is no news but for the one thing that is asked
         first_line = str(error).split("\n")[0]
