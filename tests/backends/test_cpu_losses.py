@@ -19,6 +19,7 @@ from curveball_fused.backends.dtypes import compute_dtype
 from tests.helpers import loss_cases
 from tests.helpers.loss_cases import INFINITY, NAN
 from tests.helpers.loss_truth import DTYPES, check_cross_entropy, every_dtype, triple
+from tests.helpers.tiers import slow
 
 if not backends.has_operators():
     pytest.skip("needs the native kernels", allow_module_level=True)
@@ -39,7 +40,7 @@ def test_infinite_logits_in_the_last_vector_make_the_loss_nan(dtype: torch.dtype
     loss_cases.check_infinite_logits(operators, dtype, value, 17, 21)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, *[slow(dtype) for dtype in DTYPES if dtype != torch.float32]])
 def test_opcheck(dtype: torch.dtype) -> None:
     x, v, u = triple((4, 3), dtype)
     y, labels, w = torch.tensor([0, 2, 1, 1]), torch.rand(4, 3).to(dtype), torch.rand(3).to(compute_dtype(dtype))

@@ -12,6 +12,7 @@ from torch import Tensor
 from curveball_fused import CurveBall, backends
 from tests.helpers import nets
 from tests.helpers.emulated import operators
+from tests.helpers.tiers import slow
 from tests.optimizer import test_oracle
 
 
@@ -33,7 +34,7 @@ def bce(out: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(out, labels, pos_weight=weights, reduction="sum")
 
 
-@pytest.mark.parametrize("loss_of", [test_oracle.cross_entropy, mse, bce])
+@pytest.mark.parametrize("loss_of", [test_oracle.cross_entropy, slow(mse), slow(bce)])
 @pytest.mark.parametrize("name", list(nets.NETS))
 def test_twenty_steps(device: Any, name: str, loss_of: Any) -> None:
     device.launches()
