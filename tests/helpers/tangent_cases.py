@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curveball_fused import backends
-from curveball_fused.backends.dtypes import compute_dtype
+from curveball_fused.backends.dtypes import at_least_float32, compute_dtype
 from curveball_fused.ops import tangents as tangent_ops
 
 native = pytest.mark.skipif(not backends.has_operators(), reason="needs the native library")
@@ -40,7 +40,7 @@ def layer_norm_case(rows: int, size: int, dtype: torch.dtype, offset: float = 0.
     dx, x = torch.randn(2, rows, size, dtype=torch.float64).to(dtype)
     x = x + offset
     vectors = list(torch.randn(3, size, dtype=torch.float64).to(dtype))
-    wide = x.double() if dtype == torch.float64 else x.float()
+    wide = at_least_float32(x)
     mean = wide.mean(1)
     rstd = (wide.double().var(1, unbiased=False) + 1e-5).rsqrt().to(wide.dtype)
     return [dx, x, mean, rstd], vectors
@@ -55,9 +55,8 @@ def batch_norm_case(
     dims = [d for d in range(len(shape)) if d != 1]
     wide = x.double()
     mean, rstd = wide.mean(dims), (wide.var(dims, unbiased=False) + 1e-5).rsqrt()
-    statistics = compute_dtype(dtype)
     vectors = list(torch.randn(3, shape[1], dtype=torch.float64).to(dtype))
-    return [dx, x, mean.to(statistics), rstd.to(statistics)], vectors
+    return [dx, x, *(t.to(compute_dtype(dtype)) for t in (mean, rstd))], vectors
 
 
 def attention_case(b: int, h: int, t: int, s: int, d: int, e: int, dtype: torch.dtype) -> list[Tensor]:
