@@ -14,11 +14,11 @@ WRITTEN_IN_PYTHON := $(wildcard setup.py curveball_fused tests tools examples be
 WRITTEN_IN_CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench gpu lint format wheel cuda clean
+.PHONY: help install demo test test-slow test-all bench gpu lint format wheel cuda clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/.made-install  ## make .venv with torch, the tools and this package (editable, with native kernels)
 
@@ -35,8 +35,17 @@ install: .venv/.made-install  ## make .venv with torch, the tools and this packa
 demo: install  ## train a small model beside SGD and Adam; options in ARGS
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: install  ## all tests; options in ARGS, such as ARGS="-k solve"
-	CURVEBALL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests $(ARGS)
+# As many processes as cores, each with one thread. Tests of one xdist_group share what they build in one process.
+PYTEST := CURVEBALL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -q -n auto --dist loadgroup
+
+test: install  ## the fast tests, in a few minutes; options in ARGS, such as ARGS="-k solve"
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: install  ## the others: mutants, compilers, experiments, subprocesses
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: export HYPOTHESIS_PROFILE = ci
+test-all: test test-slow  ## all tests, with many random cases
 
 bench: install  ## measure the speed of the kernels and of whole steps; figures in build/benchmarks/
 	$(BIN)/python -m pytest benchmarks $(ARGS)

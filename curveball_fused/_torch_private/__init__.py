@@ -6,6 +6,9 @@ another module reaches into torch by itself, and tries each name here.
 
 from __future__ import annotations
 
+import functools
+import warnings
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any
 
@@ -28,6 +31,7 @@ __all__ = [
     "checks_errors",
     "copies_to",
     "disable_dynamo",
+    "dual_level",
     "flash_attention_for_cpu",
     "flash_attention_for_cpu_backward",
     "foreach_mul",
@@ -74,6 +78,21 @@ schema_of: Any = attrgetter("_schema")  # of an operator
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the module's own buffers by name; the dictionary itself, to be changed."""
     return module._buffers
+
+
+def dual_level() -> AbstractContextManager[None]:
+    """Open a level of dual numbers, as torch does, without the warnings that the first one comes with."""
+    _make_a_first_dual_number()
+    level: AbstractContextManager[None] = fwAD.dual_level()
+    return level
+
+
+@functools.cache
+def _make_a_first_dual_number() -> None:
+    """Let torch compile its decompositions by `torch.jit.script`, of which it warns 18 times that it is deprecated."""
+    with warnings.catch_warnings(), fwAD.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        fwAD.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from typing_extensions import override
 
+from curveball_fused._torch_private import dual_level
 from curveball_fused.replay import Replay
 
 from .linear_map import (
@@ -42,7 +43,7 @@ class DualNumbers(LinearMap):
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         # Gradients stay enabled, although none is recorded, so that a `no_grad` block of the model can be told: what
         # it computes is constant to the backward pass and must be so here.
-        with torch.enable_grad(), fwAD.dual_level():
+        with torch.enable_grad(), dual_level():
             duals = {
                 id(p): fwAD.make_dual(p.detach(), t.to(p.dtype)) for p, t in zip(self._params, tangents, strict=True)
             }

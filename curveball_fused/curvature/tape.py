@@ -16,7 +16,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from curveball_fused._torch_private import has_saved_tensor_hooks, in_functorch_transform, version_of
+from curveball_fused._torch_private import dual_level, has_saved_tensor_hooks, in_functorch_transform, version_of
 from curveball_fused.replay.generators import positions
 
 from .arguments import map_nested
@@ -326,7 +326,7 @@ class _DualMaps:
         """Return the map of the result, or of one of several."""
 
         def tangent_map(tangents: Tangents) -> Tensor:
-            with fwAD.dual_level(), Decompose(every_call=True):
+            with dual_level(), Decompose(every_call=True):
                 result = self._func(*self._dual(self._args, tangents), **self._dual(self._kwargs, tangents))
                 primal, tangent = fwAD.unpack_dual(result if index is None else result[index])
                 return torch.zeros_like(primal) if tangent is None else tangent

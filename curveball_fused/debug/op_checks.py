@@ -17,7 +17,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from curveball_fused._torch_private import in_functorch_transform
+from curveball_fused._torch_private import dual_level, in_functorch_transform
 from curveball_fused.curvature import dual_rules, rules
 from curveball_fused.curvature.rules import tensors
 from curveball_fused.curvature.torch_modes import Decompose
@@ -163,7 +163,7 @@ class OpChecks(Decompose):
             results = results_of(*call(call.func, replace))
         if self.method == "double_backward":
             return results, _by_double_backward(results, leaves, v), leaves
-        with fwAD.dual_level(), Decompose(every_call=True):
+        with dual_level(), Decompose(every_call=True):
             duals = results_of(*call(_dual_function(call.func), call.dual(v)))
             pairs = [fwAD.unpack_dual(t) for t in duals]
             return results, [torch.zeros_like(p) if t is None else t.clone() for p, t in pairs], leaves

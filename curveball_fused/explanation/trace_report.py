@@ -11,6 +11,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.overrides import resolve_name
 
+from curveball_fused._torch_private import dual_level
 from curveball_fused.curvature import ModelFn, checked_outputs
 from curveball_fused.curvature.arguments import map_nested
 from curveball_fused.curvature.tape import DUAL_NUMBERS, Tape
@@ -105,7 +106,7 @@ def _what_lacks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str
 
     substitute = Substitute({}, "auto")
     try:
-        with torch.enable_grad(), fwAD.dual_level(), substitute:
+        with torch.enable_grad(), dual_level(), substitute:
             func(*map_nested(dual, args), **map_nested(dual, kwargs))
     except Exception as error:  # whatever copies lead to is no news but for the one thing that is asked
         reason = first_line(error)

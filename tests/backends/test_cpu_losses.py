@@ -1,8 +1,7 @@
-"""The loss kernels for the CPU: against torch and `closed_forms` in float64."""
+"""The loss kernels for the CPU: what belongs to a CPU. See also test_native_losses."""
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -12,110 +11,39 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from curveball_fused import CurveBall, backends
 from curveball_fused.backends import native
+from curveball_fused.backends.dtypes import compute_dtype
 from tests.helpers import loss_cases
 from tests.helpers.loss_cases import INFINITY, NAN
-from tests.helpers.loss_truth import (
-    DTYPES,
-    arithmetic,
-    check_cross_entropy,
-    check_elements,
-    check_errors,
-    every_dtype,
-    places,
-    signs,
-    triple,
-)
+from tests.helpers.loss_truth import DTYPES, check_cross_entropy, every_dtype, triple
+from tests.helpers.tiers import slow
 
 if not backends.has_operators():
     pytest.skip("needs the native kernels", allow_module_level=True)
 
 operators: Any = torch.ops.curveball_fused
-CLASSES = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 96, 1000, 1025]
-check_rows, check_all = functools.partial(check_cross_entropy, operators), functools.partial(check_elements, operators)
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    classes=st.sampled_from(CLASSES),
-    rows=st.sampled_from([1, 2, 5, 40]),
-    dtype=st.sampled_from(DTYPES),
-    where=places,
-    weighted=st.booleans(),
-    ignored=st.booleans(),
-    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
-    reduction=st.sampled_from(["mean", "sum"]),
-    sign=signs,
-    seed=st.integers(0, 1000),
-)
-def test_cross_entropy(
-    classes: int,
-    rows: int,
-    dtype: torch.dtype,
-    where: tuple[int, int, int],
-    weighted: bool,
-    ignored: bool,
-    smoothing: float,
-    reduction: str,
-    sign: float,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
-    target, options = loss_cases.random_targets(classes, rows, dtype, weighted, ignored)
-    options |= dict(reduction=reduction, label_smoothing=smoothing)
-    check_rows(*triple((len(target), classes), dtype, where), target, sign, **options)
-
-
-@settings(deadline=None, max_examples=120)
-@given(
-    rows=st.integers(1, 5),
-    columns=st.sampled_from([1, 2, 7, 8, 9, 15, 16, 17, 100, 1027]),
-    dtype=st.sampled_from(DTYPES),
-    where=places,
-    reduction=st.sampled_from(["mean", "sum"]),
-    sign=signs,
-    weight=st.sampled_from([None, (1,), (0,), (0, 1)]),
-    pos_weight=st.sampled_from([None, (1,), (0, 1)]),
-    seed=st.integers(0, 1000),
-)
-def test_elementwise_losses(
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    where: tuple[int, int, int],
-    reduction: str,
-    sign: float,
-    weight: tuple[int, ...] | None,
-    pos_weight: tuple[int, ...] | None,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
-    weights = loss_cases.random_weights(rows, columns, dtype, weight=weight, pos_weight=pos_weight)
-    check_all((rows, columns), dtype, where, sign, reduction=reduction, **weights)
 
 
 @every_dtype
 def test_many_blocks(dtype: torch.dtype) -> None:
     """Also rows that are longer than a block."""
-    check_rows(*triple((5000, 10), dtype), torch.randint(0, 10, (5000,)), label_smoothing=0.1)
-    check_rows(*triple((2, 50_257), dtype), torch.full((2,), 50_256))
-    pos_weight = torch.rand(40_003).to(arithmetic(dtype))
-    check_all((3, 40_003), dtype, (0, 0, 0), 1.0, reduction="mean", pos_weight=pos_weight)
+    check_cross_entropy(operators, *triple((5000, 10), dtype), torch.randint(0, 10, (5000,)), label_smoothing=0.1)
+    check_cross_entropy(operators, *triple((2, 50_257), dtype), torch.full((2,), 50_256))
 
 
-def test_what_the_native_operators_refuse() -> None:
-    check_errors(operators)
+@every_dtype
+@pytest.mark.parametrize("value", [NAN, INFINITY])
+def test_infinite_logits_in_the_last_vector_make_the_loss_nan(dtype: torch.dtype, value: float) -> None:
+    loss_cases.check_infinite_logits(operators, dtype, value, 17, 21)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, *[slow(dtype) for dtype in DTYPES if dtype != torch.float32]])
 def test_opcheck(dtype: torch.dtype) -> None:
     x, v, u = triple((4, 3), dtype)
-    y, labels, w = torch.tensor([0, 2, 1, 1]), torch.rand(4, 3).to(dtype), torch.rand(3).to(arithmetic(dtype))
+    y, labels, w = torch.tensor([0, 2, 1, 1]), torch.rand(4, 3).to(dtype), torch.rand(3).to(compute_dtype(dtype))
     options, check = (-100, True, 0.1, 1.0), torch.library.opcheck
     check(operators.cross_entropy_cotangent.default, (x, v, y, w, *options))
     _, _, products, rows = operators.cross_entropy_cotangent(x, v, y, w, *options)
@@ -134,7 +62,7 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
     torch.manual_seed(0)
     x, v, u = triple((700, 97), dtype)
     y, labels = torch.randint(-1, 97, (700,)), torch.rand(700, 97).to(dtype)
-    w = (torch.rand(97) + 0.1).to(arithmetic(dtype))
+    w = (torch.rand(97) + 0.1).to(compute_dtype(dtype))
     results: list[Tensor] = []
     for weight, smoothing in ((None, 0.0), (w, 0.1)):
         options = -1, True, smoothing, -1.0
@@ -158,6 +86,7 @@ def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", native.CPU.module.INSTRUCTION_SETS.split(","))
 def test_the_same_bits_from_every_instruction_set(instruction_set: str, tmp_path: Path) -> None:
     script = (
@@ -175,66 +104,7 @@ def test_the_same_bits_from_every_instruction_set(instruction_set: str, tmp_path
         assert all(torch.equal(a, b) for a, b in zip(everything(dtype), theirs, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------- rows that are special
-
-
-@every_dtype
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_ignored_rows_are_not_even_read(dtype: torch.dtype, smoothing: float) -> None:
-    loss_cases.check_ignored_rows(operators, dtype, 9, smoothing)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (0, 0), (3, 0)])
-def test_nothing_to_learn_from(shape: tuple[int, int], smoothing: float) -> None:
-    loss_cases.check_nothing_to_learn_from(operators, shape, smoothing)
-
-
-def test_no_elements() -> None:
-    loss_cases.check_no_elements(operators)
-
-
-@pytest.mark.parametrize("bad", [-1, 7, 2**40, -(2**62)])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_target_that_is_no_class(bad: int, weighted: bool, smoothing: float) -> None:
-    loss_cases.check_a_target_that_is_no_class(operators, bad, weighted, smoothing)
-
-
-@every_dtype
-@pytest.mark.parametrize("classes", [11, 40])
-@pytest.mark.parametrize("mask", ["-inf", "lowest"])
-@pytest.mark.parametrize("first", [False, True])
-def test_masked_logits(dtype: torch.dtype, classes: int, mask: str, first: bool) -> None:
-    loss_cases.check_masked_logits(operators, dtype, classes, mask, first)
-
-
-@pytest.mark.parametrize("classes", [5, 40])
-def test_a_row_that_is_all_masked(classes: int) -> None:
-    loss_cases.check_a_row_that_is_all_masked(operators, classes)
-
-
-@every_dtype
-@pytest.mark.parametrize("shift", [1e4, -1e4])
-def test_large_logits(dtype: torch.dtype, shift: float) -> None:
-    loss_cases.check_large_logits(operators, dtype, shift, 40)
-
-
-@every_dtype
-@pytest.mark.parametrize("value", [NAN, INFINITY])
-@pytest.mark.parametrize("place", [0, 5, 17, -1])
-def test_infinite_logits_make_the_loss_nan(dtype: torch.dtype, value: float, place: int) -> None:
-    loss_cases.check_infinite_logits(operators, dtype, value, place, 21)
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
-def test_rounding_does_not_make_it_look_concave(offset: float) -> None:
-    loss_cases.check_that_it_looks_convex(operators, offset)
-
-
-@pytest.mark.parametrize("value", [0.0, -0.0, 1e-30, 1e-3, 30.0, -30.0, 80.0, -80.0, 1e4, -1e4])
-def test_saturated_logits(value: float) -> None:
-    loss_cases.check_saturated_logits(operators, value)
+# ---------------------------------------------------------------------------------------------- how exact
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -17,6 +17,7 @@ import torch
 
 from curveball_fused import backends
 from curveball_fused.backends import native
+from tests.helpers.tiers import slow
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -201,10 +202,13 @@ print(native.CUDA.why_not)
 
 
 @pytest.mark.skipif(not backends.has_operators(), reason="needs the native kernels")
-@pytest.mark.parametrize("required", ["0", "1"])
+@pytest.mark.parametrize("required", [slow("0"), "1"])
 @pytest.mark.parametrize(
     ("library", "reason"),
-    [("None", "_C_cuda"), ("types.SimpleNamespace(CUDA_VERSION='13.0')", "for CUDA 13.0, this torch for CUDA 12.8")],
+    [
+        slow("None", "_C_cuda"),
+        ("types.SimpleNamespace(CUDA_VERSION='13.0')", "for CUDA 13.0, this torch for CUDA 12.8"),
+    ],
 )
 def test_a_missing_cuda_library_is_an_error_only_where_native_is_required(
     library: str, reason: str, required: str

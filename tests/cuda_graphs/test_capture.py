@@ -2,6 +2,7 @@
 
 A generator's state has an offset. While a graph is captured, draws count from zero in each registered state, and states
 cannot be read; a replay adds to each state's offset what was drawn from it, whatever has become current meanwhile.
+tests/gpu/test_gpu_generators.py asks torch itself.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from curveball_fused import CurveBall
 from curveball_fused.curvature import compiled
 from tests.helpers import nets, traceable_models
+from tests.helpers.tiers import slow
 from tests.helpers.traceable_models import X
 from tests.optimizer import test_oracle
 
@@ -49,13 +50,14 @@ def square(out: Tensor) -> Tensor:
     return (out - 0.3).square().mean()
 
 
-@pytest.mark.parametrize("name", list(nets.NETS))
+@pytest.mark.parametrize("name", [name if name == "attention" else slow(name) for name in nets.NETS])
 def test_twenty_steps_equal_dense_matrices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_oracle, "CurveBall", functools.partial(CurveBall, compile=True))
     test_oracle.run(name, "auto", "auto", test_oracle.cross_entropy)
     assert len(TRACES) == 3, "traced more than once"
 
 
+FAST = ("batch norm in eval mode", "dropout", "padded embedding", "activations", "a view of the outputs")
 FOLLOWED = {
     **{name: case for name, case in traceable_models.FOLLOWED.items() if name not in REFUSED},
     "a view of the outputs": (lambda: nn.Linear(6, 2), lambda net: net(X).T[1:].unsqueeze(0)),
@@ -65,7 +67,7 @@ FOLLOWED = {
 }
 
 
-@pytest.mark.parametrize("name", list(FOLLOWED))
+@pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in FOLLOWED])
 def test_equals_dual_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, expected_state = traceable_models.steps(*FOLLOWED[name], "auto")
     monkeypatch.setattr(traceable_models, "CurveBall", functools.partial(CurveBall, compile=True))
@@ -147,6 +149,7 @@ def test_a_failed_step_leaves_buffers_and_generator() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_another_path_is_traced_anew() -> None:
     """Batches of other sizes, eval mode, a changed module, a frozen parameter, a branch on a Python value."""
     net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.4), nn.Linear(5, 2)).double()
@@ -241,12 +244,12 @@ def branches_on_a_value(net: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("run", "words"),
     [
-        (branches_on_a_value, "."),
+        slow(branches_on_a_value, "."),
         (lambda net: checkpoint(lambda x: F.dropout(net(x)).sin(), X, use_reentrant=False), "checkpointed"),
         (assigns, "keeps one beyond its run"),
         (lambda net: Clamped.apply(net(X)), "not linear"),
-        (lambda net: torch.ones(2, generator=torch.Generator().manual_seed(0)), "."),
-        (lambda net: torch.autograd.grad(net(X).square().sum(), net.weight, create_graph=True)[0], "."),
+        slow(lambda net: torch.ones(2, generator=torch.Generator().manual_seed(0)), "."),
+        slow(lambda net: torch.autograd.grad(net(X).square().sum(), net.weight, create_graph=True)[0], "."),
     ],
 )
 def test_what_it_cannot_follow_is_refused_and_nothing_changes(run: Any, words: str) -> None:
@@ -261,6 +264,7 @@ def test_what_it_cannot_follow_is_refused_and_nothing_changes(run: Any, words: s
     optimizer.step(lambda: net(X), square)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler")
 def test_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with generated code: masks of dropout, statistics, buffers that move after they were read."""

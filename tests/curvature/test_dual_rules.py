@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,3 +173,22 @@ def test_attention_rule(options: Any) -> None:
     with torch.no_grad():
         torch.testing.assert_close(outputs, model())
         torch.testing.assert_close(jz, finite_difference(model, params, z), rtol=1e-6, atol=1e-8)
+
+
+FIRST_STEP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from torch import nn
+from curveball_fused import CurveBall
+net = nn.Sequential(nn.Linear(3, 4), nn.Mish(), nn.Linear(4, 2))
+CurveBall(net.parameters(), curvature=sys.argv[2]).step(lambda: net(torch.ones(5, 3)), lambda out: out.square().mean())
+"""
+
+
+@pytest.mark.parametrize("curvature", ["forward", pytest.param("linearize", marks=pytest.mark.slow)])
+def test_the_first_dual_numbers_of_a_process_raise_no_warnings(curvature: str) -> None:
+    """Then torch compiles decompositions, of whose way it warns that it is deprecated."""
+    command = [sys.executable, "-W", "error", "-c", FIRST_STEP, str(Path(__file__).parents[2]), curvature]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

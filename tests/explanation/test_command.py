@@ -29,8 +29,9 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_command_line(job: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     line = [sys.executable, "-m", "curveball_fused", "explain"]
     for target in ("job.py:task", "job:task"):
         done = subprocess.run([*line, target], capture_output=True, text=True, timeout=300)

@@ -24,11 +24,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of z, and of the arithmetic."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Normal numbers on the device."""
     return torch.randn(shape, dtype=torch.float64, device=DEVICE).to(dtype)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from curveball_fused import ops
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.ops import losses as loss_ops
-from tests.gpu.device import BACKENDS, DEVICE, DTYPES, draw, state_dtype, to_device
+from tests.gpu.device import BACKENDS, DEVICE, DTYPES, draw, to_device
 
 SIZES = ((0,), (1,), (37,), (4, 129), (65_537,), (3, 70_001))
 # Rows and classes: a warp for each row, a block for each, and more rows than blocks that each begin elsewhere in a
@@ -43,7 +44,7 @@ class Inputs:
 
 def make(dtype: torch.dtype, sizes: tuple[tuple[int, ...], ...] = SIZES) -> Inputs:
     """Random inputs whose floating-point lists have dtype `dtype`; some tensors are not aligned to 16 bytes."""
-    arithmetic = state_dtype(dtype)
+    arithmetic = compute_dtype(dtype)
     # β and ρ are solved for; λ, z·z, and the loss of the last step.
     scalars = to_device(0.1, 0.2, 0.3, 1.7, 0.4, 0.5, -1.0, 0.7, 3.0, 4.0, 2.0)
     return Inputs(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from curveball_fused import ops
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import PREDICTED_CHANGE, SCALARS, Z_DOT_Z
-from tests.gpu.device import DEVICE, DTYPES, draw, every_backend, state_dtype, to_device
+from tests.gpu.device import DEVICE, DTYPES, draw, every_backend, to_device
 
 BETA, RHO, LAMBD = 0.3, 0.8, 0.25
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,8 +52,8 @@ def test_update(backend: str, seed: int) -> None:
     w, z, r = [], [], []
     for _ in range(choose.randrange(1, 9)):
         shape, dtype = choose.choice(SHAPES), choose.choice(DTYPES)
-        gradient = choose.choice((dtype, state_dtype(dtype)))
-        for tensors, kind in ((w, dtype), (z, state_dtype(dtype)), (r, gradient)):
+        gradient = choose.choice((dtype, compute_dtype(dtype)))
+        for tensors, kind in ((w, dtype), (z, compute_dtype(dtype)), (r, gradient)):
             tensors.append(LAYOUTS[choose.choice(list(LAYOUTS))](draw(shape, kind)))
     lr, decay = choose.choice((1.0, 0.6)), choose.choice((0.0, 0.05))
     expected = [exact(*triple, lr, decay) for triple in zip(w, z, r)]
@@ -75,7 +76,7 @@ def test_dots(backend: str, seed: int) -> None:
     z, r = [], []
     for _ in range(choose.randrange(1, 9)):
         shape, dtype = choose.choice(SHAPES), choose.choice(DTYPES)
-        z.append(LAYOUTS[choose.choice(list(LAYOUTS))](draw(shape, state_dtype(dtype))))
+        z.append(LAYOUTS[choose.choice(list(LAYOUTS))](draw(shape, compute_dtype(dtype))))
         r.append(LAYOUTS[choose.choice(list(LAYOUTS))](draw(shape, dtype)))
     result = ops.dots(z, r, backend=backend)
     flat_z, flat_r = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (z, r))
@@ -98,7 +99,7 @@ def test_empty_lists(backend: str) -> None:
 def test_coefficients_that_are_not_finite_change_nothing(
     backend: str, dtype: torch.dtype, beta: float, rho: float
 ) -> None:
-    w, z = draw((3, 70_001), dtype), draw((3, 70_001), state_dtype(dtype))
+    w, z = draw((3, 70_001), dtype), draw((3, 70_001), compute_dtype(dtype))
     r = torch.full_like(w, float("nan"))
     before = w.clone(), z.clone()
     total = ops.update_([w], [z], [r], to_device(beta, rho, 0.5), lr=0.5, weight_decay=0.1, backend=backend)
@@ -114,7 +115,7 @@ def test_groups(backend: str, tensor_lr: bool, equal: bool) -> None:
     sizes, decays = [2, 0, 1, 3], [0.05, 0.2, 0.0, 0.3]
     rates = [0.75] * 4 if equal else [0.75, 9.0, 0.5, 1.25]  # exact in float32
     w = [draw((11_001, i), d) for i, d in enumerate((*DTYPES, torch.float32, torch.float64))]
-    z, r = [draw(t.shape, state_dtype(t.dtype)) for t in w], [draw(t.shape, t.dtype) for t in w]
+    z, r = [draw(t.shape, compute_dtype(t.dtype)) for t in w], [draw(t.shape, t.dtype) for t in w]
     groups = [g for g, size in enumerate(sizes) for _ in range(size)]
     expected = [exact(*t, rates[g], decays[g]) for *t, g in zip(w, z, r, groups)]
     scalars = to_device(BETA, RHO, LAMBD, *torch.randn(len(SCALARS) - 3).tolist())
@@ -215,7 +216,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     products, loss = to_device(0.1, 0.2, 0.3, 0.4, 0.5), torch.tensor(1.5, dtype=dtype, device=DEVICE)
     rates = torch.tensor([0.5, 0.7], device=DEVICE)
     w, r = ([draw((5, 3), dtype), draw((4,), dtype)] for _ in range(2))
-    z = [draw(t.shape, state_dtype(dtype)) for t in w]
+    z = [draw(t.shape, compute_dtype(dtype)) for t in w]
     check_op = torch.library.opcheck
     check_op(namespace.update_.default, (w, z, r, scalars, [2], [0.5], [0.1], None))
     check_op(namespace.update_.default, (w, z, r, scalars, [1, 1], [0.5, 0.6], [0.1, 0.0], rates))

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.reference import closed_forms
 from curveball_fused.backends.reference.closed_forms import Quadratic
 from curveball_fused.ops import losses as loss_ops
-from tests.gpu.device import DEVICE, DTYPES, draw, every_backend, state_dtype
+from tests.gpu.device import DEVICE, DTYPES, draw, every_backend
 
 NAN = float("nan")
 # Rows and classes: one, odd, sides of warps, a short row and one that a block stages, more rows than blocks that each
@@ -59,7 +60,7 @@ def check(
     wanted = sign * (gradient + hv)
     # One rounding to c's dtype, on top of the arithmetic's, and what is below the range of either.
     of_c = torch.finfo(x.dtype)
-    rounding = of_c.eps / 2 * wanted.abs() + of_c.tiny * of_c.eps + 10 * torch.finfo(state_dtype(x.dtype)).tiny
+    rounding = of_c.eps / 2 * wanted.abs() + of_c.tiny * of_c.eps + 10 * torch.finfo(compute_dtype(x.dtype)).tiny
     assert ((c.double() - wanted).abs() <= relative * (terms + h * v_size) + rounding).all()
 
     pairs = ((gradient, v_seen), (hv, v_seen), (gradient, u_seen), (hv, u_seen), (hu, u_seen))
@@ -102,7 +103,7 @@ def check_entropy(
     five = loss_ops.cross_entropy_products(x, v, u, target, first[3], first[2], weight, **options, backend=backend)
     # exp(x) in the arithmetic's precision is known no better than x is.
     largest = x.double().where(x.isfinite(), 0).abs().amax(1, keepdim=True)
-    relative = tolerance(x) + torch.finfo(state_dtype(x.dtype)).eps * largest
+    relative = tolerance(x) + torch.finfo(compute_dtype(x.dtype)).eps * largest
     check(given, first, five, *entropy(x, target, weight, ignore_index, mean, smoothing), sign, relative)
 
 
@@ -117,7 +118,7 @@ def test_cross_entropy(backend: str, dtype: torch.dtype, shape: tuple[int, int])
     target = torch.randint(classes, (rows,), device=DEVICE)
     check_entropy(backend, three(shape, dtype), target)
     target[rows // 2] = -7
-    weight = draw((classes,), state_dtype(dtype)).abs()
+    weight = draw((classes,), compute_dtype(dtype)).abs()
     mean = rows % 2 == 0
     check_entropy(backend, three(shape, dtype), target, weight, -7, mean, smoothing=0.1, sign=-1.0)
 
@@ -245,7 +246,7 @@ def test_bce(backend: str, dtype: torch.dtype, weighted: bool, mean: bool) -> No
         x *= 8
         if x.numel() > 4:
             x.view(-1)[:4] = torch.tensor([100.0, -100.0, 1e4, -1e4]).to(x)
-        y, arithmetic = draw(shape, dtype).sigmoid(), state_dtype(dtype)
+        y, arithmetic = draw(shape, dtype).sigmoid(), compute_dtype(dtype)
         weight = draw(shape, arithmetic).abs() if weighted else None
         pos_weight = draw(shape[-1:], arithmetic).abs() if weighted else None
         options = dict(mean=mean, sign=(-1.0) ** i, backend=backend)
@@ -268,7 +269,7 @@ def test_bce(backend: str, dtype: torch.dtype, weighted: bool, mean: bool) -> No
 def test_opcheck(dtype: torch.dtype) -> None:
     x, v, u = three((5, 33), dtype)
     namespace, check_op = torch.ops.curveball_fused, torch.library.opcheck
-    target, weight = torch.randint(33, (5,), device=DEVICE), draw((33,), state_dtype(dtype)).abs()
+    target, weight = torch.randint(33, (5,), device=DEVICE), draw((33,), compute_dtype(dtype)).abs()
     entropy_options = (-100, True, 0.1, 1.0)
     _, _, products, rows = namespace.cross_entropy_cotangent(x, v, target, weight, *entropy_options)
     check_op(namespace.cross_entropy_cotangent.default, (x, v, target, weight, *entropy_options))

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.triton import tangents as triton_tangents
-from tests.gpu.device import DEVICE, DTYPES, draw, state_dtype
+from tests.gpu.device import DEVICE, DTYPES, draw
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,7 +40,7 @@ def check(
 def statistics(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
     mean = x.double().mean(dims)
     rstd = (x.double().var(dims, correction=0) + 1e-5).rsqrt()
-    return mean.to(state_dtype(x.dtype)), rstd.to(state_dtype(x.dtype))
+    return mean.to(compute_dtype(x.dtype)), rstd.to(compute_dtype(x.dtype))
 
 
 @every_dtype
@@ -114,7 +115,7 @@ def test_activation(name: str, dtype: torch.dtype) -> None:
     exact = x.double().requires_grad_()
     truth = function(exact)
     (slope,) = torch.autograd.grad(truth.sum(), exact)
-    of, epsilon, size = torch.finfo(dtype), torch.finfo(state_dtype(dtype)).eps, 1 + exact.detach().abs()
+    of, epsilon, size = torch.finfo(dtype), torch.finfo(compute_dtype(dtype)).eps, 1 + exact.detach().abs()
     for mine, wanted in ((y, truth.detach()), (derivative, slope)):
         assert ((mine.double() - wanted).abs() <= 16 * epsilon * size + of.eps * wanted.abs() + of.tiny).all()
 

@@ -25,14 +25,28 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH",
 
 
 def build(target: str = "emulator", **definitions: str) -> None:
-    """Runs CMake, which does nothing if nothing has changed."""
+    """Run CMake, which does nothing if nothing has changed; one process at a time."""
+    import fcntl  # which Windows lacks, as it does the emulator
+
     options = {"Python_EXECUTABLE": sys.executable, **definitions}
-    for command in (
-        ["cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", *(f"-D{name}={value}" for name, value in options.items())],
-        ["cmake", "--build", BUILD, "--target", target],
-    ):
-        result = subprocess.run(command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            [
+                "cmake",
+                "-S",
+                ROOT,
+                "-B",
+                BUILD,
+                "-G",
+                "Ninja",
+                *(f"-D{name}={value}" for name, value in options.items()),
+            ],
+            ["cmake", "--build", BUILD, "--target", target],
+        ):
+            result = subprocess.run(command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout + result.stderr
 
 
 def why_not() -> str | None:
@@ -46,9 +60,10 @@ def why_not() -> str | None:
 
 
 def load() -> ModuleType:
-    """The module, whose functions set what the device does; skips the calling test module where it can't be built.
+    """Return the module, whose functions set what the device does; skip the test where it can't be built.
 
-    CURVEBALL_EMULATOR names the directory of another build (tests/test_mutants.py: one with a mistake).
+    For the fixture `device`, so that no compiler runs before a test needs it. CURVEBALL_EMULATOR names the directory of
+    another build (tests/backends/emulated/test_mutants.py: one with a mistake).
     """
     if "_emulator" not in sys.modules:
         directory = os.environ.get("CURVEBALL_EMULATOR")
@@ -56,7 +71,7 @@ def load() -> ModuleType:
             if reason := why_not():
                 if os.environ.get("CURVEBALL_REQUIRE_NATIVE") == "1":
                     raise RuntimeError(f"CURVEBALL_REQUIRE_NATIVE=1, but {reason}")
-                pytest.skip(reason, allow_module_level=True)
+                pytest.skip(reason)
             build()
             directory = str(BUILD)
         sys.path.insert(0, directory)

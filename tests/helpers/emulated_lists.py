@@ -13,10 +13,6 @@ from tests.helpers.emulated import operators
 CHUNK = 1024  # elements; CMakeLists.txt sets it, so that tensors of a few thousand are walked as large ones on a GPU
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def draw(n: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
     """Random numbers, `offset` elements behind an address that is a multiple of 64 bytes."""
     buffer = torch.randn(offset + n + 9, dtype=torch.float64).to(dtype)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.loss_truth import arithmetic, check_cross_entropy, cross_entropy, triple
+from curveball_fused.backends.dtypes import compute_dtype
+from tests.helpers.loss_truth import check_cross_entropy, cross_entropy, triple
 
 INFINITY, NAN = float("inf"), float("nan")
 
@@ -20,7 +21,7 @@ def random_targets(
     target = torch.randint(0, classes, (rows,))
     options: dict[str, Any] = {}
     if weighted:
-        options["weight"] = torch.rand(classes).to(arithmetic(dtype)) + 0.1
+        options["weight"] = torch.rand(classes).to(compute_dtype(dtype)) + 0.1
     if ignored and classes > 1:
         options["ignore_index"] = int(target[0])
         target = torch.cat((target, (target[:1] + 1) % classes))  # one that is kept
@@ -30,7 +31,7 @@ def random_targets(
 def random_weights(rows: int, columns: int, dtype: torch.dtype, **dims: tuple[int, ...] | None) -> dict[str, Tensor]:
     """Weights of one element, of a column each, of every element."""
     sizes = {(0,): (1,), (1,): (columns,), (0, 1): (rows, columns)}
-    return {name: torch.rand(sizes[d]).to(arithmetic(dtype)) + 0.2 for name, d in dims.items() if d is not None}
+    return {name: torch.rand(sizes[d]).to(compute_dtype(dtype)) + 0.2 for name, d in dims.items() if d is not None}
 
 
 # ---------------------------------------------------------------------------------------------- targets

@@ -27,10 +27,6 @@ class Result(NamedTuple):
     products: Tensor  # all five
 
 
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def draw(shape: tuple[int, ...], dtype: torch.dtype, place: int = 0, scale: float = 1.0) -> Tensor:
     """Random numbers, `place` elements behind an aligned address."""
     flat = (scale * torch.randn(torch.Size(shape).numel() + place, dtype=torch.float64)).to(dtype)

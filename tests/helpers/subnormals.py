@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
+
 Update = Callable[[list[Tensor], list[Tensor], list[Tensor]], object]
 
 
 def check_vanishing(update: Update, dtype: torch.dtype) -> None:
     """`update(w, z, r)` sets z below the smallest normal number over epsilon to zero, of either sign, and no other."""
-    state = torch.float64 if dtype == torch.float64 else torch.float32
+    state = compute_dtype(dtype)
     limit = torch.finfo(state).tiny / torch.finfo(state).eps
     z = (torch.tensor([1e-9, -0.1, 0.0, 4.0, -4.0, float("nan")], dtype=torch.float64) * limit).to(state).repeat(7)
     new = z.clone()

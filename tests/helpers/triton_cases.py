@@ -14,6 +14,7 @@ from torch.func import jvp
 
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import SCALARS
+from tests.helpers.tiers import slow
 
 pytest.importorskip("triton", reason="Triton is not installed")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,6 +25,10 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 RUNTIME_WARNINGS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on NaN, in the interpreter
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# The strictest comparison and the coarsest numbers first: the interpreter takes seconds for a case.
+two_dtypes_first = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, slow(torch.float32), slow(torch.float16)], ids=str
+)
 
 
 def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0, offset: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -53,7 +53,6 @@ def exact(
 
 
 @every_backend
-@settings(deadline=None, max_examples=60)
 @given(specs=tensors, lr=st.sampled_from([1.0, 0.6]), decay=st.sampled_from([0.0, 0.05]), tensor_lr=st.booleans())
 def test_update(backend: str, specs: list, lr: float, decay: float, tensor_lr: bool) -> None:
     w = [LAYOUTS[a](draw(shape, dtype)) for shape, dtype, a, _, _ in specs]
@@ -81,7 +80,6 @@ def test_z_does_not_become_subnormal(backend: str, dtype: torch.dtype) -> None:
 
 
 @every_backend
-@settings(deadline=None, max_examples=60)
 @given(specs=tensors)
 def test_dots(backend: str, specs: list) -> None:
     z = [LAYOUTS[b](draw(shape, compute_dtype(dtype))) for shape, dtype, _, b, _ in specs]

@@ -43,6 +43,7 @@ def test_threads_give_the_same_bits() -> None:
 
 
 @native
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set(name: str, tmp_path: Any) -> None:
     """The same bits from all but attention, where products and sums are fused if the processor can."""

@@ -272,11 +272,13 @@ else:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_native_can_be_required() -> None:
     result = run_without_native("import curveball_fused", CURVEBALL_REQUIRE_NATIVE="1")
     assert result.returncode != 0 and "CURVEBALL_REQUIRE_NATIVE=1" in result.stderr
 
 
+@pytest.mark.slow
 def test_command_line_tells_what_was_chosen() -> None:
     result = subprocess.run([sys.executable, "-m", "curveball_fused"], capture_output=True, text=True, check=True)
     for key, value in build_info().items():

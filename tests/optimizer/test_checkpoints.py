@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from curveball_fused import CurveBall
+from tests.helpers.tiers import slow
 from tests.helpers.training import SETTINGS, advance, assert_equal, everything, small
 
 ROOT = Path(__file__).parents[2]
+RESUMED = [(torch.bfloat16, 3), (torch.float32, 0), (torch.bfloat16, 0)]
 RESUME = """
 import sys, torch
 torch.set_num_threads(1)
@@ -32,8 +34,7 @@ torch.save(everything(optimizer, net), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 3), *[slow(*case) for case in RESUMED]])
 def test_resumes_bit_for_bit_in_a_new_process(tmp_path: Path, steps: int, dtype: torch.dtype) -> None:
     net, x, y = small(dtype=dtype)
     optimizer = CurveBall(net.parameters(), **SETTINGS)

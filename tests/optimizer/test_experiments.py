@@ -1,4 +1,4 @@
-"""The method's own experiments: the iterations to convergence are those of a plain float64 implementation."""
+"""The method's own experiments: they take no more iterations to converge than was published and is documented."""
 
 from __future__ import annotations
 
@@ -47,16 +47,17 @@ def linear_network(seed: int) -> int:
     raise AssertionError(f"seed {seed} has not converged")
 
 
-@pytest.mark.parametrize(("noise", "mean", "deviation"), [(None, 13.2, 0.5), (1.0, 12.8, 1.1), (3.0, 13.5, 1.0)])
+def check(name: str, iterations: list[int], mean: float, deviation: float) -> None:
+    """Hold the mean against the documented one: no further above it than two standard errors of its own."""
+    print(f"\n{name}: {statistics.mean(iterations):.1f} ± {statistics.stdev(iterations):.1f}")
+    assert statistics.mean(iterations) < mean + 2 * deviation / len(iterations) ** 0.5
+    assert statistics.stdev(iterations) < 1.5 * deviation
+
+
+@pytest.mark.parametrize(("noise", "mean", "deviation"), [(None, 13.3, 0.4), (1.0, 12.8, 1.2), (3.0, 13.6, 1.2)])
 def test_stochastic_rosenbrock(noise: float | None, mean: float, deviation: float) -> None:
-    iterations = [rosenbrock(seed, noise) for seed in range(100)]
-    print(f"\nRosenbrock, noise {noise}: {statistics.mean(iterations):.1f} ± {statistics.stdev(iterations):.1f}")
-    assert statistics.mean(iterations) == pytest.approx(mean, abs=deviation / 2)
-    assert statistics.stdev(iterations) < 2 * deviation
+    check(f"Rosenbrock, noise {noise}", [rosenbrock(seed, noise) for seed in range(100)], mean, deviation)
 
 
 def test_degenerate_linear_network() -> None:
-    iterations = [linear_network(seed) for seed in range(20)]
-    print(f"\nlinear network: {statistics.mean(iterations):.1f} ± {statistics.stdev(iterations):.1f}")
-    assert statistics.mean(iterations) == pytest.approx(40, abs=12 / 2)
-    assert statistics.stdev(iterations) < 2 * 12
+    check("linear network", [linear_network(seed) for seed in range(20)], 35.0, 10.6)

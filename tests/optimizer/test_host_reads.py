@@ -96,6 +96,7 @@ def test_a_part_for_the_curvature_needs_no_host_read() -> None:
             optimizer.step(lambda: net(x), lambda out: F.cross_entropy(out, y), curvature_batch=part)
 
 
+@pytest.mark.slow
 def test_on_a_device_of_its_own() -> None:
     """In a process of its own, since the made-up device stays as long as the process."""
     command = [sys.executable, "-m", "tests.helpers.fake_device"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curveball_fused import CurveBall, ops
+from curveball_fused.backends.scalars import LAMBD
 from tests.helpers import nets
 from tests.helpers.training import BACKENDS, SETTINGS, advance, assert_equal, everything, small
 
@@ -122,7 +123,7 @@ def test_group_added_and_parameters_frozen_in_the_middle() -> None:
     for p, q in zip(fresh_net[4].parameters(), net[4].parameters(), strict=True):
         fresh.state[p]["z"].copy_(optimizer.state[q]["z"])
     fresh._states["curveball"]["active"] = []
-    fresh._states["curveball"]["scalars"][2] = optimizer.stats()["lambd"]
+    fresh._states["curveball"]["scalars"][LAMBD] = optimizer.stats()["lambd"]
     for o, model in ((optimizer, net), (fresh, fresh_net)):
         torch.manual_seed(2)
         advance(o, model, x, y)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curveball_fused import CurveBall
+from curveball_fused.backends.scalars import LAMBD
 from tests.helpers.training import BACKENDS, SETTINGS, advance, assert_equal, everything, small
 
 
@@ -89,7 +90,7 @@ def test_an_error_in_the_look_at_the_new_weights_leaves_a_complete_step() -> Non
     keys = ("beta", "rho", "loss", "predicted_change")
     assert_equal([optimizer.stats()[k] for k in keys], [other.stats()[k] for k in keys])
     for o, model in ((optimizer, net), (other, twin)):
-        o._states["curveball"]["scalars"][2] = 1.0  # λ, the only thing that the look would have changed
+        o._states["curveball"]["scalars"][LAMBD] = 1.0  # λ, the only thing that the look would have changed
         torch.manual_seed(4)
         advance(o, model, x, y, 2)
     assert_equal(list(net.state_dict().values()), list(twin.state_dict().values()))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from curveball_fused import _torch_private
-from curveball_fused._torch_private import set_forward_grad_enabled, softmax_backward
+from curveball_fused._torch_private import dual_level, set_forward_grad_enabled, softmax_backward
 from curveball_fused.ops import tangents as tangent_ops
 
 from .context import Call, Rule, Tangents, tensors
@@ -45,7 +45,7 @@ def elementwise(
         return NotImplemented
 
     def with_derivative(x: Tensor) -> Pair:
-        with set_forward_grad_enabled(True), fwAD.dual_level():
+        with set_forward_grad_enabled(True), dual_level():
             y, derivative = fwAD.unpack_dual(function(fwAD.make_dual(x.detach(), torch.ones_like(x)), *args, **kwargs))
         return y, torch.zeros_like(y) if derivative is None else derivative
 

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-
-from tests.helpers.emulated import fresh, load
-
-device: Any = load()
-
-
-@pytest.fixture(autouse=True)
-def fresh_device() -> Iterator[None]:
-    yield from fresh(device)
 
 
 @pytest.mark.parametrize(
@@ -31,13 +21,13 @@ def fresh_device() -> Iterator[None]:
     }.items(),
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_the_emulator_notices(mistake: str, message: str, seed: int) -> None:
+def test_the_emulator_notices(device: Any, mistake: str, message: str, seed: int) -> None:
     device.set_seed(seed)
     with pytest.raises(RuntimeError, match=message):
         device.selftest(mistake)
 
 
-def test_the_emulator_makes_visible() -> None:
+def test_the_emulator_makes_visible(device: Any) -> None:
     unset = torch.tensor(device.selftest("reads unset shared"))
     assert unset[3].isnan() and unset.isnan().sum() == 1
     expected = [float(63 - i) for i in range(64)]
@@ -48,7 +38,7 @@ def test_the_emulator_makes_visible() -> None:
     assert all(result != expected for result in results) and any(str(r) != str(results[0]) for r in results)
 
 
-def test_the_emulators_shuffles() -> None:
+def test_the_emulators_shuffles(device: Any) -> None:
     for i, value in enumerate(device.selftest("shuffles")):
         lane, warp = i % 32, i // 32 * 32
         down = lane + 2 if lane + 2 < 32 else lane

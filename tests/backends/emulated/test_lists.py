@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.reference import parameters as reference
 from curveball_fused.backends.scalars import PREDICTED_CHANGE, SCALARS, Z_DOT_Z
-from tests.helpers.emulated import DTYPES, fresh, load, operators, scalars
-from tests.helpers.emulated_lists import CHUNK, check_update, draw, state_dtype, update_
+from tests.helpers.emulated import DTYPES, operators, scalars
+from tests.helpers.emulated_lists import CHUNK, check_update, draw, update_
 from tests.helpers.subnormals import check_vanishing
+from tests.helpers.tiers import slow
 
-device: Any = load()
 BLOCK_SIZES = [32, 128, 512, 1024]
 sizes = st.one_of(
     st.sampled_from([0, 1, 7, 8, 9, 31, 33, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 8, 3 * CHUNK - 5]),
     st.integers(0, 400),
 )
 offsets = st.one_of(st.tuples(st.just(0), st.just(0), st.just(0)), st.tuples(*[st.integers(0, 9)] * 3))
-tensors = st.lists(st.tuples(sizes, st.sampled_from(DTYPES), offsets, st.booleans()), max_size=4)
+tensor = st.tuples(sizes, st.sampled_from(DTYPES), offsets, st.booleans())
 launched = st.tuples(st.integers(0, 1000), st.sampled_from(BLOCK_SIZES[:2]))
 
 
-@pytest.fixture(autouse=True)
-def fresh_device() -> Iterator[None]:
-    yield from fresh(device)
-
-
-@settings(deadline=None, max_examples=200)
-@given(specs=tensors, launched=launched)
-def test_update(specs: list, launched: tuple[int, int]) -> None:
+@given(specs=st.lists(tensor, max_size=4), launched=launched)
+def test_update(device: Any, specs: list, launched: tuple[int, int]) -> None:
     """Sizes around those of vectors and chunks, all dtypes at once, arrays misaligned alike or not, r in float32."""
     device.set_seed(launched[0])
     device.set_threads(launched[1])
     w = [draw(n, dtype, places[0]) for n, dtype, places, _ in specs]
-    z = [draw(n, state_dtype(dtype), places[1]) for n, dtype, places, _ in specs]
-    r = [draw(n, state_dtype(dtype) if wide else dtype, places[2]) for n, dtype, places, wide in specs]
+    z = [draw(n, compute_dtype(dtype), places[1]) for n, dtype, places, _ in specs]
+    r = [draw(n, compute_dtype(dtype) if wide else dtype, places[2]) for n, dtype, places, wide in specs]
     s = scalars()
     result = check_update(w, z, r, s, [0.6] * len(w), [0.05] * len(w), lambda: update_(w, z, r, s))
     others = [i for i in range(len(SCALARS)) if i != Z_DOT_Z]
@@ -52,11 +46,11 @@ def test_update(specs: list, launched: tuple[int, int]) -> None:
 @pytest.mark.parametrize("threads", BLOCK_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1, 3])
-def test_update_of_long_tensors(dtype: torch.dtype, threads: int, offset: int) -> None:
+def test_update_of_long_tensors(device: Any, dtype: torch.dtype, threads: int, offset: int) -> None:
     """Whole chunks, with several vectors under way in each thread, and ends, at every block size."""
     device.set_threads(threads)
     n = 2 * CHUNK + 511
-    w, z, r = (draw(n, d, offset) for d in (dtype, state_dtype(dtype), dtype))
+    w, z, r = (draw(n, d, offset) for d in (dtype, compute_dtype(dtype), dtype))
     check_update([w], [z], [r], scalars(), [0.6], [0.05], lambda: update_([w], [z], [r], scalars()))
     assert device.launches() == [(3, threads, 0), (1, threads, 0)]
 
@@ -66,22 +60,23 @@ def test_z_does_not_become_subnormal(dtype: torch.dtype) -> None:
     check_vanishing(lambda w, z, r: update_(w, z, r, scalars()), dtype)
 
 
-@settings(deadline=None, max_examples=200)
-@given(specs=tensors, r_dtypes=st.lists(st.sampled_from(DTYPES), min_size=4, max_size=4), launched=launched)
-def test_dots(specs: list, r_dtypes: list, launched: tuple[int, int]) -> None:
+@given(
+    specs=st.lists(tensor, min_size=1, max_size=4),
+    r_dtypes=st.lists(st.sampled_from(DTYPES), min_size=4, max_size=4),
+    launched=launched,
+)
+def test_dots(device: Any, specs: list, r_dtypes: list, launched: tuple[int, int]) -> None:
     device.set_seed(launched[0])
     device.set_threads(launched[1])
-    z = [draw(n, state_dtype(dtype), places[0]) for n, dtype, places, _ in specs]
+    z = [draw(n, compute_dtype(dtype), places[0]) for n, dtype, places, _ in specs]
     r = [draw(n, dtype, places[1]) for (n, _, places, _), dtype in zip(specs, r_dtypes)]
-    if not z:
-        return
     flat_z, flat_r = (torch.cat([t.double() for t in list_]) for list_ in (z, r))
     expected = torch.stack((flat_z @ flat_z, flat_z @ flat_r, flat_r @ flat_r))
     torch.testing.assert_close(operators.dots(z, r), expected, rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.parametrize("threads", BLOCK_SIZES)
-def test_dots_of_long_tensors(threads: int) -> None:
+def test_dots_of_long_tensors(device: Any, threads: int) -> None:
     device.set_threads(threads)
     z, r = draw(5 * CHUNK + 77, torch.float32), draw(5 * CHUNK + 77, torch.bfloat16)
     a, b = z.double(), r.double()
@@ -92,7 +87,7 @@ def test_dots_of_long_tensors(threads: int) -> None:
 def test_dense_tensors_of_any_strides(dtype: torch.dtype) -> None:
     w, z, r = (
         torch.randn(2, 5, 3, 7).to(d).to(memory_format=torch.channels_last)
-        for d in (dtype, state_dtype(dtype), state_dtype(dtype))
+        for d in (dtype, compute_dtype(dtype), compute_dtype(dtype))
     )
     expected = [w.clone()], [z.clone()]
     update_([w], [z], [r], scalars())
@@ -106,11 +101,11 @@ def test_dense_tensors_of_any_strides(dtype: torch.dtype) -> None:
 
 def resnet_like_list(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     lengths = [random.Random(0).choice([1, 8, 64, 100, CHUNK + 3]) for _ in range(161)]
-    return tuple([draw(n, d) for n in lengths] for d in (dtype, state_dtype(dtype), dtype))  # type: ignore[return-value]
+    return tuple([draw(n, d) for n in lengths] for d in (dtype, compute_dtype(dtype), dtype))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("count, launches", [(64, 2), (65, 2), (512, 2), (513, 3), (3000, 7)])
-def test_many_tensors(count: int, launches: int) -> None:
+@pytest.mark.parametrize("count, launches", [(64, 2), (65, 2), (512, 2), (513, 3), slow(3000, 7)])
+def test_many_tensors(device: Any, count: int, launches: int) -> None:
     """As few launches as the table of a launch allows: up to 512 tensors one, and one that adds up."""
     device.set_threads(64)
     lengths = torch.randint(1, 9, (count,)).tolist()
@@ -125,7 +120,7 @@ def test_many_tensors(count: int, launches: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_parameter_arithmetic_of_a_step_is_three_launches(dtype: torch.dtype) -> None:
+def test_the_parameter_arithmetic_of_a_step_is_three_launches(device: Any, dtype: torch.dtype) -> None:
     device.set_threads(64)
     w, z, r = resnet_like_list(dtype)
     products, rate = torch.rand(5, dtype=torch.float64), torch.tensor(0.3)
@@ -135,12 +130,12 @@ def test_the_parameter_arithmetic_of_a_step_is_three_launches(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("rate_dtype", [None, *DTYPES])
-def test_groups(rate_dtype: torch.dtype | None) -> None:
+def test_groups(device: Any, rate_dtype: torch.dtype | None) -> None:
     """Each group's own rate, from a number or a tensor, and weight decay; and M of the rate that the model sees."""
     device.set_threads(128)
     lengths = [5, CHUNK + 1, 0, 30, 700, 8]
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.bfloat16, torch.float32]
-    w, z, r = ([draw(n, f(d)) for n, d in zip(lengths, dtypes)] for f in (lambda d: d, state_dtype, lambda d: d))
+    w, z, r = ([draw(n, f(d)) for n, d in zip(lengths, dtypes)] for f in (lambda d: d, compute_dtype, lambda d: d))
     group_sizes, rates, decays = [2, 0, 3, 1], [0.5, 0.125, 0.75, 0.25], [0.0, 0.3, 0.1, 0.02]
     lr_tensor = None if rate_dtype is None else torch.tensor(rates).to(rate_dtype)
     given_rates = rates if rate_dtype is None else [9.0] * 4
@@ -162,7 +157,7 @@ def test_groups(rate_dtype: torch.dtype | None) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_groups_of_many_chunks(seed: int) -> None:
+def test_groups_of_many_chunks(device: Any, seed: int) -> None:
     """Several warps add up each group's sums, and begin with the next group at different times."""
     device.set_seed(seed)
     device.set_threads(64)
@@ -174,7 +169,7 @@ def test_groups_of_many_chunks(seed: int) -> None:
     torch.testing.assert_close(s[PREDICTED_CHANGE], -0.7 * mean + 0.5 * 0.4 * mean**2, rtol=1e-12, atol=0)
 
 
-def test_more_groups_than_one_launch_takes() -> None:
+def test_more_groups_than_one_launch_takes(device: Any) -> None:
     device.set_threads(32)
     count = 600
     w, z, r = ([draw(3, torch.float32) for _ in range(count)] for _ in range(3))

@@ -1,4 +1,4 @@
-"""The tests of the emulated kernels can fail: each mistake of tests/mutants.py is noticed by the check it names."""
+"""The tests of the emulated kernels can fail: each mistake of helpers/mutants.py is noticed by the check it names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.emulated import BUILD, ROOT, build, load
+from tests.helpers.emulated import BUILD, ROOT, build
 from tests.helpers.mutants import MUTANTS, Mutant
 
-pytestmark = pytest.mark.slow
-load()
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mutants")]  # one process builds them, and runs two at a time
 COPIES = ROOT / "build" / "mutants"
 
 
@@ -34,7 +33,8 @@ def write_copy(mutant: Mutant) -> None:
 
 
 def run(directory: Path, checks: list[str]) -> subprocess.CompletedProcess[str]:
-    tests = [str(ROOT / "tests/backends/emulated" / check) for check in checks]
+    folders = [ROOT / "tests/backends/emulated", ROOT / "tests/backends"]
+    tests = [str(folder / check) for check in checks for folder in folders if (folder / check.split("::")[0]).exists()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"CURVEBALL_EMULATOR": str(directory)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

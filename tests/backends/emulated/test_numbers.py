@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import Z_DOT_Z
-from tests.helpers.emulated import DTYPES, fresh, load, operators, scalars
-from tests.helpers.emulated_lists import CHUNK, draw, state_dtype, update_
+from tests.helpers.emulated import DTYPES, operators, scalars
+from tests.helpers.emulated_lists import CHUNK, draw, update_
 
-device: Any = load()
 HALVES = [torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def fresh_device() -> Iterator[None]:
-    yield from fresh(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -28,7 +22,7 @@ def fresh_device() -> Iterator[None]:
     "beta, rho", [(float("nan"), 0.9), (0.1, float("nan")), (float("inf"), 0.9), (0.1, -float("inf"))]
 )
 def test_a_skipped_step_changes_nothing(dtype: torch.dtype, beta: float, rho: float) -> None:
-    w, z = draw(CHUNK + 77, dtype), draw(CHUNK + 77, state_dtype(dtype))
+    w, z = draw(CHUNK + 77, dtype), draw(CHUNK + 77, compute_dtype(dtype))
     r = torch.full_like(w, float("nan"))
     before, s = (w.clone(), z.clone()), scalars(beta, rho)
     result = update_([w], [z], [r], s)
@@ -78,9 +72,9 @@ def test_sums_keep_their_accuracy_and_range() -> None:
     assert update_([w], [huge], [w.clone()], scalars(0.0, 1.0))[Z_DOT_Z].item() == pytest.approx(1e62, rel=1e-5)
 
 
-def test_the_same_bits_in_any_order_of_warps_and_blocks() -> None:
+def test_the_same_bits_in_any_order_of_warps_and_blocks(device: Any) -> None:
     lengths, dtypes = [1, 5 * CHUNK + 3, 0, 2 * CHUNK, 3, 777], [torch.float32, torch.bfloat16, torch.float64] * 2
-    w, z, r = ([draw(n, f(d)) for n, d in zip(lengths, dtypes)] for f in (lambda d: d, state_dtype, lambda d: d))
+    w, z, r = ([draw(n, f(d)) for n, d in zip(lengths, dtypes)] for f in (lambda d: d, compute_dtype, lambda d: d))
     results = []
     for seed, poison in [(0, 0xFF), (1, 0xFF), (2, 0x00), (3, 0x7B)]:
         device.set_seed(seed)
@@ -103,10 +97,10 @@ def reserved(n: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_more_than_2_31_elements(dtype: torch.dtype) -> None:
+def test_more_than_2_31_elements(device: Any, dtype: torch.dtype) -> None:
     """Only the last blocks of the launch run; they must reach the last elements, and nothing else."""
     n, last = 2**31 + 3 * CHUNK + 5, CHUNK + 5
-    w, z, r = reserved(n, dtype), reserved(n, state_dtype(dtype)), reserved(n, dtype)
+    w, z, r = reserved(n, dtype), reserved(n, compute_dtype(dtype)), reserved(n, dtype)
     ends = [t[n - last :] for t in (w, z, r)]
     for end in ends:
         end.copy_(torch.randn(last))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,20 +11,17 @@ from torch import Tensor
 
 from curveball_fused import CurveBall, backends
 from tests.helpers import nets
-from tests.helpers.emulated import load, operators
+from tests.helpers.emulated import operators
+from tests.helpers.tiers import slow
 from tests.optimizer import test_oracle
-
-device: Any = load()
 
 
 @pytest.fixture(autouse=True)
-def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU tensor counts as one on a GPU that has the CUDA kernels."""
-    device.reset()
     monkeypatch.setattr(backends, "choose", lambda backend, where: "cuda")
     for holder in ("kernels", "loss_kernels"):
         monkeypatch.setattr(backends, holder, lambda chosen: operators)
-    yield
 
 
 def mse(out: Tensor) -> Tensor:
@@ -38,15 +34,15 @@ def bce(out: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(out, labels, pos_weight=weights, reduction="sum")
 
 
-@pytest.mark.parametrize("loss_of", [test_oracle.cross_entropy, mse, bce])
+@pytest.mark.parametrize("loss_of", [test_oracle.cross_entropy, slow(mse), slow(bce)])
 @pytest.mark.parametrize("name", list(nets.NETS))
-def test_twenty_steps(name: str, loss_of: Any) -> None:
+def test_twenty_steps(device: Any, name: str, loss_of: Any) -> None:
     device.launches()
     test_oracle.run(name, "auto", "auto", loss_of)
     assert device.launches(), "the kernels did not run"
 
 
-def test_launches_of_a_step() -> None:
+def test_launches_of_a_step(device: Any) -> None:
     """Five for the loss, three for the parameter arithmetic, one for a look at λ; and at first two for z·z."""
     net = torch.nn.Linear(4, 3)
     x, y = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from curveball_fused.backends.reference import parameters as reference
 from curveball_fused.backends.scalars import PREDICTED_CHANGE, Z_DOT_Z
-from tests.helpers.emulated import DTYPES, fresh, load, operators, scalars
-
-device: Any = load()
+from tests.helpers.emulated import DTYPES, operators, scalars
 
 
-@pytest.fixture(autouse=True)
-def fresh_device() -> Iterator[None]:
-    yield from fresh(device)
-
-
-@settings(deadline=None, max_examples=100)
 @given(
     seed=st.integers(0, 10**6),
     fixed=st.sampled_from([(None, None), (0.1, None), (None, 0.9), (0.1, 0.9)]),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from curveball_fused.backends.triton import tangents as triton_tangents
-from tests.helpers.triton_cases import DEVICE, INF, INTERPRETED, RUNTIME_WARNINGS, draw, every_dtype
+from tests.helpers.tiers import slow
+from tests.helpers.triton_cases import DEVICE, INF, INTERPRETED, RUNTIME_WARNINGS, draw, two_dtypes_first
 from tests.helpers.triton_cases import check_tangent as check
 
 tl = pytest.importorskip("triton.language")
@@ -69,16 +70,17 @@ def check_attention(
     return got
 
 
-@every_dtype
+@two_dtypes_first
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("queries", "keys", "d", "e"), [(5, 7, 8, 8), (1, 1, 1, 1), (70, 40, 16, 20), (35, 67, 33, 16), (20, 20, 130, 140)]
+    ("queries", "keys", "d", "e"),
+    [(5, 7, 8, 8), (1, 1, 1, 1), (70, 40, 16, 20), (35, 67, 33, 16), slow(20, 20, 130, 140)],
 )
 def test_attention(queries: int, keys: int, d: int, e: int, causal: bool, dtype: torch.dtype) -> None:
     check_attention(queries, keys, d, e, dtype, causal=causal)
 
 
-@every_dtype
+@two_dtypes_first
 @pytest.mark.parametrize("shape", [(2, 3, 40, 70), (2, 1, 1, 70), (40, 1), ()])
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_masks(shape: tuple[int, ...], causal: bool, dtype: torch.dtype) -> None:

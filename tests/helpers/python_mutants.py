@@ -1,0 +1,168 @@
+"""Mistakes in the package that the tests must notice: a replacement of text, and a check that must then fail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PythonMutant:
+    name: str
+    file: str  # in curveball_fused/
+    old: str  # occurs there once
+    new: str
+    check: str  # a fast test in tests/
+    only: str = "test"  # as in `pytest -k`: those of its cases that count
+
+
+TAPE_RULES = [
+    PythonMutant(
+        "linear_forgets_the_tangent_of_its_weight",
+        "curvature/rules/products.py",
+        "tangent.view(-1, w.shape[0]).addmm_(x.reshape(-1, w.shape[1]), dw.t())",
+        "tangent.view(-1, w.shape[0]).add_(0)",
+        "curvature/test_linear_map.py::test_adjoint_identities",
+    ),
+    PythonMutant(
+        "the_padding_row_gets_a_tangent",
+        "curvature/rules/products.py",
+        "tangent if padded is None else tangent.masked_fill_(padded, 0)",
+        "tangent",
+        "curvature/test_dual_rules.py::test_padding_index_gets_no_tangent_as_it_gets_no_gradient",
+    ),
+    PythonMutant(
+        "a_difference_has_the_tangent_of_a_sum",
+        "curvature/rules/structural.py",
+        "return torch.add(a, b, alpha=factor)",
+        "return torch.add(a, b)",
+        "curvature/test_tape.py::test_equals_dual_numbers",
+        "activations or arrangements",
+    ),
+    PythonMutant(
+        "a_constant_written_into_a_tensor_leaves_its_tangent",
+        "curvature/rules/structural.py",
+        "tangent[index] = 0 if b is None else b",
+        "tangent[index] = tangent[index] if b is None else b",
+        "curvature/test_tape.py::test_equals_dual_numbers",
+        "place",
+    ),
+    PythonMutant(
+        "group_norm_forgets_its_weight",
+        "curvature/rules/normalizations.py",
+        "tangent = tangent if w is None else tangent.mul_(w)",
+        "tangent = tangent if w is None else tangent.mul_(1)",
+        "curvature/test_dual_rules.py::test_rules_against_finite_differences",
+        "group",
+    ),
+    PythonMutant(
+        "the_tape_takes_a_tensor_that_was_written_to_for_the_one_it_knows",
+        "curvature/tape.py",
+        "if known[2] != version_of(tensor):",
+        "if known[2] > version_of(tensor):",
+        "curvature/test_tape.py::test_what_it_cannot_follow_is_refused_and_nothing_changes",
+        "written",
+    ),
+]
+
+QUADRATIC_MODEL = [
+    PythonMutant(
+        "adjointness_is_trusted_although_a_hook_has_altered_the_gradient",
+        "quadratic_model.py",
+        "direct = context.hooked or ",
+        "direct = ",
+        "optimizer/test_safety.py::test_gradient_hooks_are_accounted_for",
+    ),
+    PythonMutant(
+        "the_gradient_of_a_part_is_counted_beside_that_of_the_whole",
+        "quadratic_model.py",
+        "linear.vjp(c - loss_model.gradient())",
+        "linear.vjp(c)",
+        "optimizer/test_averaging.py::test_equals_dense_matrices",
+        "attention and True and torch",
+    ),
+    PythonMutant(
+        "the_gradient_of_the_usual_loss_is_halved",
+        "backends/reference/closed_forms.py",
+        "scale = 2.0 / ",
+        "scale = 1.0 / ",
+        "losses/test_loss_model.py::test_against_the_hessian",
+        "mse and closed",
+    ),
+    PythonMutant(
+        "outputs_that_were_written_to_are_taken_for_the_outputs",
+        "losses/recognition.py",
+        "return entry is not None and entry[2] == version_of(entry[0])",
+        "return entry is not None",
+        "losses/test_loss_model.py::test_is_not_mistaken_for_another",
+    ),
+]
+
+AVERAGING = [
+    PythonMutant(
+        "the_average_is_drawn_to_its_start_at_zero",
+        "averaging.py",
+        "system / system[-1]",
+        "system",
+        "optimizer/test_averaging.py::test_equals_dense_matrices",
+        "attention and torch",
+    ),
+    PythonMutant(
+        "momentum_has_no_bound",
+        "averaging.py",
+        "torch.where(solved[RHO] > RHO_MAX, bounded, solved)",
+        "torch.where(solved[RHO] > 9 * RHO_MAX, bounded, solved)",
+        "optimizer/test_averaging.py::test_momentum_is_bounded",
+    ),
+]
+
+REPLAY = [
+    PythonMutant(
+        "of_two_views_of_one_memory_the_newer_value_is_put_back",
+        "replay/replay.py",
+        "reversed(self._before.values())",
+        "self._before.values()",
+        "replay/test_replay.py::test_a_step_leaves_what_one_run_leaves",
+    ),
+    PythonMutant(
+        "statistics_move_in_every_run",
+        "replay/replay.py",
+        "v.dim() == 1]",
+        "v.dim() == 9]",
+        "replay/test_replay.py::test_a_step_leaves_what_one_run_leaves",
+    ),
+    PythonMutant(
+        "python_draws_other_numbers_in_later_runs",
+        "replay/generators.py",
+        "random.setstate(states[0])",
+        "states[0]",
+        "replay/test_replay.py::test_a_step_leaves_what_one_run_leaves",
+    ),
+]
+
+STATE = [
+    PythonMutant(
+        "damping_adapts_as_if_in_every_step",
+        "step.py",
+        "factor=settings.lambda_factor**settings.lambda_interval",
+        "factor=settings.lambda_factor",
+        "optimizer/test_oracle.py",
+        "torch",
+    ),
+    PythonMutant(
+        "the_history_begins_anew_after_its_last_row",
+        "state.py",
+        'range(shared["step"] - count, shared["step"])',
+        "range(count)",
+        "optimizer/test_history.py",
+    ),
+    PythonMutant(
+        "the_loss_scale_stays_in_the_second_product",
+        "loss_scale.py",
+        "scaled.unscale(self._jvp(scaled.tangents)) / self._loss_scale.float()",
+        "scaled.unscale(self._jvp(scaled.tangents))",
+        "optimizer/test_loss_scale.py::test_small_gradients_do_not_vanish_in_float16",
+        "linearize",
+    ),
+]
+
+MUTANTS = TAPE_RULES + QUADRATIC_MODEL + AVERAGING + REPLAY + STATE
