@@ -16,7 +16,7 @@ from torch import Tensor
 from curveball_fused._torch_private import in_functorch_transform
 
 from . import rules
-from .rules import Call, Rule
+from .rules import Rule, RuleContext
 
 
 def dual(rule: Rule) -> Callable[..., Any]:
@@ -47,7 +47,7 @@ def dual(rule: Rule) -> Callable[..., Any]:
 
         primals, named = [primal(a) for a in args], {key: primal(a) for key, a in kwargs.items()}
         with torch.no_grad():
-            recorded = rule(Call(places, backend), *primals, **named) if tangents else NotImplemented
+            recorded = rule(RuleContext(places, backend), *primals, **named) if tangents else NotImplemented
             return recorded if recorded is NotImplemented else fwAD.make_dual(recorded[0], recorded[1](tangents))
 
     return function

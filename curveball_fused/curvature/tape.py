@@ -20,7 +20,7 @@ from curveball_fused._torch_private import dual_level, has_saved_tensor_hooks, i
 from curveball_fused.replay.generators import positions
 
 from .arguments import map_nested
-from .rules import COMPOSITES, IN_PLACE, RULES, Call, Map, Tangents, frozen, tensors, without_override
+from .rules import COMPOSITES, IN_PLACE, RULES, Map, RuleContext, Tangents, snapshot, tensors, without_override
 from .torch_modes import Decompose, first_line
 
 _MOVES_STATISTICS = frozenset(("batch_norm", "instance_norm"))
@@ -60,7 +60,7 @@ class Observer(Protocol):
 class Tape(Decompose):
     """Record the maps while the model runs, gradients enabled.
 
-    A tensor is known by its identity and version: one that was written to, by whatever call, is not the one that the
+    A tensor is known by its identity and version: one that was written to, by whatever ctx, is not the one that the
     tape knows. What depends on a parameter requires a gradient, so that nothing can slip past the tape. The tape keeps
     alive what the maps read, which is what autograd's graph holds too, and nothing else.
 
@@ -77,12 +77,12 @@ class Tape(Decompose):
         super().__init__(every_call=False)
         self._backend = backend
         self._observer = observer
-        self._known = {id(p): (weakref.ref(p), place, version_of(p)) for place, p in enumerate(params)}
+        self._known = {id(p): (weakref.ref(p), slot, version_of(p)) for slot, p in enumerate(params)}
         self._constant: dict[
             int, tuple[weakref.ref[Tensor], int]
         ] = {}  # requires a gradient, but of parameters that aren't ours
         self._maps: list[_Entry] = []
-        self._kept: list[tuple[Tensor, int]] = []
+        self._saved: list[tuple[Tensor, int]] = []
         self._parameters = len(params)
         self._device_type = params[0].device.type
         self.seen: set[int] = set()
@@ -96,8 +96,8 @@ class Tape(Decompose):
         inputs = tensors((args, list(kwargs.values())))
         if not any(t.requires_grad for t in inputs):
             return func(*args, **kwargs)
-        call = Call({id(t): self.tangent_index(t) for t in inputs}, self._backend)
-        if not any(place is not None for place in call.places.values()):
+        ctx = RuleContext({id(t): self.tangent_index(t) for t in inputs}, self._backend)
+        if not any(slot is not None for slot in ctx.slots.values()):
             result = func(*args, **kwargs)
             self._constant |= {id(t): (weakref.ref(t), version_of(t)) for t in tensors((result,)) if t.requires_grad}
             return result
@@ -108,7 +108,7 @@ class Tape(Decompose):
             return self._refuse(func, reason, lambda: func(*args, **kwargs))
         # Rules take derivatives for numbers, which complex ones need not have.
         real = not any(t.dtype.is_complex for t in inputs)
-        result = self._by_rule(func, args, kwargs, call) if real else NotImplemented
+        result = self._by_rule(func, args, kwargs, ctx) if real else NotImplemented
         if result is not NotImplemented:
             return result
         inside = COMPOSITES.get(func) or without_override(func)
@@ -117,7 +117,7 @@ class Tape(Decompose):
                 self._observer.on_handled(func, COMPOSITE)
             with self:
                 return inside(*args, **kwargs)
-        return self._by_dual_numbers(func, args, kwargs, inputs, call)
+        return self._by_dual_numbers(func, args, kwargs, inputs, ctx)
 
     def jvp(self, tangents: Sequence[Tensor], outputs: Tensor) -> Tensor:
         """Compute J v.
@@ -132,15 +132,15 @@ class Tape(Decompose):
         Raises:
             TapeUnsupported: the outputs, or what a map reads, is not what it was when the tape saw it.
         """
-        if any(version_of(t) != version for t, version in self._kept):
+        if any(version_of(t) != version for t, version in self._saved):
             raise TapeUnsupported("a tensor that was written to after it was used")
         last = self.tangent_index(outputs)
         if last is None:
             raise TapeUnsupported("outputs that do not depend on a parameter")
         values: Tangents = [*tangents, *[None] * len(self._maps)]
         with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
-            for place, entry, spent in self._order(last):
-                values[place] = entry.tangent(values)
+            for slot, entry, spent in self._order(last):
+                values[slot] = entry.tangent(values)
                 for read in spent:  # the memory of a tangent that nobody reads any more
                     values[read] = None
         tangent = values[last]
@@ -148,14 +148,14 @@ class Tape(Decompose):
         return tangent
 
     def _order(self, last: int) -> list[tuple[int, _Entry, list[int]]]:
-        """Return what leads to the place `last`: places, their entries, and the places that are not read after them."""
+        """Return what leads to the slot `last`: slots, their entries, and the slots that are not read after them."""
         needed, order = {last}, []
-        for place in range(last, self._parameters - 1, -1):
-            if place in needed:
-                entry = self._maps[place - self._parameters]
+        for slot in range(last, self._parameters - 1, -1):
+            if slot in needed:
+                entry = self._maps[slot - self._parameters]
                 spent = [read for read in entry.reads if read not in needed]
                 needed.update(entry.reads)
-                order.append((place, entry, spent))
+                order.append((slot, entry, spent))
         return order[::-1]
 
     def tangent_index(self, tensor: Tensor) -> int | None:
@@ -179,7 +179,7 @@ class Tape(Decompose):
         return None
 
     def _unknown(self, tensor: Tensor, reason: str) -> int:
-        """Refuse a tensor; where there is an observer, return its place, as it is known from now on."""
+        """Refuse a tensor; where there is an observer, return its slot, as it is known from now on."""
         if self._observer is None:
             raise TapeUnsupported(reason)
         self._observer.on_unknown(tensor, reason)
@@ -202,39 +202,39 @@ class Tape(Decompose):
             raise TapeUnsupported(reason)
 
         for tensor in tensors((result,)):
-            self._add("", tensor, no_map, Call({}, self._backend))
+            self._add("", tensor, no_map, RuleContext({}, self._backend))
 
-    def _by_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
+    def _by_rule(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: RuleContext) -> Any:
         rule = RULES.get(func) or IN_PLACE.get(func)
         if rule is None:
             return NotImplemented
         try:
-            recorded = rule(call, *args, **kwargs)
+            recorded = rule(ctx, *args, **kwargs)
         except TypeError:  # arguments that the rule does not know, or wrong ones, which the function itself will refuse
             return NotImplemented
         if recorded is NotImplemented:
             return NotImplemented
         result, maps = recorded
-        self._kept += call.kept
+        self._saved += ctx.saved
         if isinstance(result, Tensor):
-            self._add(_name(func), result, maps, call)
+            self._add(_name(func), result, maps, ctx)
         else:
             for one, tangent_map in zip(result, maps, strict=True):
-                self._add(_name(func), one, tangent_map, call)
+                self._add(_name(func), one, tangent_map, ctx)
         if self._observer is not None:
             self._observer.on_handled(func, IN_PLACE_RULE if func in IN_PLACE else OWN_RULE)
         return None if func is torch.Tensor.__setitem__ else result
 
-    def _add(self, name: str, result: Tensor, tangent_map: Map, call: Call) -> None:
+    def _add(self, name: str, result: Tensor, tangent_map: Map, ctx: RuleContext) -> None:
         if result.requires_grad:
             if torch.is_autocast_enabled(self._device_type):
                 tangent_map = _under_autocast(tangent_map, self._device_type)
-            reads = list({place for place in call.places.values() if place is not None})
+            reads = list({slot for slot in ctx.slots.values() if slot is not None})
             self._known[id(result)] = (weakref.ref(result), self._parameters + len(self._maps), version_of(result))
             self._maps.append(_Entry(name, tangent_map, reads, result.shape, result.dtype))
 
     def _by_dual_numbers(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], call: Call
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], ctx: RuleContext
     ) -> Any:
         """Follow a function without a rule: its map runs it again, on dual numbers."""
         name = _name(func)
@@ -254,11 +254,11 @@ class Tape(Decompose):
                 return self._refuse(func, f"{name} draws random numbers", lambda: result)
             if not isinstance(result, (Tensor, tuple, list)):
                 return self._refuse(func, f"{name} returns {type(result).__name__}", lambda: result)
-            dual = _DualMaps(func, args, kwargs, call)
-            self._kept += call.kept
+            dual = _DualMaps(func, args, kwargs, ctx)
+            self._saved += ctx.saved
             for index, one in enumerate((result,) if isinstance(result, Tensor) else result):
                 if isinstance(one, Tensor):
-                    self._add(name, one, dual.map_of(None if isinstance(result, Tensor) else index), call)
+                    self._add(name, one, dual.map_of(None if isinstance(result, Tensor) else index), ctx)
         if self._observer is not None:
             self._observer.on_handled(func, DUAL_NUMBERS)
         return result
@@ -274,7 +274,7 @@ def _refusal(func: Any) -> str:
 
 
 class _Entry(NamedTuple):
-    """How to compute one tangent: the name of the function, the map, the places that it reads; shape and dtype."""
+    """How to compute one tangent: the name of the function, the map, the slots that it reads; shape and dtype."""
 
     name: str
     map: Map
@@ -309,15 +309,15 @@ def _under_autocast(tangent_map: Map, device_type: str) -> Map:
 class _DualMaps:
     """ẏ = ∂f ẋ, by torch's own forward mode."""
 
-    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> None:
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: RuleContext) -> None:
         self._func = func
-        self._places: dict[int, int | None] = {}  # by the identities of the kept tensors
+        self._slots: dict[int, int | None] = {}  # by the identities of the kept tensors
 
         def keep(value: Any) -> Any:
             if not isinstance(value, Tensor):
-                return frozen(value)
-            kept = call.keep(value)
-            self._places[id(kept)] = call.at(value)
+                return snapshot(value)
+            kept = ctx.save(value)
+            self._slots[id(kept)] = ctx.tangent_index(value)
             return kept
 
         self._args, self._kwargs = map_nested(keep, args), map_nested(keep, kwargs)
@@ -335,8 +335,8 @@ class _DualMaps:
 
     def _dual(self, value: Any, tangents: Tangents) -> Any:
         def dual(value: Any) -> Any:
-            place = self._places[id(value)] if isinstance(value, Tensor) else None
-            return value if place is None else fwAD.make_dual(value, tangents[place])
+            slot = self._slots[id(value)] if isinstance(value, Tensor) else None
+            return value if slot is None else fwAD.make_dual(value, tangents[slot])
 
         return map_nested(dual, value)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curveball_fused.curvature import rules
 from curveball_fused.curvature.arguments import map_nested
-from curveball_fused.curvature.rules import Call, tensors
+from curveball_fused.curvature.rules import RuleContext, tensors
 from curveball_fused.replay.generators import Saved, positions
 
 
@@ -142,7 +142,7 @@ class RecordedCall:
             return copy
 
         try:
-            recorded, _ = self(lambda *args, **kwargs: rule(Call(places, "auto"), *args, **kwargs), replace)
+            recorded, _ = self(lambda *args, **kwargs: rule(RuleContext(places, "auto"), *args, **kwargs), replace)
         except TypeError:
             return None
         if recorded is NotImplemented:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from curveball_fused.backends.reference.closed_forms import CLOSED_FORMS, Map, Products, Quadratic, itself, products
-from curveball_fused.curvature.autograd_graph import nodes_of
 
+from .autograd_graph import nodes_of
 from .fused import fused
 from .recognition import RecognizedLoss, Recognizer
 

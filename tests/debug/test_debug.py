@@ -16,7 +16,7 @@ from curveball_fused import CurveBall
 from curveball_fused.curvature import AUTO, dual_rules, rules
 from curveball_fused.curvature.dual_numbers import DualNumbers
 from curveball_fused.curvature.linearized import Linearized
-from curveball_fused.curvature.rules import Call
+from curveball_fused.curvature.rules import RuleContext
 from curveball_fused.losses import loss_model as losses
 from tests.helpers import nets
 from tests.helpers.traceable_models import FOLLOWED, X
@@ -118,8 +118,8 @@ def test_no_alarm_where_differences_mislead(run: Callable[[nn.Module], Tensor]) 
 def mistaken(rule: Any, how: Callable[[Tensor], Tensor]) -> Any:
     """`rule` with a mistake in its map."""
 
-    def changed(call: Call, *args: Any, **kwargs: Any) -> Any:
-        recorded = rule(call, *args, **kwargs)
+    def changed(ctx: RuleContext, *args: Any, **kwargs: Any) -> Any:
+        recorded = rule(ctx, *args, **kwargs)
         if recorded is NotImplemented:
             return NotImplemented
         result, tangent_map = recorded
@@ -157,8 +157,8 @@ def test_a_wrong_rule_is_named(
 
 
 def test_a_transposed_rule_and_a_wrong_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    def transposed(call: Call, a: Tensor, b: Tensor) -> Any:
-        at, b = call.at(a), call.keep(b)
+    def transposed(ctx: RuleContext, a: Tensor, b: Tensor) -> Any:
+        at, b = ctx.tangent_index(a), ctx.save(b)
         return a @ b, lambda tangents: tangents[at] @ b.T  # type: ignore[operator]
 
     net, square_matrix = nn.Linear(6, 4).double(), X[:, :4].clone()
@@ -167,8 +167,8 @@ def test_a_transposed_rule_and_a_wrong_backward_pass(monkeypatch: pytest.MonkeyP
         with pytest.raises(RuntimeError, match=r"wrong derivative of matmul.*finite difference"):
             debug(net, lambda: net(X).matmul(square_matrix))
 
-    def doubled(call: Call, input: Tensor) -> Any:
-        output, tangent_map = rules.activations.tanh(call, input)
+    def doubled(ctx: RuleContext, input: Tensor) -> Any:
+        output, tangent_map = rules.activations.tanh(ctx, input)
         return 2 * output - output.detach(), tangent_map
 
     monkeypatch.setitem(rules.RULES, torch.tanh, doubled)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from . import activations, attention, composites, normalizations, products, structural
 from .composites import without_override
-from .context import Call, Map, Rule, Tangents, frozen, tensors
+from .context import Map, Rule, RuleContext, Tangents, snapshot, tensors
 
 __all__ = [
     "COMPOSITES",
     "IN_PLACE",
     "RULES",
-    "Call",
     "Map",
     "Rule",
+    "RuleContext",
     "Tangents",
-    "frozen",
+    "snapshot",
     "tensors",
     "without_override",
 ]

@@ -16,7 +16,7 @@ from curveball_fused import _torch_private
 from curveball_fused._torch_private import dual_level, set_forward_grad_enabled, softmax_backward
 from curveball_fused.ops import tangents as tangent_ops
 
-from .context import Call, Rule, Tangents, tensors
+from .context import Rule, RuleContext, Tangents, tensors
 
 Pair = tuple[Tensor, Tensor]
 
@@ -38,10 +38,10 @@ class _Elementwise(torch.autograd.Function):
 
 
 def elementwise(
-    function: Callable[..., Tensor], call: Call, input: Tensor, *args: Any, inplace: bool = False, **kwargs: Any
+    function: Callable[..., Tensor], ctx: RuleContext, input: Tensor, *args: Any, inplace: bool = False, **kwargs: Any
 ) -> Any:
     """y = f(x);  ẏ = f'(x) ẋ, with f' by one dual number of tangent 1."""
-    if call.at(input) is None or tensors((args, list(kwargs.values()))):
+    if ctx.tangent_index(input) is None or tensors((args, list(kwargs.values()))):
         return NotImplemented
 
     def with_derivative(x: Tensor) -> Pair:
@@ -49,82 +49,82 @@ def elementwise(
             y, derivative = fwAD.unpack_dual(function(fwAD.make_dual(x.detach(), torch.ones_like(x)), *args, **kwargs))
         return y, torch.zeros_like(y) if derivative is None else derivative
 
-    return _recorded(call, input, with_derivative, inplace)
+    return _recorded(ctx, input, with_derivative, inplace)
 
 
-def _recorded(call: Call, input: Tensor, with_derivative: Callable[[Tensor], Pair], inplace: bool) -> Any:
-    at = call.at(input)
+def _recorded(ctx: RuleContext, input: Tensor, with_derivative: Callable[[Tensor], Pair], inplace: bool) -> Any:
+    at = ctx.tangent_index(input)
     output, derivative = _Elementwise.apply(input, with_derivative)  # type: ignore[no-untyped-call]
-    derivative = call.keep(derivative)
+    derivative = ctx.save(derivative)
     return input.copy_(output) if inplace else output, lambda tangents: tangents[at] * derivative
 
 
-def relu(call: Call, input: Tensor, inplace: bool = False) -> Any:
+def relu(ctx: RuleContext, input: Tensor, inplace: bool = False) -> Any:
     """y = max(x, 0);  ẏ = ẋ where y > 0."""
-    at = call.at(input)
+    at = ctx.tangent_index(input)
     output = torch.relu_(input) if inplace else torch.relu(input)
-    y = call.keep(output)
+    y = ctx.save(output)
     return output, lambda tangents: torch.ops.aten.threshold_backward(tangents[at], y, 0)
 
 
-def gelu(call: Call, input: Tensor, *, approximate: str = "none") -> Any:
+def gelu(ctx: RuleContext, input: Tensor, *, approximate: str = "none") -> Any:
     """y = x Φ(x), or its approximation by tanh; one pass gives the derivative too."""
     if approximate not in ("none", "tanh"):
         return NotImplemented
-    return _fused(call, input, "gelu" if approximate == "none" else "gelu_tanh", False)
+    return _fused(ctx, input, "gelu" if approximate == "none" else "gelu_tanh", False)
 
 
-def silu(call: Call, input: Tensor, inplace: bool = False) -> Any:
+def silu(ctx: RuleContext, input: Tensor, inplace: bool = False) -> Any:
     """y = x σ(x)."""
-    return _fused(call, input, "silu", inplace)
+    return _fused(ctx, input, "silu", inplace)
 
 
-def _fused(call: Call, input: Tensor, name: str, inplace: bool) -> Any:
+def _fused(ctx: RuleContext, input: Tensor, name: str, inplace: bool) -> Any:
     def with_derivative(x: Tensor) -> Pair:
         dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
-        return tangent_ops.activation(x if dense else x.contiguous(), name, backend=call.backend)
+        return tangent_ops.activation(x if dense else x.contiguous(), name, backend=ctx.backend)
 
-    return _recorded(call, input, with_derivative, inplace)
+    return _recorded(ctx, input, with_derivative, inplace)
 
 
-def tanh(call: Call, input: Tensor) -> Any:
+def tanh(ctx: RuleContext, input: Tensor) -> Any:
     """ẏ = (1 - y²) ẋ."""
-    at, output = call.at(input), torch.tanh(input)
-    y = call.keep(output)
+    at, output = ctx.tangent_index(input), torch.tanh(input)
+    y = ctx.save(output)
     return output, lambda tangents: torch.ops.aten.tanh_backward(tangents[at], y)
 
 
-def sigmoid(call: Call, input: Tensor) -> Any:
+def sigmoid(ctx: RuleContext, input: Tensor) -> Any:
     """ẏ = y (1 - y) ẋ."""
-    at, output = call.at(input), torch.sigmoid(input)
-    y = call.keep(output)
+    at, output = ctx.tangent_index(input), torch.sigmoid(input)
+    y = ctx.save(output)
     return output, lambda tangents: torch.ops.aten.sigmoid_backward(tangents[at], y)
 
 
 def softmax(
-    call: Call, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+    ctx: RuleContext, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Any:
     """p = softmax(x);  ṗ = p (ẋ - <p, ẋ>), symmetric."""
     if dim is None or dtype is not None or not isinstance(_stacklevel, int):  # torch.softmax has the dtype in its place
         return NotImplemented
-    return _softmax(call, input, torch.softmax(input, dim), dim)
+    return _softmax(ctx, input, torch.softmax(input, dim), dim)
 
 
-def safe_softmax(call: Call, input: Tensor, dim: int) -> Any:
+def safe_softmax(ctx: RuleContext, input: Tensor, dim: int) -> Any:
     """As softmax, but zero where all is -∞."""
-    return _softmax(call, input, _torch_private.safe_softmax(input, dim), dim)
+    return _softmax(ctx, input, _torch_private.safe_softmax(input, dim), dim)
 
 
-def _softmax(call: Call, input: Tensor, output: Tensor, dim: int) -> Any:
-    at, p = call.at(input), call.keep(output)
+def _softmax(ctx: RuleContext, input: Tensor, output: Tensor, dim: int) -> Any:
+    at, p = ctx.tangent_index(input), ctx.save(output)
     return output, lambda tangents: softmax_backward(tangents[at], p, dim, p.dtype)
 
 
-def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+def dropout(ctx: RuleContext, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """y = m x, with a mask m that is drawn once;  ẏ = m ẋ."""
     if not training or p in (0, 1):  # at 0 and 1 torch draws nothing
         return NotImplemented
-    at = call.at(input)
+    at = ctx.tangent_index(input)
     output, mask = torch.native_dropout(input, p, True)
     return input.copy_(output) if inplace else output, lambda tangents: torch.ops.aten.native_dropout_backward(
         tangents[at], mask, 1 / (1 - p)
@@ -132,22 +132,22 @@ def dropout(call: Call, input: Tensor, p: float = 0.5, training: bool = True, in
 
 
 def channel_dropout(
-    unbatched: int, call: Call, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    unbatched: int, ctx: RuleContext, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
     """y = m x with one number m for each channel, which is what torch makes of a channel's one."""
     # `unbatched` is the number of dimensions at which torch takes the first one for the channels.
     if not training or inplace or input.dim() < 2 or input.dim() == unbatched:
         return NotImplemented
-    at, shape = call.at(input), (*input.shape[:2], *[1] * (input.dim() - 2))
+    at, shape = ctx.tangent_index(input), (*input.shape[:2], *[1] * (input.dim() - 2))
     mask = torch.feature_dropout(input.new_ones(shape), p, True)
     return input * mask, lambda tangents: tangents[at] * mask
 
 
-def masked(call: Call, input: Tensor, mask: Tensor, value: Any) -> Any:
+def masked(ctx: RuleContext, input: Tensor, mask: Tensor, value: Any) -> Any:
     """y = x, but a constant where the mask says so;  ẏ = ẋ, but zero there."""
-    if call.at(value) is not None or torch.broadcast_shapes(input.shape, mask.shape) != input.shape:
+    if ctx.tangent_index(value) is not None or torch.broadcast_shapes(input.shape, mask.shape) != input.shape:
         return NotImplemented
-    at, m = call.at(input), call.keep(mask)
+    at, m = ctx.tangent_index(input), ctx.save(mask)
 
     def tangent_map(tangents: Tangents) -> Tensor:
         return tangents[at].masked_fill(m, 0)  # type: ignore[index,union-attr]

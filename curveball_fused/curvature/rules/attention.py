@@ -13,11 +13,11 @@ from torch import Tensor
 from curveball_fused import _torch_private
 from curveball_fused.ops import tangents as tangent_ops
 
-from .context import Call, Rule, Tangents
+from .context import Rule, RuleContext, Tangents
 
 
 def scaled_dot_product_attention(
-    call: Call,
+    ctx: RuleContext,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -29,15 +29,22 @@ def scaled_dot_product_attention(
 ) -> Any:
     """O = P V with P = softmax(s Q Kᵀ + mask); `tangent_ops.attention_tangent` has the equation."""
     # P, larger than all else that the map would read, is computed anew, block by block.
-    at_q, at_k, at_v = call.at(query), call.at(key), call.at(value)
-    if at_q is None or at_k is None or at_v is None or dropout_p > 0 or enable_gqa or call.at(attn_mask) is not None:
+    at_q, at_k, at_v = ctx.tangent_index(query), ctx.tangent_index(key), ctx.tangent_index(value)
+    if (
+        at_q is None
+        or at_k is None
+        or at_v is None
+        or dropout_p > 0
+        or enable_gqa
+        or ctx.tangent_index(attn_mask) is not None
+    ):
         return NotImplemented
     if query.dim() < 3 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         return NotImplemented
     output = F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
     dtype = output.dtype  # which autocast may have chosen
-    q, k, v, out = (_heads(call.keep(t).to(dtype)) for t in (query, key, value, output))
-    mask = None if attn_mask is None else _additive(call.keep(attn_mask), query, key).to(dtype)
+    q, k, v, out = (_heads(ctx.save(t).to(dtype)) for t in (query, key, value, output))
+    mask = None if attn_mask is None else _additive(ctx.save(attn_mask), query, key).to(dtype)
     options: dict[str, Any] = dict(
         is_causal=is_causal, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale
     )
@@ -45,7 +52,7 @@ def scaled_dot_product_attention(
 
     def tangent_map(tangents: Tangents) -> Tensor:
         dq, dk, dv = (_heads(tangents[place].to(dtype)) for place in (at_q, at_k, at_v))  # type: ignore[union-attr]
-        tangent = tangent_ops.attention_tangent(dq, dk, dv, q, k, v, out, mask, backend=call.backend, **options)
+        tangent = tangent_ops.attention_tangent(dq, dk, dv, q, k, v, out, mask, backend=ctx.backend, **options)
         return tangent.view(shape)
 
     return output, tangent_map

@@ -1,8 +1,9 @@
 """What a rule is given and what it returns.
 
-A rule is given a `Call` and the arguments of the function that it stands for, which are ordinary tensors that autograd
-follows. It returns the result and the map from all tangents to the result's, which reads only what `Call.keep` has
-returned; or `NotImplemented`, before it has done anything, for a case that it leaves to torch's dual numbers.
+A rule is given a `RuleContext` and the arguments of the function that it stands for, which are ordinary tensors that
+autograd follows. It returns the result and the map from all tangents to the result's, which reads only what
+`RuleContext.save` has returned; or `NotImplemented`, before it has done anything, for a case that it leaves to torch's
+dual numbers.
 """
 
 from __future__ import annotations
@@ -19,34 +20,34 @@ Map = Callable[[Tangents], Tensor]
 Rule = Callable[..., Any]
 
 
-class Call:
+class RuleContext:
     """One call of a function on the way from the parameters to the outputs.
 
     Args:
-        places: where the tangent of each tensor among the arguments stands, by the tensor's identity; None: constant.
+        slots: where the tangent of each tensor among the arguments stands, by the tensor's identity; None: constant.
         backend: whose kernels the rules may use.
 
     Attributes:
-        kept: what the map reads, with the version at which it must stay.
+        saved: what the map reads, with the version at which it must stay.
     """
 
-    def __init__(self, places: dict[int, int | None], backend: str) -> None:
-        self.places = places
+    def __init__(self, slots: dict[int, int | None], backend: str) -> None:
+        self.slots = slots
         self.backend = backend
-        self.kept: list[tuple[Tensor, int]] = []
+        self.saved: list[tuple[Tensor, int]] = []
 
-    def at(self, argument: Any) -> int | None:
-        """Return the place of an argument's tangent; None for a constant and for what is no tensor."""
-        return self.places.get(id(argument))
+    def tangent_index(self, argument: Any) -> int | None:
+        """Return the slot of an argument's tangent; None for a constant and for what is no tensor."""
+        return self.slots.get(id(argument))
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def save(self, tensor: Tensor) -> Tensor:
         """Return `tensor` for the map to read, without autograd's graph; writing to it later is an error."""
-        self.kept.append((tensor.detach(), version_of(tensor)))
-        return self.kept[-1][0]
+        self.saved.append((tensor.detach(), version_of(tensor)))
+        return self.saved[-1][0]
 
     def constant(self, *arguments: Any) -> bool:
         """Return whether no tensor in `arguments`, lists included, has a tangent."""
-        return all(self.at(t) is None for t in tensors(arguments))
+        return all(self.tangent_index(t) is None for t in tensors(arguments))
 
 
 def tensors(values: Any) -> list[Tensor]:
@@ -60,18 +61,18 @@ def tensors(values: Any) -> list[Tensor]:
     return found
 
 
-def frozen(value: Any) -> Any:
+def snapshot(value: Any) -> Any:
     """Return arguments as they are now, for a map to use when the model may have changed its lists and slices."""
     if isinstance(value, slice):
         bounds = (value.start, value.stop, value.step)
         return slice(*(int(bound) if isinstance(bound, Tensor) else bound for bound in bounds))
     if isinstance(value, dict):
-        return {key: frozen(v) for key, v in value.items()}
+        return {key: snapshot(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)([frozen(v) for v in value]) if type(value) in (list, tuple) else value
+        return type(value)([snapshot(v) for v in value]) if type(value) in (list, tuple) else value
     return value.copy() if hasattr(value, "copy") else value  # an array
 
 
-def tangent_at(tangents: Tangents, place: int | None) -> Tensor | None:
-    """Return the tangent at a place; None for a constant."""
-    return None if place is None else tangents[place]
+def tangent_at(tangents: Tangents, slot: int | None) -> Tensor | None:
+    """Return the tangent in a slot; None for a constant."""
+    return None if slot is None else tangents[slot]

@@ -16,11 +16,11 @@ from torch import Tensor
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.ops import tangents as tangent_ops
 
-from .context import Call, Map, Rule, Tangents, tangent_at
+from .context import Map, Rule, RuleContext, Tangents, tangent_at
 
 
 def batch_norm(
-    call: Call,
+    ctx: RuleContext,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -33,15 +33,15 @@ def batch_norm(
     """Over all but the second dimension, by the statistics of the batch (training) or by given ones."""
     if input.numel() == 0 or (training and input.numel() == input.shape[1]):
         return NotImplemented
-    at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
+    at_x, at_w, at_b = ctx.tangent_index(input), ctx.tangent_index(weight), ctx.tangent_index(bias)
     dense = input.is_contiguous() or input.movedim(1, -1).is_contiguous()
     input = input if dense else input.contiguous()  # in autograd's graph, which then holds the same memory
     output, mean, rstd = torch.native_batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps
     )
-    x, w = call.keep(input), _kept(call, weight)
+    x, w = ctx.save(input), _saved(ctx, weight)
     if not training:
-        mean, rstd = _kept(call, running_mean), (_kept(call, running_var) + eps).rsqrt()
+        mean, rstd = _saved(ctx, running_mean), (_saved(ctx, running_var) + eps).rsqrt()
     mean, rstd, dtype = _statistics(mean, x), _statistics(rstd, x), output.dtype
     wide = x.dtype if w is None else w.dtype  # weights may be wider than what they normalise
 
@@ -53,14 +53,14 @@ def batch_norm(
             dx = torch.empty_like(x).copy_(dx)
         vectors = (w, _contiguous(dw), _contiguous(db))
         return tangent_ops.batch_norm_tangent(
-            dx.to(wide), x.to(wide), mean, rstd, *vectors, training=training, backend=call.backend
+            dx.to(wide), x.to(wide), mean, rstd, *vectors, training=training, backend=ctx.backend
         ).to(dtype)
 
     return output, tangent_map
 
 
 def layer_norm(
-    call: Call,
+    ctx: RuleContext,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -68,7 +68,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Over the last dimensions."""
-    shape, at_x, x = list(normalized_shape), call.at(input), input.contiguous()
+    shape, at_x, x = list(normalized_shape), ctx.tangent_index(input), input.contiguous()
     wide = input.dtype if weight is None else weight.dtype
     if wide == input.dtype and not torch.is_autocast_enabled(input.device.type):
         output, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
@@ -77,25 +77,29 @@ def layer_norm(
         variance, mean = torch.var_mean(x.detach().to(wide).flatten(-len(shape)), -1, correction=0)
         rstd = (variance + eps).rsqrt()
     constant = lambda x, dw, db: F.layer_norm(x, shape, dw, db, eps)  # noqa: E731
-    return output, _row_map(call, at_x, x, output, shape, mean, rstd, weight, bias, constant)
+    return output, _row_map(ctx, at_x, x, output, shape, mean, rstd, weight, bias, constant)
 
 
 def rms_norm(
-    call: Call, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    ctx: RuleContext,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
 ) -> Any:
     """x̂ = x / rms(x) over the last dimensions."""
-    shape, at_x, x = list(normalized_shape), call.at(input), input.contiguous()
+    shape, at_x, x = list(normalized_shape), ctx.tangent_index(input), input.contiguous()
     small = torch.finfo(input.dtype).eps if eps is None else eps
     wide = compute_dtype(input.dtype)
     squares = torch.linalg.vector_norm(x.detach().flatten(-len(shape)), dim=-1, dtype=wide).square_()
     rstd = (squares / math.prod(shape) + small).rsqrt_()
     output = F.rms_norm(x, shape, weight, eps)
     constant = lambda x, dw, _: F.rms_norm(x, shape, dw, eps)  # noqa: E731
-    return output, _row_map(call, at_x, x, output, shape, None, rstd, weight, None, constant)
+    return output, _row_map(ctx, at_x, x, output, shape, None, rstd, weight, None, constant)
 
 
 def _row_map(
-    call: Call,
+    ctx: RuleContext,
     at_x: int | None,
     input: Tensor,
     output: Tensor,
@@ -107,8 +111,8 @@ def _row_map(
     of_constant: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Map:
     """For a normalization of rows: what the last dimensions hold is one row. `input` is contiguous."""
-    at_w, at_b = call.at(weight), call.at(bias)
-    x, w = call.keep(input), _kept(call, weight)
+    at_w, at_b = ctx.tangent_index(weight), ctx.tangent_index(bias)
+    x, w = ctx.save(input), _saved(ctx, weight)
     rows, dtype = (-1, math.prod(shape)), output.dtype
     wide = x.dtype if w is None else w.dtype  # weights may be wider than what they normalise
     mean = None if mean is None else _statistics(mean.flatten(), x)
@@ -120,14 +124,14 @@ def _row_map(
             return of_constant(x, *_filled(dw, db))
         flat = (None if t is None else t.contiguous().view(-1) for t in (w, dw, db))
         dx_, x_ = (t.to(wide).contiguous().view(rows) for t in (dx, x))
-        tangent = tangent_ops.layer_norm_tangent(dx_, x_, mean, rstd, *flat, backend=call.backend)
+        tangent = tangent_ops.layer_norm_tangent(dx_, x_, mean, rstd, *flat, backend=ctx.backend)
         return tangent.view(x.shape).to(dtype)
 
     return tangent_map
 
 
 def group_norm(
-    call: Call,
+    ctx: RuleContext,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -139,14 +143,14 @@ def group_norm(
         return NotImplemented
     if torch.is_autocast_enabled(input.device.type):  # which may choose another dtype
         return NotImplemented
-    at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
+    at_x, at_w, at_b = ctx.tangent_index(input), ctx.tangent_index(weight), ctx.tangent_index(bias)
     images, channels = input.shape[:2]
     input = input.contiguous()
     output, mean, rstd = torch.native_group_norm(
         input, weight, bias, images, channels, input.numel() // (images * channels), num_groups, eps
     )
-    x = call.keep(input)
-    w = None if weight is None else call.keep(weight).view(-1, *[1] * (input.dim() - 2))
+    x = ctx.save(input)
+    w = None if weight is None else ctx.save(weight).view(-1, *[1] * (input.dim() - 2))
     mean, rstd = _statistics(mean.flatten(), x), _statistics(rstd.flatten(), x)
     rows = x.view(images * num_groups, -1)
 
@@ -156,15 +160,15 @@ def group_norm(
         if dx is None:
             return affine  # type: ignore[return-value]
         dx = dx.contiguous().view(rows.shape)
-        tangent = tangent_ops.layer_norm_tangent(dx, rows, mean, rstd, backend=call.backend).view(x.shape)
+        tangent = tangent_ops.layer_norm_tangent(dx, rows, mean, rstd, backend=ctx.backend).view(x.shape)
         tangent = tangent if w is None else tangent.mul_(w)
         return tangent if affine is None else tangent.add_(affine)
 
     return output, tangent_map
 
 
-def _kept(call: Call, tensor: Tensor | None) -> Any:
-    return None if tensor is None else call.keep(tensor)
+def _saved(ctx: RuleContext, tensor: Tensor | None) -> Any:
+    return None if tensor is None else ctx.save(tensor)
 
 
 def _statistics(values: Tensor, x: Tensor) -> Tensor:

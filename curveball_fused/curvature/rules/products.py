@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .context import Call, Rule, Tangents, frozen, tangent_at
+from .context import Rule, RuleContext, Tangents, snapshot, tangent_at
 
 
-def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def linear(ctx: RuleContext, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """y = x Wᵀ + b;  ẏ = ẋ Wᵀ + ḃ + x Ẇᵀ, the last product added in place."""
     if weight.dim() != 2 or input.numel() == 0:
         return NotImplemented
-    at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
-    x, w = call.keep(input), call.keep(weight)
+    at_x, at_w, at_b = ctx.tangent_index(input), ctx.tangent_index(weight), ctx.tangent_index(bias)
+    x, w = ctx.save(input), ctx.save(weight)
 
     def tangent_map(tangents: Tangents) -> Tensor:
         dx, dw, db = (tangent_at(tangents, place) for place in (at_x, at_w, at_b))
@@ -40,7 +40,7 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 def convolution(
     function: Callable[..., Tensor],
-    call: Call,
+    ctx: RuleContext,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -48,8 +48,8 @@ def convolution(
     **kwargs: Any,
 ) -> Any:
     """y = x * W + b;  ẏ = ẋ * W + x * Ẇ + ḃ; a transposed convolution likewise."""
-    at_x, at_w, at_b = call.at(input), call.at(weight), call.at(bias)
-    x, w, args, kwargs = call.keep(input), call.keep(weight), frozen(args), frozen(kwargs)
+    at_x, at_w, at_b = ctx.tangent_index(input), ctx.tangent_index(weight), ctx.tangent_index(bias)
+    x, w, args, kwargs = ctx.save(input), ctx.save(weight), snapshot(args), snapshot(kwargs)
     output = function(input, weight, bias, *args, **kwargs)
     shape = output.shape
 
@@ -65,37 +65,37 @@ def convolution(
     return output, tangent_map
 
 
-def product(function: Callable[[Tensor, Any], Tensor], call: Call, input: Any, other: Any) -> Any:
+def product(function: Callable[[Tensor, Any], Tensor], ctx: RuleContext, input: Any, other: Any) -> Any:
     """y = a · b, for any product;  ẏ = ȧ · b + a · ḃ."""
-    at_a, at_b = call.at(input), call.at(other)
+    at_a, at_b = ctx.tangent_index(input), ctx.tangent_index(other)
     if at_a is not None and at_b is not None:
-        a, b = call.keep(input), call.keep(other)
+        a, b = ctx.save(input), ctx.save(other)
         return function(input, other), lambda tangents: function(tangents[at_a], b).add_(function(a, tangents[at_b]))
     if at_a is not None:
-        b = call.keep(other) if isinstance(other, Tensor) else other
+        b = ctx.save(other) if isinstance(other, Tensor) else other
         return function(input, other), lambda tangents: function(tangents[at_a], b)
-    a = call.keep(input) if isinstance(input, Tensor) else input
+    a = ctx.save(input) if isinstance(input, Tensor) else input
     return function(input, other), lambda tangents: function(a, tangents[at_b])
 
 
-def quotient(call: Call, input: Tensor, other: Any, *, rounding_mode: str | None = None) -> Any:
+def quotient(ctx: RuleContext, input: Tensor, other: Any, *, rounding_mode: str | None = None) -> Any:
     """y = a / b with a constant b;  ẏ = ȧ / b."""
-    if rounding_mode is not None or call.at(input) is None or call.at(other) is not None:
+    if rounding_mode is not None or ctx.tangent_index(input) is None or ctx.tangent_index(other) is not None:
         return NotImplemented
-    at, b = call.at(input), call.keep(other) if isinstance(other, Tensor) else other
+    at, b = ctx.tangent_index(input), ctx.save(other) if isinstance(other, Tensor) else other
     return input / other, lambda tangents: tangents[at] / b
 
 
-def scale_(call: Call, input: Tensor, other: Any) -> Any:
+def scale_(ctx: RuleContext, input: Tensor, other: Any) -> Any:
     """y *= b with a constant b, in place;  ẏ = b ẏ."""
-    if call.at(input) is None or call.at(other) is not None:
+    if ctx.tangent_index(input) is None or ctx.tangent_index(other) is not None:
         return NotImplemented
-    at, b = call.at(input), call.keep(other) if isinstance(other, Tensor) else other
+    at, b = ctx.tangent_index(input), ctx.save(other) if isinstance(other, Tensor) else other
     return input.mul_(other), lambda tangents: tangents[at] * b
 
 
 def embedding(
-    call: Call,
+    ctx: RuleContext,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -105,10 +105,10 @@ def embedding(
     sparse: bool = False,
 ) -> Any:
     """y = W[i];  ẏ = Ẇ[i], but zero at the padding index, whose gradient torch's backward pass takes for zero."""
-    at = call.at(weight)
+    at = ctx.tangent_index(weight)
     if at is None or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
-    index = call.keep(input)
+    index = ctx.save(input)
     padded = None if padding_idx is None else (input == padding_idx % weight.shape[0]).unsqueeze(-1)
 
     def tangent_map(tangents: Tangents) -> Tensor:

@@ -10,26 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .context import Call, Map, Rule, Tangents, frozen, tangent_at, tensors
+from .context import Map, Rule, RuleContext, Tangents, snapshot, tangent_at, tensors
 
 
-def add_sub(sign: int, call: Call, input: Tensor, other: Any, *, alpha: float = 1) -> Any:
+def add_sub(sign: int, ctx: RuleContext, input: Tensor, other: Any, *, alpha: float = 1) -> Any:
     """y = a ± αb;  ẏ = ȧ ± αḃ."""
-    factor, at_a, at_b = sign * alpha, call.at(input), call.at(other)
+    factor, at_a, at_b = sign * alpha, ctx.tangent_index(input), ctx.tangent_index(other)
     output = torch.add(input, other, alpha=factor)
     return output, _sum_map(at_a, at_b, factor, output.shape, output.dtype)
 
 
-def reflected_sub(call: Call, input: Tensor, other: Any) -> Any:
+def reflected_sub(ctx: RuleContext, input: Tensor, other: Any) -> Any:
     """y = b - a, the arguments of Python's reflected operator."""
-    at_a, at_b = call.at(input), call.at(other)
+    at_a, at_b = ctx.tangent_index(input), ctx.tangent_index(other)
     output = torch.rsub(input, other)
     return output, _sum_map(at_b, at_a, -1, output.shape, output.dtype)
 
 
-def add_sub_(sign: int, call: Call, input: Tensor, other: Any, *, alpha: float = 1) -> Any:
+def add_sub_(sign: int, ctx: RuleContext, input: Tensor, other: Any, *, alpha: float = 1) -> Any:
     """y ← a ± αb in place of a, which may have been a constant."""
-    factor, at_a, at_b = sign * alpha, call.at(input), call.at(other)
+    factor, at_a, at_b = sign * alpha, ctx.tangent_index(input), ctx.tangent_index(other)
     output = input.add_(other, alpha=factor)
     return output, _sum_map(at_a, at_b, factor, output.shape, output.dtype)
 
@@ -47,12 +47,12 @@ def _sum_map(at_a: int | None, at_b: int | None, factor: float, shape: torch.Siz
     return tangent_map
 
 
-def setitem(call: Call, input: Tensor, index: Any, value: Any) -> Any:
+def setitem(ctx: RuleContext, input: Tensor, index: Any, value: Any) -> Any:
     """y[i] = b;  ẏ[i] = ḃ. The old y, or b, may be a constant."""
-    if not call.constant(index):
+    if not ctx.constant(index):
         return NotImplemented
-    index = _snapshot_of(call, index)
-    at_a, at_b = call.at(input), call.at(value)
+    index = _snapshot_of(ctx, index)
+    at_a, at_b = ctx.tangent_index(input), ctx.tangent_index(value)
     like = input.detach()
     input[index] = value
 
@@ -66,13 +66,13 @@ def setitem(call: Call, input: Tensor, index: Any, value: Any) -> Any:
 
 
 def scatter_add(
-    function: Callable[..., Tensor], call: Call, input: Tensor, dim: int, index: Tensor, source: Any
+    function: Callable[..., Tensor], ctx: RuleContext, input: Tensor, dim: int, index: Tensor, source: Any
 ) -> Any:
     """y ← y + what an index sends to it of b, in place, or y ← that; linear in both."""
     if not isinstance(source, Tensor):
         return NotImplemented
-    at_a, at_b = call.at(input), call.at(source)
-    like, indices, constant = input.detach(), call.keep(index), source.detach()
+    at_a, at_b = ctx.tangent_index(input), ctx.tangent_index(source)
+    like, indices, constant = input.detach(), ctx.save(index), source.detach()
 
     def tangent_map(tangents: Tangents) -> Tensor:
         a, b = tangent_at(tangents, at_a), tangent_at(tangents, at_b)
@@ -82,22 +82,22 @@ def scatter_add(
     return function(input, dim, index, source), tangent_map
 
 
-def structural(function: Callable[..., Any], call: Call, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def structural(function: Callable[..., Any], ctx: RuleContext, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Linear in its first argument, and all others are constant: the map is the function."""
-    if call.at(input) is None or not call.constant(args, list(kwargs.values())):
+    if ctx.tangent_index(input) is None or not ctx.constant(args, list(kwargs.values())):
         return NotImplemented
-    args, kwargs = _snapshot_of(call, args), _snapshot_of(call, kwargs)
-    at, output = call.at(input), function(input, *args, **kwargs)
+    args, kwargs = _snapshot_of(ctx, args), _snapshot_of(ctx, kwargs)
+    at, output = ctx.tangent_index(input), function(input, *args, **kwargs)
     if isinstance(output, Tensor):
         return output, lambda tangents: function(tangents[at], *args, **kwargs)
     return output, [partial(_pick, at, i, function, args, kwargs) for i in range(len(output))]
 
 
-def _snapshot_of(call: Call, arguments: Any) -> Any:
+def _snapshot_of(ctx: RuleContext, arguments: Any) -> Any:
     """Constant arguments as they are now; tensors among them must stay so."""
     for constant in tensors(arguments.values() if isinstance(arguments, dict) else (arguments,)):
-        call.keep(constant)
-    return frozen(arguments)
+        ctx.save(constant)
+    return snapshot(arguments)
 
 
 def _pick(at: int | None, index: int, function: Any, args: Any, kwargs: Any, tangents: Tangents) -> Tensor:
@@ -105,26 +105,30 @@ def _pick(at: int | None, index: int, function: Any, args: Any, kwargs: Any, tan
     return result
 
 
-def view(call: Call, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
+def view(ctx: RuleContext, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
     """As a structural function; but a tangent need not lie in memory as its tensor does."""
     if kwargs or isinstance(shape[0], torch.dtype):
         return NotImplemented
-    at, output = call.at(input), input.view(*shape)
+    at, output = ctx.tangent_index(input), input.view(*shape)
     size = output.shape
     return output, lambda tangents: tangents[at].reshape(size)
 
 
-def padding(call: Call, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
+def padding(
+    ctx: RuleContext, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> Any:
     """Pad by a constant border, or by one made of the tensor's own elements."""
-    pad = frozen(pad)
-    at, output = call.at(input), F.pad(input, pad, mode, value)
+    pad = snapshot(pad)
+    at, output = ctx.tangent_index(input), F.pad(input, pad, mode, value)
     return output, lambda tangents: F.pad(tangents[at], pad, mode)
 
 
-def concat(function: Callable[..., Tensor], call: Call, parts: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+def concat(
+    function: Callable[..., Tensor], ctx: RuleContext, parts: Sequence[Tensor], *args: Any, **kwargs: Any
+) -> Any:
     """Concatenation; a part that is constant has the tangent zero."""
-    places = [call.at(part) for part in parts]
-    args, kwargs = frozen(args), frozen(kwargs)
+    places = [ctx.tangent_index(part) for part in parts]
+    args, kwargs = snapshot(args), snapshot(kwargs)
     constants = [part.detach() if place is None else None for part, place in zip(parts, places, strict=True)]
 
     def tangent_map(tangents: Tangents) -> Tensor:
@@ -138,7 +142,7 @@ def concat(function: Callable[..., Tensor], call: Call, parts: Sequence[Tensor],
 
 
 def max_pool(
-    call: Call,
+    ctx: RuleContext,
     input: Tensor,
     kernel_size: int | Sequence[int],
     stride: int | Sequence[int] | None = None,
@@ -150,7 +154,7 @@ def max_pool(
     """y = x[argmax];  ẏ = ẋ[argmax]."""
     if input.dim() != 4 or return_indices:
         return NotImplemented
-    at = call.at(input)
+    at = ctx.tangent_index(input)
     # On a CPU torch pools four times faster with the channels innermost.
     inner = input.contiguous(memory_format=torch.channels_last) if input.device.type == "cpu" else input
     output, index = torch.ops.aten.max_pool2d_with_indices(
