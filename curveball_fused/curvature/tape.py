@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -40,8 +41,8 @@ class TapeUnsupported(Exception):
 class Observer(Protocol):
     """An observer of what a tape does with each call on the way from the parameters to the outputs.
 
-    Where there is one, the tape goes on after a call that it cannot follow, instead of raising `TapeUnsupported`; its
-    Jacobian-vector products do so then.
+    Where there is one, the tape goes on after a call that it cannot follow; `TapeUnsupported` is raised by a
+    Jacobian-vector product only.
     """
 
     def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -78,9 +79,8 @@ class Tape(Decompose):
         self._backend = backend
         self._observer = observer
         self._known = {id(p): (weakref.ref(p), slot, version_of(p)) for slot, p in enumerate(params)}
-        self._constant: dict[
-            int, tuple[weakref.ref[Tensor], int]
-        ] = {}  # requires a gradient, but of parameters that aren't ours
+        # What requires a gradient, but of parameters that aren't ours.
+        self._constant: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._maps: list[_Entry] = []
         self._saved: list[tuple[Tensor, int]] = []
         self._parameters = len(params)
@@ -105,7 +105,7 @@ class Tape(Decompose):
             self._observer.on_call(func, args, kwargs)
         reason = _refusal(func)
         if reason:
-            return self._refuse(func, reason, lambda: func(*args, **kwargs))
+            return self._refuse(func, reason, partial(func, *args, **kwargs))
         # Rules take derivatives for numbers, which complex ones need not have.
         real = not any(t.dtype.is_complex for t in inputs)
         result = self._by_rule(func, args, kwargs, ctx) if real else NotImplemented
@@ -240,7 +240,7 @@ class Tape(Decompose):
         name = _name(func)
         if name in _MOVES_STATISTICS and kwargs.get("running_mean", args[1] if len(args) > 1 else None) is not None:
             reason = f"{name} with running statistics, in mixed precision or over instances"
-            return self._refuse(func, reason, lambda: func(*args, **kwargs))
+            return self._refuse(func, reason, partial(func, *args, **kwargs))
         versions, drawn = [version_of(t) for t in inputs], positions(inputs[0].device)
         with self._kernels(func, args, kwargs):
             result = func(*args, **kwargs)
