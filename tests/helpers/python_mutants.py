@@ -99,10 +99,10 @@ QUADRATIC_MODEL = [
 
 AVERAGING = [
     PythonMutant(
-        "the_average_is_drawn_to_its_start_at_zero",
+        "the_average_keeps_what_it_should_forget",
         "averaging.py",
-        "system / system[-1]",
-        "system",
+        "decay * system + (1 - decay) * now",
+        "(1 - decay) * system + decay * now",
         "optimizer/test_averaging.py::test_equals_dense_matrices",
         "attention and torch",
     ),
@@ -121,7 +121,8 @@ REPLAY = [
         "replay/replay.py",
         "reversed(self._before.values())",
         "self._before.values()",
-        "replay/test_replay.py::test_a_step_leaves_what_one_run_leaves",
+        "replay/test_replay.py::test_ratio_compares_the_same_function",
+        "ticking",
     ),
     PythonMutant(
         "statistics_move_in_every_run",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -65,9 +66,29 @@ def test_a_step_leaves_what_one_run_leaves(curvature: str, interval: int) -> Non
         assert torch.equal(model.generator.get_state(), once.generator.get_state())
 
 
-def test_ratio_compares_the_same_function() -> None:
+class Ticking(nn.Linear):
+    """Reads a buffer, then writes to it twice, through two views of the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+        self.register_buffer("table", torch.zeros(2, 4))
+        self.table: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x) * (1 + self.table[0])
+        self.table[0] += 1
+        self.table[0] *= 0.5
+        return y
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)), Ticking],
+    ids=["dropout", "ticking"],
+)
+def test_ratio_compares_the_same_function(make: Callable[[], nn.Module]) -> None:
     """γ tends to 1 as the step tends to 0, but only if dropout and buffers are the same at both points."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    model = make().double()
     x = torch.randn(6, 3, dtype=torch.float64)
     optimizer = CurveBall(model.parameters(), lr=1e-7, lambda_interval=1)
     for _ in range(3):
