@@ -14,7 +14,7 @@ from curveball_fused.backends.reference import closed_forms
 from curveball_fused.backends.triton import losses as triton_losses
 from curveball_fused.backends.triton.row_blocks import aligned_range
 from tests.helpers.tiers import slow
-from tests.helpers.triton_cases import DEVICE, INF, NAN, RUNTIME_WARNINGS, draw, every_dtype
+from tests.helpers.triton_cases import DEVICE, INF, NAN, RUNTIME_WARNINGS, draw, two_dtypes_first
 from tests.helpers.triton_cases import check_loss as check
 
 triton = pytest.importorskip("triton")
@@ -70,7 +70,7 @@ def test_cross_entropy_over_classes(classes: int) -> None:
         Case(n, classes, dtype).check()
 
 
-@every_dtype
+@two_dtypes_first
 @pytest.mark.parametrize("classes", [10, 700])
 def test_cross_entropy_over_dtypes(dtype: torch.dtype, classes: int) -> None:
     for offset in (0, 1):
