@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 WRITTEN_IN_PYTHON := $(wildcard setup.py curveball_fused tests tools examples benchmarks)
-WRITTEN_IN_CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+WRITTEN_IN_CPP := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-all bench gpu lint format wheel cuda clean

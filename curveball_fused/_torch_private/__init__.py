@@ -1,4 +1,4 @@
-"""All of torch's private interface that this package uses: the one room to look at when torch has a new version.
+"""All of torch's private interface that this package uses: the one place to look at when torch has a new version.
 
 What the compiler is made of is in `compiler`, as it takes seconds to import. `tests/test_torch_private.py` fails where
 another module reaches into torch by itself, and tries each name here.

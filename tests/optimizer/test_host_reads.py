@@ -98,7 +98,7 @@ def test_a_part_for_the_curvature_needs_no_host_read() -> None:
 
 @pytest.mark.slow
 def test_on_a_device_of_its_own() -> None:
-    """In a process of its own, since the made-up device stays as long as the process."""
+    """In a process of its own, since the fake device stays as long as the process."""
     command = [sys.executable, "-m", "tests.helpers.fake_device"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

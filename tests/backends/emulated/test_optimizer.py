@@ -43,7 +43,7 @@ def test_twenty_steps(device: Any, name: str, loss_of: Any) -> None:
 
 
 def test_launches_of_a_step(device: Any) -> None:
-    """Five for the loss, three for the parameter arithmetic, one for a look at λ; and at first two for z·z."""
+    """Five for the loss, three for the parameter arithmetic, one for the damping; and at first two for z·z."""
     net = torch.nn.Linear(4, 3)
     x, y = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
     optimizer = CurveBall(net.parameters(), lambda_interval=2)
