@@ -18,7 +18,7 @@ FACTOR, INTERVAL = 0.999, 5
 
 
 class PlainCurveBall:
-    """z ← ρ z - β Δ, w ← w + z, with Δ = Jᵀ(H_o Jz + g_o) + λ z, and β, ρ from the 2x2 system."""
+    """z ← ρ z - β Δ, w ← w + z, with Δ = Jᵀ(H Jz + g) + λ z, and β, ρ from the 2x2 system."""
 
     def __init__(self, params: Iterable[Tensor], lambd: float = 1.0) -> None:
         self._params = list(params)

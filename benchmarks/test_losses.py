@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.compare import compare
 from benchmarks.report import Report
-from curveball_fused.backends.reference import closed_forms
-from curveball_fused.backends.reference.closed_forms import Products
+from curveball_fused.backends.reference import closed_form_losses
+from curveball_fused.backends.reference.closed_form_losses import Products
 from curveball_fused.losses import fused as fused_losses
 
 LOSSES = [F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits]
@@ -50,7 +50,9 @@ def test_loss(
     calls: dict[str, Callable[[], object]] = {
         GRADIENT: lambda: torch.autograd.grad(loss(leaf, target), leaf),
         OURS: lambda: step(fused_losses.fused(loss, (x, target), {}, 1.0, "cpu")),
-        "closed form in torch": lambda: step(closed_forms.products(closed_forms.CLOSED_FORMS[loss](x, target), 1.0)),
+        "closed form in torch": lambda: step(
+            closed_form_losses.products(closed_form_losses.CLOSED_FORMS[loss](x, target), 1.0)
+        ),
     }
     for call in calls.values():
         call()

@@ -8,14 +8,12 @@ Example::
     loss, outputs = optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
 """
 
-import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from . import ops
+from . import loss_ops, ops
 from .backends import build_info
-from .ops import losses as loss_ops
 from .optimizer import CurveBall
 
 if TYPE_CHECKING:
@@ -37,7 +35,6 @@ __all__ = [
     "make_graphed_step",
     "ops",
 ]
-sys.modules[f"{__name__}.loss_ops"] = loss_ops  # so that it can be imported from, as any module
 _ON_FIRST_USE = {  # since they import much that ordinary training does not need
     "Explanation": "explanation",
     "explain": "explanation",

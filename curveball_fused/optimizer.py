@@ -60,9 +60,9 @@ class CurveBall(Optimizer):
             a first step that compiles for up to minutes. For models that torch.compile can follow as one graph; an
             error otherwise (default: False).
         backend: whose kernels do the arithmetic on parameters and outputs: "cuda" (CUDA C++), "triton", "cpu" (C++),
-            "torch" (no compiler needed), or "auto": the first of these that can run where the parameters are. Another
-            one by name is an error where it cannot run. Tangents inside the model are computed by Triton on a GPU and
-            in C++ on a CPU, where they have a kernel for the dtype, unless `backend` is "torch" (default: "auto").
+            "torch" (no compiler needed), or "auto": the first of these that can run where the parameters are. One that
+            is named is an error where it cannot run. Tangents inside the model are computed by Triton on a GPU and in
+            C++ on a CPU, where they have a kernel for the dtype, unless `backend` is "torch" (default: "auto").
         debug: whether each step checks its products, and each torch call of the model, against finite differences and
             adjoint identities, before it changes anything. Slow (tens of steps' time), and reads values back to the
             host; for a few steps on a new model. The steps are the same, bit for bit (default: False).
@@ -266,6 +266,9 @@ class CurveBall(Optimizer):
         if SHARED in saved:
             own = {name: saved[SHARED][name].to(self._device, copy=True) for name in state.SHAPES}
             self._states[SHARED] = saved[SHARED] | own
+
+    def __setstate__(self, state_of_pickle: dict[str, Any]) -> None:
+        super().__setstate__(state.upgraded(state_of_pickle))
 
     def _fresh(self) -> dict[str, Any]:
         return state.fresh(self.param_groups[0]["lambd"], self._device)

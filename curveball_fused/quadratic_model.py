@@ -4,9 +4,9 @@ The products `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]` come from the small out
 `[z·z, z·r, r·r]` follow from them by adjointness, z·r = Jz·c and r·r = Jr·c, and are then None, or are taken directly.
 Loss and products are computed in float32 at least, whatever the model computes in.
 
-These are equations (1) to (6) of docs/method.md. Products with the Gauss-Newton matrix JᵀHJ are Schraudolph's (2002),
-its damping is Martens' (2010); the solve in the plane of a direction and the last step is that of Martens and Grosse
-(2015, section 7), for the direction of Henriques et al. (2019).
+These are equations (1) to (4) of docs/method.md, and the numbers that A and b of (6) are made of. Products with the
+Gauss-Newton matrix JᵀHJ are Schraudolph's (2002), its damping is Martens' (2010); the solve in the plane of a direction
+and the last step is that of Martens and Grosse (2015, section 7), for the direction of Henriques et al. (2019).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ PACKAGE = "curveball_fused"
 LAYERS = {
     PACKAGE: [
         "__main__",
-        "explanation cuda_graphs",
+        "explanation cuda_graphs loss_ops",
         "optimizer",
         "step",
         "quadratic_model",

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.gpu.measure import Call, bandwidth_table
 from benchmarks.report import Report
-from curveball_fused.backends.reference import closed_forms
-from curveball_fused.backends.reference.closed_forms import Quadratic
+from curveball_fused.backends.reference import closed_form_losses
+from curveball_fused.backends.reference.closed_form_losses import Quadratic
 from curveball_fused.ops import losses as loss_ops
 from tests.gpu.device import BACKENDS, DEVICE
 
@@ -54,28 +54,28 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def entropy_first(x: Tensor, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return first(F.cross_entropy(x.float(), y), closed_forms.cross_entropy(x, y), v)
+    return first(F.cross_entropy(x.float(), y), closed_form_losses.cross_entropy(x, y), v)
 
 
 def entropy_second(x: Tensor, v: Tensor, u: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return second(closed_forms.cross_entropy(x, y), v, u)
+    return second(closed_form_losses.cross_entropy(x, y), v, u)
 
 
 def mse_first(x: Tensor, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return first(F.mse_loss(x.float(), y.float()), closed_forms.mse_loss(x, y), v)
+    return first(F.mse_loss(x.float(), y.float()), closed_form_losses.mse_loss(x, y), v)
 
 
 def mse_second(x: Tensor, v: Tensor, u: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return second(closed_forms.mse_loss(x, y), v, u)
+    return second(closed_form_losses.mse_loss(x, y), v, u)
 
 
 def bce_first(x: Tensor, v: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     loss = F.binary_cross_entropy_with_logits(x.float(), y.float())
-    return first(loss, closed_forms.binary_cross_entropy_with_logits(x, y), v)
+    return first(loss, closed_form_losses.binary_cross_entropy_with_logits(x, y), v)
 
 
 def bce_second(x: Tensor, v: Tensor, u: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return second(closed_forms.binary_cross_entropy_with_logits(x, y), v, u)
+    return second(closed_form_losses.binary_cross_entropy_with_logits(x, y), v, u)
 
 
 def rotating(call: Callable[..., object], sets: list[tuple[Any, ...]]) -> Call:

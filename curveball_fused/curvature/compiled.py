@@ -280,12 +280,12 @@ def _own_residuals(forward: fx.GraphModule, movable: set[fx.Node], first: int) -
 
 
 def _like(tangent: Tensor, p: Tensor) -> Tensor:
-    """`tangent` in dtype and strides of `p`, for which the graphs are compiled."""
+    """Return `tangent` in dtype and strides of `p`, for which the graphs are compiled."""
     if tangent.dtype == p.dtype and tangent.stride() == p.stride():
         return tangent
     return torch.empty_like(p, requires_grad=False).copy_(tangent)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether the run may write to it, other than the optimizer's parameters."""
+    """Return whether the run may write to it, other than the optimizer's parameters."""
     return isinstance(value, Tensor) and not value.requires_grad

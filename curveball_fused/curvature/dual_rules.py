@@ -33,7 +33,7 @@ def dual(rule: Rule) -> Callable[..., Any]:
             return NotImplemented
         if any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
             return NotImplemented
-        places: dict[int, int | None] = {}
+        slots: dict[int, int | None] = {}
         tangents: list[Tensor | None] = []
 
         def primal(value: Any) -> Any:
@@ -41,13 +41,13 @@ def dual(rule: Rule) -> Callable[..., Any]:
                 return value
             p, t = fwAD.unpack_dual(value)
             if t is not None:
-                places[id(p)] = len(tangents)
+                slots[id(p)] = len(tangents)
                 tangents.append(t)
             return p
 
         primals, named = [primal(a) for a in args], {key: primal(a) for key, a in kwargs.items()}
         with torch.no_grad():
-            recorded = rule(RuleContext(places, backend), *primals, **named) if tangents else NotImplemented
+            recorded = rule(RuleContext(slots, backend), *primals, **named) if tangents else NotImplemented
             return recorded if recorded is NotImplemented else fwAD.make_dual(recorded[0], recorded[1](tangents))
 
     return function

@@ -32,7 +32,7 @@ class Method:
         description: what it does, in a report.
         build: makes the linear map of a model, of (model_fn, params, replay, backend).
         advice: what a user can do where it cannot follow the model and no other is left to be tried.
-        retreat: what is said where it takes the place of one that cannot follow the model.
+        fallback: what the announcement says where this method takes the place of one that cannot follow the model.
         missing_derivative: words by which torch says that a derivative is missing.
         reruns: how often at most the model runs again in a step: for a product, a difference of outputs or the damping.
         evaluate: returns the outputs alone, by the same kernels.
@@ -42,7 +42,7 @@ class Method:
     description: str
     build: Callable[[ModelFn, Sequence[Tensor], Replay, str], LinearMap]
     advice: str = ""
-    retreat: str = ""
+    fallback: str = ""
     missing_derivative: tuple[str, ...] = ()
     reruns: int = 2
     evaluate: Callable[[ModelFn], Tensor] = evaluate
@@ -74,7 +74,7 @@ _FORWARD = Method(
     description="dual numbers",
     build=DualNumbers,
     advice='Replace the operator, or use curvature="auto" or "double_backward"',
-    retreat="dual numbers are used instead, at about 9/7 of the time",
+    fallback="dual numbers are used instead, at about 9/7 of the time",
     missing_derivative=_FORWARD_MODE_IS_MISSING,
     reruns=3,
 )
@@ -83,7 +83,7 @@ _DOUBLE_BACKWARD = Method(
     description="autograd, differentiated once more",
     build=lambda model_fn, params, replay, _: DoubleBackward(model_fn, params, replay),
     advice="Replace the operator that is named here by one that torch can differentiate twice",
-    retreat="double backward is used for the whole model",
+    fallback="double backward is used for the whole model",
     missing_derivative=("derivative", "double backward", "differentiat"),
 )
 _COMPILED = Method(
@@ -92,7 +92,7 @@ _COMPILED = Method(
     build=_compiled,
     evaluate=_evaluate_compiled,
 )
-AUTO = ("linearize", "forward", "double_backward")  # the order of retreat
+AUTO = ("linearize", "forward", "double_backward")  # the order of fallback
 METHODS = {method.name: method for method in (_LINEARIZE, _FORWARD, _DOUBLE_BACKWARD, _COMPILED)}
 
 
@@ -135,7 +135,7 @@ def linearize(
             replay.rewind()
         else:
             if refusals:
-                announce(refusals[-1], f"curveball_fused: {'; '.join(refusals)}; {method.retreat}.")
+                announce(refusals[-1], f"curveball_fused: {'; '.join(refusals)}; {method.fallback}.")
             return name, linear, first
     raise ValueError("no method was given.")
 

@@ -61,7 +61,7 @@ class Observer(Protocol):
 class Tape(Decompose):
     """Record the maps while the model runs, gradients enabled.
 
-    A tensor is known by its identity and version: one that was written to, by whatever ctx, is not the one that the
+    A tensor is known by its identity and version: one that was written to, by whatever call, is not the one that the
     tape knows. What depends on a parameter requires a gradient, so that nothing can slip past the tape. The tape keeps
     alive what the maps read, which is what autograd's graph holds too, and nothing else.
 

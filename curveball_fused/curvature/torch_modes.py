@@ -41,7 +41,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Decompose(TorchFunctionMode):
-    """Runs attention and recurrent layers by kernels that can be differentiated twice, or in forward mode.
+    """Run attention and recurrent layers by kernels that can be differentiated twice, or in forward mode.
 
     Fused kernels draw dropout masks of their own, so a layer with dropout is decomposed in every run of a step
     (`every_call=False`); one without only where its fused kernel lacks the derivative (`every_call=True`).
@@ -68,7 +68,7 @@ class Decompose(TorchFunctionMode):
 
 
 class Substitute(Decompose):
-    """Replaces parameters by their dual numbers in every torch call, and calls our own dual rules where there are any.
+    """Replace parameters by their dual numbers in every torch call, and calls our own dual rules where there are any.
 
     Attributes:
         seen: ids of the parameters that reached a torch call.
@@ -136,7 +136,7 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _has_dropout(args: Any, kwargs: dict[str, Any] | None) -> bool:
-    """Whether a positive float that may be a dropout probability is among the arguments of a fused layer."""
+    """Return whether a positive float that may be a dropout probability is among the arguments of a fused layer."""
     named = [v for k, v in (kwargs or {}).items() if k.startswith("dropout")]
     return any(isinstance(v, float) and v > 0 for v in (*args, *named))
 

@@ -32,7 +32,7 @@ class RecordedCall:
         self.active: list[Tensor] = []
         self._generators, self._positions = Saved(self.device), positions(self.device)
         self.args, self.kwargs = _mapped((args, kwargs), self._record)
-        self._places = {id(t): place for place, t in enumerate(self.active)}
+        self._slots = {id(t): slot for slot, t in enumerate(self.active)}
         self._random: bool | None = None
 
     def _record(self, value: Any) -> Any:
@@ -101,9 +101,9 @@ class RecordedCall:
         """
 
         def replace(value: Any) -> Any:
-            place = self._places.get(id(value))
+            slot = self._slots.get(id(value))
             wide = _widened(value) if dtype is torch.float64 else _copied(value)
-            return wide if place is None else wide.add_(v[place].to(wide.dtype), alpha=step)
+            return wide if slot is None else wide.add_(v[slot].to(wide.dtype), alpha=step)
 
         with torch.no_grad():
             return self(self.func, replace)
@@ -113,8 +113,8 @@ class RecordedCall:
         leaves = [t.clone().requires_grad_() for t in self.active]
 
         def replace(value: Any) -> Any:
-            place = self._places.get(id(value))
-            return _copied(value) if place is None else leaves[place].clone()
+            slot = self._slots.get(id(value))
+            return _copied(value) if slot is None else leaves[slot].clone()
 
         return leaves, replace
 
@@ -122,8 +122,8 @@ class RecordedCall:
         """Return what replaces the active arguments by dual numbers of tangents `v`."""
 
         def replace(value: Any) -> Any:
-            place = self._places.get(id(value))
-            return _copied(value) if place is None else fwAD.make_dual(value.clone(), v[place].clone())
+            slot = self._slots.get(id(value))
+            return _copied(value) if slot is None else fwAD.make_dual(value.clone(), v[slot].clone())
 
         return replace
 
@@ -132,17 +132,17 @@ class RecordedCall:
         rule = rules.RULES.get(self.func) or rules.IN_PLACE.get(self.func)
         if rule is None or any(t.is_complex() for t in self.active):
             return None
-        places: dict[int, int | None] = {}
+        slots: dict[int, int | None] = {}
         leaves, put = self.leaves()
 
         def replace(value: Any) -> Any:
             copy = put(value)
             if isinstance(copy, Tensor):
-                places[id(copy)] = self._places.get(id(value))
+                slots[id(copy)] = self._slots.get(id(value))
             return copy
 
         try:
-            recorded, _ = self(lambda *args, **kwargs: rule(RuleContext(places, "auto"), *args, **kwargs), replace)
+            recorded, _ = self(lambda *args, **kwargs: rule(RuleContext(slots, "auto"), *args, **kwargs), replace)
         except TypeError:
             return None
         if recorded is NotImplemented:

@@ -38,10 +38,10 @@ class Step:
         sign: 1, or -1 where the loss is maximized.
         params: the parameters that are optimized.
         replay: makes further runs of the model the same function.
-        z: the momentum, in the parameters' shapes.
+        z: the state, in the parameters' shapes.
         outputs: the predictions, detached.
         jz: Jz, of the outputs' shape.
-        c: H_o Jz + g_o, of the outputs' shape.
+        c: H Jz + g, of the outputs' shape.
         r: Jᵀc, in the parameters' shapes.
         jr: Jr, of the outputs' shape.
         products: float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
@@ -137,7 +137,7 @@ def _check_by_another_method(
 
 
 def _check_loss(step: Step) -> None:
-    """Check c = H_o Jz + g_o and the products of the 2x2 system, with H_o by differences of the loss's gradient."""
+    """Check c = H Jz + g and the products of the 2x2 system, with H by differences of the loss's gradient."""
     x, dtype = step.outputs.double(), step.outputs.dtype
     try:
         g = _gradient(step, x)
@@ -158,8 +158,8 @@ def _check_loss(step: Step) -> None:
     g, jz, jr = g.double(), step.jz.double(), step.jr.double()
     error = ((step.c.double() - g - hz).abs() - z_margin - 10 * rounding.abs() * (1 + jz.abs())).clamp(min=0)
     blame = "loss_fn's Hessian product is wrong: please report it"
-    _judge("c = H_o Jz + g_o", relative(error, g.abs() + hz.abs()), tolerance, blame)
-    names = ("g·Jz", "Jz·H_oJz", "g·Jr", "Jz·H_oJr", "Jr·H_oJr")
+    _judge("c = H Jz + g", relative(error, g.abs() + hz.abs()), tolerance, blame)
+    names = ("g·Jz", "Jz·HJz", "g·Jr", "Jz·HJr", "Jr·HJr")
     pairs = ((g, jz, rounding), (hz, jz, z_margin), (g, jr, rounding), (hz, jr, z_margin), (hr, jr, r_margin))
     for name, (a, b, margin), found in zip(names, pairs, step.products.tolist(), strict=True):
         slack = 10 * _norm([margin]) * _norm([b])

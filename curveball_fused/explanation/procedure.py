@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curveball_fused import backends
 from curveball_fused.backends.dtypes import compute_dtype
-from curveball_fused.backends.reference.closed_forms import CLOSED_FORMS
+from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS
 from curveball_fused.curvature import AUTO, MethodUnsupported, ModelFn, checked_outputs, torch_modes
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.losses import LossFn, checked_loss

@@ -34,7 +34,7 @@ class MethodReport:
     Attributes:
         name: as in `curvature=`.
         refusal: why it cannot follow the model; empty where it can.
-        is_error: whether the refusal is one from which "auto" does not retreat, but which it raises.
+        is_error: whether the refusal is one from which "auto" does not fall back, but which it raises.
         cost: of a step of CurveBall that does not adapt λ; None where it cannot follow the model.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curveball_fused import backends
 from curveball_fused.backends.dtypes import compute_dtype
-from curveball_fused.backends.reference.closed_forms import Map, Products
+from curveball_fused.backends.reference.closed_form_losses import Map, Products
 from curveball_fused.ops import losses as loss_ops
 
 _signature = functools.cache(inspect.signature)

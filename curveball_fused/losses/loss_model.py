@@ -1,4 +1,4 @@
-"""The quadratic model of a loss at the model's outputs: value, gradient g_o and Gauss-Newton products v ↦ H_o v.
+"""The quadratic model of a loss at the model's outputs: value, gradient g and Gauss-Newton products v ↦ H v.
 
 A `loss_fn` that returns `F.cross_entropy`, `F.mse_loss` or `F.binary_cross_entropy_with_logits` of the outputs, perhaps
 reshaped or sliced, is recognized and gets closed-form products. Every other loss gets autograd's double backward, on
@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curveball_fused.backends.reference.closed_forms import CLOSED_FORMS, Map, Products, Quadratic, itself, products
+from curveball_fused.backends.reference.closed_form_losses import (
+    CLOSED_FORMS,
+    Map,
+    Products,
+    Quadratic,
+    itself,
+    products,
+)
 
 from .autograd_graph import nodes_of
 from .fused import fused
@@ -62,7 +69,7 @@ class LossModel:
         self._form: Products = form or products(_by_autograd(loss, self._leaf), sign)
 
     def gradient(self) -> Tensor:
-        """Return g_o, of the outputs' shape and dtype."""
+        """Return g, of the outputs' shape and dtype."""
         return self._of_outputs(self._form.gradient())
 
     def cotangent(self, tangent: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -72,7 +79,7 @@ class LossModel:
             tangent: Jz, of the outputs' shape.
 
         Returns:
-            c = H_o Jz + g_o, of the outputs' shape and dtype, and a function of Jr that returns the products of the
+            c = H Jz + g, of the outputs' shape and dtype, and a function of Jr that returns the products of the
             2x2 system as float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
         """
         c, products_with = self._form.at(self._seen_by_loss(tangent))
@@ -92,7 +99,7 @@ class LossModel:
 
 
 def checked_loss(loss: Any) -> Tensor:
-    """`loss` as a 0-dim tensor, or an error that says what `loss_fn` must return."""
+    """Return `loss` as a 0-dim tensor, or raise an error that says what `loss_fn` must return."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return a tensor, the scalar loss; it returned {type(loss).__name__}.")
     if loss.numel() != 1:
@@ -133,7 +140,7 @@ def _refuse_parameters(loss: Tensor, params: set[int]) -> None:
 
 
 def _closed_form(call: RecognizedLoss, sign: float, backend: str) -> Products | None:
-    """By fused kernels, else in plain torch, or None for a variant of the loss that has no closed form."""
+    """Return products by fused kernels, else in plain torch; None for a variant of the loss without a closed form."""
     kernels = fused(call.function, call.args, call.kwargs, sign, backend)
     if kernels is not None:
         return kernels
@@ -142,7 +149,7 @@ def _closed_form(call: RecognizedLoss, sign: float, backend: str) -> Products | 
 
 
 def _by_autograd(loss: Tensor, outputs: Tensor) -> Quadratic:
-    """H_o v = ∂<g_o, v>/∂outputs; zero where the loss is (piecewise) linear."""
+    """Return g and H v = ∂<g, v>/∂outputs, which is zero where the loss is (piecewise) linear."""
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
 

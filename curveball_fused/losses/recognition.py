@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from curveball_fused._torch_private import version_of
-from curveball_fused.backends.reference.closed_forms import CLOSED_FORMS, Map
+from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS, Map
 
 # Linear rearrangements that may stand between the outputs and a recognized loss, such as `out.view(-1, classes)`.
 _REARRANGEMENTS = frozenset(

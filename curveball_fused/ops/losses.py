@@ -282,8 +282,8 @@ if backends.has_operators():
     def _(x, v, target, weight, pos_weight, mean, sign):  # type: ignore[no-untyped-def]
         return _fake_cotangent(x)
 
-    for name in ("cross_entropy_products", "mse_products", "bce_products"):
-        torch.library.register_fake(f"curveball_fused::{name}", lambda x, *_: x.new_empty(5, dtype=torch.float64))
+    for _name in ("cross_entropy_products", "mse_products", "bce_products"):
+        torch.library.register_fake(f"curveball_fused::{_name}", lambda x, *_: x.new_empty(5, dtype=torch.float64))
 
 
 def _fake_cotangent(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

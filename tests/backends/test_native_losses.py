@@ -1,4 +1,4 @@
-"""The native loss kernels, in the library for the CPU and of the emulated GPU: against torch and `closed_forms`."""
+"""The native loss kernels, in the library for the CPU and of the emulated GPU: against torch and closed forms."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_very_many_classes(operators: Any, dtype: torch.dtype, classes: int, row
 
 
 def test_cross_entropy_is_what_autograd_makes_of_torchs(operators: Any) -> None:
-    """Without `closed_forms`: the gradient, and the Hessian by double backward."""
+    """Without `closed_form_losses`: the gradient, and the Hessian by double backward."""
     x, v, u = triple((5, 11), torch.float64)
     target, options = torch.randint(0, 11, (5,)), dict(weight=torch.rand(11).double(), label_smoothing=0.2)
     ours = cross_entropy(operators, x, v, u, target, **options)

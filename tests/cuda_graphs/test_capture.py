@@ -134,7 +134,7 @@ def runs(count: int) -> Any:
 
 
 def a_run_aside_first() -> None:
-    """As in steps between complete solves: of a first run nothing stays, and the next is the one that counts."""
+    """As in steps between full solves: of a first run nothing stays, and the next is the one that counts."""
     main = generators(DEVICE)
     aside = generators(DEVICE)
     draw(3)

@@ -167,13 +167,13 @@ class Custom(nn.Module):
 
 
 @pytest.mark.parametrize("linear_first", [True, False])
-def test_retreat_to_double_backward_is_announced(linear_first: bool) -> None:
+def test_fallback_to_double_backward_is_announced(linear_first: bool) -> None:
     x = torch.randn(4, 3, dtype=torch.float64)
     messages = one_step_equals_double_backward(lambda: (Custom(linear_first).double(), lambda model: model(x)))
     assert len(messages) == 1 and "double backward" in messages[0] and "Function" in messages[0]
 
 
-def test_forward_by_name_does_not_retreat() -> None:
+def test_forward_by_name_does_not_fall_back() -> None:
     model, x = Custom(True), torch.randn(4, 3)
     optimizer = CurveBall(model.parameters(), curvature="forward")
     with pytest.raises(RuntimeError, match='curvature="auto"'):
@@ -206,7 +206,7 @@ class Opaque(torch.autograd.Function):
 
 
 @pytest.mark.filterwarnings("ignore:curveball_fused")
-def test_nothing_left_to_retreat_to() -> None:
+def test_nothing_left_to_fall_back_to() -> None:
     layer = nn.Linear(3, 3)
     with pytest.raises(RuntimeError, match=r'"forward" cannot.*"double_backward" cannot'):
         CurveBall(layer.parameters()).step(lambda: Opaque.apply(layer(torch.ones(2, 3))), lambda out: out.mean())

@@ -247,7 +247,7 @@ def test_a_wrong_closed_form(part: int, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setitem(losses.CLOSED_FORMS, F.mse_loss, wrong)
     net = nn.Linear(6, 3)
-    with pytest.raises(RuntimeError, match=r"debug=True: (c = |Jr·H_oJr).*loss_fn"):
+    with pytest.raises(RuntimeError, match=r"debug=True: (c = |Jr·HJr).*loss_fn"):
         debug(net, lambda: net(X.float()), loss=lambda out: F.mse_loss(out, torch.ones(4, 3)))
 
 

@@ -190,7 +190,7 @@ def test_a_model_that_no_method_can_follow() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_model() -> None:
-    """From which "auto" does not retreat to the method that works."""
+    """From which "auto" does not fall back to the method that works."""
     net = torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.Tanh()))
     found = explain(lambda: net(X), squares, net.parameters())
     assert found.method is None and found.methods[2].cost is not None

@@ -1,4 +1,4 @@
-"""The loss operators on the GPU, against `closed_forms` and torch's own losses in float64."""
+"""The loss operators on the GPU, against `closed_form_losses` and torch's own losses in float64."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curveball_fused.backends.dtypes import compute_dtype
-from curveball_fused.backends.reference import closed_forms
-from curveball_fused.backends.reference.closed_forms import Quadratic
+from curveball_fused.backends.reference import closed_form_losses
+from curveball_fused.backends.reference.closed_form_losses import Quadratic
 from curveball_fused.ops import losses as loss_ops
 from tests.gpu.device import DEVICE, DTYPES, draw, every_backend
 
@@ -81,7 +81,7 @@ def entropy(
         reduction="mean" if mean else "sum",
         label_smoothing=smoothing,
     )
-    quadratic = closed_forms.cross_entropy(x.double(), target, **options)
+    quadratic = closed_form_losses.cross_entropy(x.double(), target, **options)
     assert quadratic is not None
     h = quadratic[2](torch.ones_like(x, dtype=torch.float64))
     return quadratic, h + (h - quadratic[0]).abs(), F.cross_entropy(x.double(), target, **options)
@@ -229,7 +229,7 @@ def test_mse(backend: str, dtype: torch.dtype, mean: bool) -> None:
         first = loss_ops.mse_cotangent(x, v, y, **options)
         five = loss_ops.mse_products(x, v, u, y, first[2], **options)
         reduction = "mean" if mean else "sum"
-        quadratic = closed_forms.mse_loss(x.double(), y.double(), reduction=reduction)
+        quadratic = closed_form_losses.mse_loss(x.double(), y.double(), reduction=reduction)
         assert quadratic is not None
         terms = quadratic[2](x.double().abs() + y.double().abs())
         loss = F.mse_loss(x.double(), y.double(), reduction=reduction)
@@ -257,7 +257,7 @@ def test_bce(backend: str, dtype: torch.dtype, weighted: bool, mean: bool) -> No
             pos_weight=None if pos_weight is None else pos_weight.double(),
             reduction="mean" if mean else "sum",
         )
-        quadratic = closed_forms.binary_cross_entropy_with_logits(x.double(), y.double(), **exact)
+        quadratic = closed_form_losses.binary_cross_entropy_with_logits(x.double(), y.double(), **exact)
         k = 1.0 if pos_weight is None else 1 + (pos_weight.double() - 1) * y.double()
         w = torch.ones_like(x, dtype=torch.float64) if weight is None else weight.double()
         terms = w * (1 + y.double() + k) / (x.numel() if mean else 1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from curveball_fused.backends.reference import closed_forms
+from curveball_fused.backends.reference import closed_form_losses
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -92,8 +92,8 @@ def check_cross_entropy(
     ours = cross_entropy(operators, x, v, u, target, sign, **options)
     assert all(torch.equal(a, b) for a, b in zip(before, (x, v, u)))
     loss = F.cross_entropy(x.double(), target, **wide)
-    exact = quadratic(loss, closed_forms.cross_entropy(x.double(), target, **wide), v.double(), u.double(), sign)
-    composed = quadratic(loss, closed_forms.cross_entropy(x, target, **options), v, u, sign)[0]
+    exact = quadratic(loss, closed_form_losses.cross_entropy(x.double(), target, **wide), v.double(), u.double(), sign)
+    composed = quadratic(loss, closed_form_losses.cross_entropy(x, target, **options), v, u, sign)[0]
     compare(ours, x.dtype, exact, composed)
     return ours
 
@@ -101,7 +101,7 @@ def check_cross_entropy(
 def check_elements(
     operators: Any, shape: tuple[int, ...], dtype: torch.dtype, where: Any, sign: float, **options: Any
 ) -> None:
-    """Both losses, against closed_forms; `weight` and `pos_weight` belong to the binary cross-entropy."""
+    """Both losses, against closed_form_losses; `weight` and `pos_weight` belong to the binary cross-entropy."""
     x, v, u = triple(shape, dtype, where)
     mean = options["reduction"] == "mean"
     for name in ("mse", "bce"):
@@ -112,7 +112,7 @@ def check_elements(
         y = draw(shape, dtype, where[0]) if name == "mse" else torch.rand(shape).to(dtype)
         loss, c, products = getattr(operators, f"{name}_cotangent")(x, v, y, *weights, mean, sign)
         five = getattr(operators, f"{name}_products")(x, v, u, y, *weights, products, mean, sign)
-        closed, expected_loss = closed_forms.CLOSED_FORMS[function], function(x.double(), y.double(), **wide)
+        closed, expected_loss = closed_form_losses.CLOSED_FORMS[function], function(x.double(), y.double(), **wide)
         exact = quadratic(expected_loss, closed(x.double(), y.double(), **wide), v.double(), u.double(), sign)
         composed = quadratic(expected_loss, closed(x, y, **chosen), v, u, sign)[0]
         compare(Result(loss, c, five), dtype, exact, composed)

@@ -1,4 +1,4 @@
-"""CurveBall with dense matrices: the Jacobian row by row, H_o and A as they stand in the paper. For tiny nets."""
+"""CurveBall with dense matrices: the Jacobian row by row, H and A as they stand in the paper. For tiny nets."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ QUADRATIC_MODEL = [
     ),
     PythonMutant(
         "the_gradient_of_the_usual_loss_is_halved",
-        "backends/reference/closed_forms.py",
+        "backends/reference/closed_form_losses.py",
         "scale = 2.0 / ",
         "scale = 1.0 / ",
         "losses/test_loss_model.py::test_against_the_hessian",

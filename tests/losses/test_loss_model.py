@@ -26,7 +26,7 @@ TARGET = torch.randn(7, CLASSES, dtype=torch.float64)
 LABELS = torch.rand(7, CLASSES, dtype=torch.float64)
 
 Case = tuple[Tensor, Callable[[Tensor], Tensor]]
-RECOGNISED: dict[str, Case] = {
+RECOGNIZED: dict[str, Case] = {
     f"cross entropy {reduction} {name}": (
         x,
         lambda o, y=y, k=k, r=reduction: F.cross_entropy(o, y, reduction=r, **k),
@@ -45,11 +45,11 @@ RECOGNISED: dict[str, Case] = {
         ("probabilities, images", IMAGES, IMAGES.softmax(1).roll(1, 0), dict(label_smoothing=0.1)),
     ]
 }
-RECOGNISED |= {
+RECOGNIZED |= {
     f"mse {reduction}": (LOGITS, lambda o, r=reduction: F.mse_loss(o, TARGET, reduction=r))
     for reduction in ("mean", "sum")
 }
-RECOGNISED |= {
+RECOGNIZED |= {
     f"bce {reduction} {name}": (
         LOGITS,
         lambda o, k=k, r=reduction: F.binary_cross_entropy_with_logits(o, LABELS, reduction=r, **k),
@@ -61,7 +61,7 @@ RECOGNISED |= {
         ("pos_weight", dict(weight=WEIGHT, pos_weight=WEIGHT.flip(0))),
     ]
 }
-RECOGNISED |= {
+RECOGNIZED |= {
     "targets in bytes": (LOGITS, lambda o: F.cross_entropy(o, INDEX.to(torch.uint8))),
     "modules": (LOGITS, lambda o: torch.nn.CrossEntropyLoss()(o, INDEX)),
     "view": (LOGITS.view(7, 1, CLASSES), lambda o: F.cross_entropy(o.view(-1, CLASSES), INDEX)),
@@ -112,9 +112,9 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("name", [*RECOGNISED, *GENERAL])
+@pytest.mark.parametrize("name", [*RECOGNIZED, *GENERAL])
 def test_against_the_hessian(name: str, sign: float) -> None:
-    outputs, loss_fn = (RECOGNISED | GENERAL)[name]
+    outputs, loss_fn = (RECOGNIZED | GENERAL)[name]
 
     def flat(x: Tensor) -> Tensor:
         return sign * loss_fn(x.view(outputs.shape)).reshape(())
@@ -129,7 +129,8 @@ def test_against_the_hessian(name: str, sign: float) -> None:
     torch.testing.assert_close(c.flatten(), hessian @ u + gradient, rtol=1e-11, atol=1e-12)
     expected = torch.stack((gradient @ u, u @ hessian @ u, gradient @ v, u @ hessian @ v, v @ hessian @ v))
     torch.testing.assert_close(products(jr), expected, rtol=1e-11, atol=1e-11)
-    assert c.shape == outputs.shape and products(jr).dtype == torch.float64
+    torch.testing.assert_close(model.gradient().flatten(), gradient, rtol=1e-11, atol=1e-12)
+    assert c.shape == model.gradient().shape == outputs.shape and products(jr).dtype == torch.float64
 
 
 @pytest.fixture
@@ -141,16 +142,16 @@ def no_double_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_double_backward")
-@pytest.mark.parametrize("name", list(RECOGNISED))
+@pytest.mark.parametrize("name", list(RECOGNIZED))
 def test_is_recognized(name: str) -> None:
-    outputs, loss_fn = RECOGNISED[name]
+    outputs, loss_fn = RECOGNIZED[name]
     LossModel(loss_fn, outputs, 1.0, [])
 
 
 def test_the_fused_kernels_serve_the_usual_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but probabilities as targets, images, a single sample, and a weight that does not trail the outputs."""
     served = set()
-    for name, (outputs, loss_fn) in RECOGNISED.items():
+    for name, (outputs, loss_fn) in RECOGNIZED.items():
         monkeypatch.setattr(backends, "has_fused_losses", lambda chosen: True)
         monkeypatch.setattr(losses, "products", lambda *_, name=name: served.add(name))
         monkeypatch.setattr(losses, "_by_autograd", lambda *_: None)
@@ -172,10 +173,10 @@ def test_is_not_mistaken_for_another(name: str) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [n for n in RECOGNISED if "cross" not in n or "plain" in n or "smooth" in n])
+@pytest.mark.parametrize("name", [n for n in RECOGNIZED if "cross" not in n or "plain" in n or "smooth" in n])
 def test_positive_semi_definite_in_low_precision(name: str, dtype: torch.dtype, scale: float) -> None:
     """Also where the softmax is saturated, and where the tangent is nearly the same in all classes."""
-    outputs, loss_fn = RECOGNISED[name]
+    outputs, loss_fn = RECOGNIZED[name]
 
     model = LossModel(loss_fn, (scale * outputs).to(dtype), 1.0, [])
     v = (1000 + torch.randn_like(outputs)).to(dtype)

@@ -278,3 +278,19 @@ def test_bad_options() -> None:
     next(net.parameters()).register_hook(lambda g: 2 * g)
     with pytest.raises(RuntimeError, match="hooks"):
         optimizer.step(lambda: net(x), loss_of, curvature_batch=(lambda: net(x[:4]), loss_of))
+
+
+def test_curvature_of_a_part_with_a_loss_of_some_outputs() -> None:
+    """Picking outputs by an index saves it for the backward pass, which gradient and cotangent both make."""
+    net, x, y = small()
+    optimizer = CurveBall(net.parameters(), average=0.5)
+    picked = torch.tensor([0, 2, 3])
+
+    def loss_fn(out: Tensor) -> Tensor:
+        return F.cross_entropy(out[picked], y[picked])
+
+    losses = [
+        float(optimizer.step(lambda: net(x), loss_fn, curvature_batch=(lambda: net(x[:4]), loss_fn))[0])
+        for _ in range(20)
+    ]
+    assert losses[-1] < 0.5 * losses[0] and optimizer.stats()["skipped_steps"] == 0

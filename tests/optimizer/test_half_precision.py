@@ -127,7 +127,7 @@ def test_float16_parameters_that_the_model_converts() -> None:
 
 @pytest.mark.parametrize("options", [dict(average=0.7), dict(average=0.7, solve_interval=2)])
 @pytest.mark.parametrize("part", [False, True], ids=["", "part of the batch"])
-def test_economy_in_float16(options: dict[str, Any], part: bool) -> None:
+def test_averaging_in_float16(options: dict[str, Any], part: bool) -> None:
     results = []
     for half in (None, torch.float16):
         model = net()

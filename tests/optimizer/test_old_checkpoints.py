@@ -13,18 +13,18 @@ import torch
 from curveball_fused import CurveBall
 from tests.helpers.training import SETTINGS, advance, assert_equal, everything, small
 
-FILE = Path(__file__).parent / "data" / "checkpoint-0.1.0.pt.gz"
+FILE = Path(__file__).parent / "data" / "checkpoint-before-the-packages.pt.gz"
 
 
 @pytest.fixture
 def saved() -> dict[str, Any]:
-    """What version 0.1.0 had after four steps, and all its figures after three more."""
+    """What the flat package had after four steps, and all its figures after three more."""
     with gzip.open(FILE) as file:
         loaded: dict[str, Any] = torch.load(file, weights_only=True)
     return loaded
 
 
-def test_a_checkpoint_of_the_last_release_is_taken_over_bit_for_bit(saved: dict[str, Any]) -> None:
+def test_a_checkpoint_from_before_the_packages_is_taken_over_bit_for_bit(saved: dict[str, Any]) -> None:
     net, _, _ = small(1)
     optimizer = CurveBall(net.parameters())
     before = copy.deepcopy(saved["optimizer"])
@@ -43,7 +43,7 @@ def test_a_checkpoint_of_the_last_release_is_taken_over_bit_for_bit(saved: dict[
     assert saved["optimizer"]["state"]["curveball"].keys() == former.keys()  # the caller's own is left alone
 
 
-def test_training_goes_on_from_a_checkpoint_of_the_last_release(saved: dict[str, Any]) -> None:
+def test_training_goes_on_from_a_checkpoint_from_before_the_packages(saved: dict[str, Any]) -> None:
     net, x, y = small()
     optimizer = CurveBall(net.parameters())
     net.load_state_dict(saved["net"])
@@ -63,3 +63,19 @@ def test_the_half_precision_of_former_times_is_a_dtype(saved: dict[str, Any], ha
     optimizer = CurveBall(net.parameters())
     optimizer.load_state_dict(saved["optimizer"])
     assert optimizer.state["curveball"]["compute_dtype"] is compute_dtype
+
+
+def test_an_optimizer_that_was_pickled_whole_goes_on(saved: dict[str, Any]) -> None:
+    """pickle restores attributes without load_state_dict."""
+    net, x, y = small()
+    net.load_state_dict(saved["net"])
+    reference = CurveBall(net.parameters())
+    reference.load_state_dict(saved["optimizer"])
+    attributes = reference.__getstate__()
+    attributes["state"] = dict(attributes["state"]) | {"curveball": dict(saved["optimizer"]["state"]["curveball"])}
+    restored = CurveBall.__new__(CurveBall)
+    restored.__setstate__(attributes)
+    torch.set_rng_state(saved["rng"])
+    advance(restored, net, x, y, 3)
+    for ours, theirs in zip(everything(restored, net), saved["after"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -1,7 +1,4 @@
-"""The operators on parameters in plain torch: the specification, and the backend that works everywhere.
-
-Scalars of one step travel in a float64 tensor of `len(SCALARS)` elements, so that no value has to visit the host.
-"""
+"""The operators on parameters in plain torch: the specification, and the backend that works everywhere."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The loss operators in Triton: mean squared error and binary cross-entropy here, cross-entropy in a file of its own.
 
-For a loss s Σ l(x, y) over independent elements, with g = s l' and H = s l'' (closed_forms has the formulas), the first
-call gives c = g + H v and the sums of l, g v and H v²; the second those of g u, H v u and H u². Arithmetic is in
+For a loss s Σ l(x, y) over independent elements, with g = s l' and H = s l'' (closed_form_losses has the formulas), the
+first call gives c = g + H v and the sums of l, g v and H v²; the second those of g u, H v u and H u². Arithmetic is in
 float32, or in float64 for float64. Sums are in float64, over a number of programs that follows from numel alone.
 """
 

@@ -43,7 +43,7 @@ def batch_norm(
     if not training:
         mean, rstd = _saved(ctx, running_mean), (_saved(ctx, running_var) + eps).rsqrt()
     mean, rstd, dtype = _statistics(mean, x), _statistics(rstd, x), output.dtype
-    wide = x.dtype if w is None else w.dtype  # weights may be wider than what they normalise
+    wide = x.dtype if w is None else w.dtype  # weights may be wider than what they normalize
 
     def tangent_map(tangents: Tangents) -> Tensor:
         dx, dw, db = (tangent_at(tangents, place) for place in (at_x, at_w, at_b))
@@ -114,7 +114,7 @@ def _row_map(
     at_w, at_b = ctx.tangent_index(weight), ctx.tangent_index(bias)
     x, w = ctx.save(input), _saved(ctx, weight)
     rows, dtype = (-1, math.prod(shape)), output.dtype
-    wide = x.dtype if w is None else w.dtype  # weights may be wider than what they normalise
+    wide = x.dtype if w is None else w.dtype  # weights may be wider than what they normalize
     mean = None if mean is None else _statistics(mean.flatten(), x)
     rstd = _statistics(rstd.flatten(), x)
 
@@ -172,7 +172,7 @@ def _saved(ctx: RuleContext, tensor: Tensor | None) -> Any:
 
 
 def _statistics(values: Tensor, x: Tensor) -> Tensor:
-    """In the dtype of the arithmetic."""
+    """Return `values` in the dtype of the arithmetic."""
     return values.detach().to(compute_dtype(x.dtype))
 
 

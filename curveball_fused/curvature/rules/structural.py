@@ -106,7 +106,7 @@ def _pick(at: int | None, index: int, function: Any, args: Any, kwargs: Any, tan
 
 
 def view(ctx: RuleContext, input: Tensor, *shape: Any, **kwargs: Any) -> Any:
-    """As a structural function; but a tangent need not lie in memory as its tensor does."""
+    """Return as `structural` does; but a tangent need not lie in memory as its tensor does."""
     if kwargs or isinstance(shape[0], torch.dtype):
         return NotImplemented
     at, output = ctx.tangent_index(input), input.view(*shape)

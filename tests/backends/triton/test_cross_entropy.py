@@ -1,4 +1,4 @@
-"""Cross-entropy in Triton, against torch and `closed_forms` in float64: on a GPU, else by the interpreter."""
+"""Cross-entropy in Triton, against torch and `closed_form_losses` in float64: on a GPU, else by the interpreter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curveball_fused.backends.dtypes import compute_dtype
-from curveball_fused.backends.reference import closed_forms
+from curveball_fused.backends.reference import closed_form_losses
 from curveball_fused.backends.triton import losses as triton_losses
 from curveball_fused.backends.triton.row_blocks import aligned_range
 from tests.helpers.tiers import slow
@@ -56,7 +56,7 @@ class Case:
         loss, c, products, _ = self.run()
         x = self.x.double()
         expected = F.cross_entropy(x, self.target, **self.options())
-        quadratic = closed_forms.cross_entropy(x, self.target, **self.options())
+        quadratic = closed_form_losses.cross_entropy(x, self.target, **self.options())
         largest = self.x.double().nan_to_num(neginf=0.0).abs().max().item()
         got, parts = (loss, c, products), quadratic[0].abs()
         check(self.dtype, self.sign, expected, quadratic, self.v, self.u, got, parts, largest)

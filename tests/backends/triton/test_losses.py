@@ -1,4 +1,4 @@
-"""The elementwise losses in Triton, against torch and `closed_forms` in float64: on a GPU, else by the interpreter."""
+"""The elementwise losses in Triton, against torch and closed forms in float64: on a GPU, else by the interpreter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from curveball_fused.backends.dtypes import compute_dtype
-from curveball_fused.backends.reference import closed_forms
+from curveball_fused.backends.reference import closed_form_losses
 from curveball_fused.backends.triton import losses as triton_losses
 from tests.helpers.triton_cases import DEVICE, INF, RUNTIME_WARNINGS, draw, every_dtype
 from tests.helpers.triton_cases import check_loss as check
@@ -28,7 +28,7 @@ def test_mse(dtype: torch.dtype, mean: bool) -> None:
         assert torch.equal(products[:2], two)
         reduction = "mean" if mean else "sum"
         expected = F.mse_loss(x.double(), y.double(), reduction=reduction)
-        quadratic = closed_forms.mse_loss(x.double(), y.double(), reduction=reduction)
+        quadratic = closed_form_losses.mse_loss(x.double(), y.double(), reduction=reduction)
         check(dtype, -1.0, expected, quadratic, v, u, (loss, c, products), quadratic[0].abs())
 
 
@@ -51,11 +51,11 @@ def test_bce(dtype: torch.dtype, weights: int | None, pos_weights: int | None, m
             reduction="mean" if mean else "sum",
         )
         expected = F.binary_cross_entropy_with_logits(x.double(), y.double(), **options)
-        quadratic = closed_forms.binary_cross_entropy_with_logits(x.double(), y.double(), **options)
+        quadratic = closed_form_losses.binary_cross_entropy_with_logits(x.double(), y.double(), **options)
         # 1 - y and k σ(-x), which may nearly cancel: each is at most the gradient where x is far out.
         far = (torch.full_like(x, value, dtype=torch.float64) for value in (-INF, INF))
         parts = sum(
-            closed_forms.binary_cross_entropy_with_logits(x_far, y.double(), **options)[0].abs() for x_far in far
+            closed_form_losses.binary_cross_entropy_with_logits(x_far, y.double(), **options)[0].abs() for x_far in far
         )
         check(dtype, 1.0, expected, quadratic, v, u, (loss, c, products), parts)
 
@@ -76,7 +76,7 @@ def test_bce_keeps_its_accuracy_far_out(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["mse", "bce"])
 def test_no_elements(name: str) -> None:
     x, options = torch.zeros(0, 3, device=DEVICE), (None, None) if name == "bce" else ()
-    products, dots = getattr(triton_losses, f"{name}_cotangent"), getattr(triton_losses, f"{name}_products")
-    loss, c, two = products(x, x, x, *options, False, 1.0)
-    assert loss == 0 and c.shape == x.shape and not dots(x, x, x, x, *options, two, False, 1.0).any()
-    assert products(x, x, x, *options, True, 1.0)[0].isnan()
+    cotangent, products = getattr(triton_losses, f"{name}_cotangent"), getattr(triton_losses, f"{name}_products")
+    loss, c, two = cotangent(x, x, x, *options, False, 1.0)
+    assert loss == 0 and c.shape == x.shape and not products(x, x, x, x, *options, two, False, 1.0).any()
+    assert cotangent(x, x, x, *options, True, 1.0)[0].isnan()

@@ -16,8 +16,8 @@ from torch import Tensor
 from curveball_fused.backends.dtypes import at_least_float32
 
 Map = Callable[[Tensor], Tensor]
-# Gradient g_o; a map v ↦ v' that takes off what H_o and g_o do not see; and the product v' ↦ H_o v'. With v' for v,
-# v'·H_o v' is a sum of terms that are not negative, so that rounding can't make a convex loss look concave.
+# Gradient g; a map v ↦ v' that takes off what H and g do not see; and the product v' ↦ H v'. With v' for v,
+# v'·H v' is a sum of terms that are not negative, so that rounding can't make a convex loss look concave.
 Quadratic = tuple[Tensor, Map, Map]
 
 
@@ -25,8 +25,8 @@ class Products(NamedTuple):
     """The products that a step needs of a loss at the outputs.
 
     Attributes:
-        gradient: returns g_o.
-        at: a function of v = Jz that returns the cotangent c = H_o v + g_o and a function of u = Jr, which returns the
+        gradient: returns g.
+        at: a function of v = Jz that returns the cotangent c = H v + g and a function of u = Jr, which returns the
             products of the 2x2 system, float64 [g·v, v·Hv, g·u, v·Hu, u·Hu].
     """
 
