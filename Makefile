@@ -35,8 +35,8 @@ install: .venv/.made-install  ## make .venv with torch, the tools and this packa
 demo: install  ## train a small model beside SGD and Adam; options in ARGS
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# As many processes as cores, each with one thread. Tests of one xdist_group share what they build in one process.
-PYTEST := CURVEBALL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -q -n auto --dist loadgroup
+# As many processes as cores, each with one thread.
+PYTEST := CURVEBALL_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -q -n auto --dist worksteal
 
 test: install  ## the fast tests, in a few minutes; options in ARGS, such as ARGS="-k solve"
 	$(PYTEST) -m 'not slow' $(ARGS)

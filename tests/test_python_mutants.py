@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.python_mutants import MUTANTS, PythonMutant
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("python mutants")]  # one process copies, and runs two at a time
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 Run = subprocess.CompletedProcess[str]
 
@@ -37,23 +36,12 @@ def run(folder: Path, mutants: list[PythonMutant]) -> Run:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Of each check, with its mistake."""
-
-    def with_mistake(mutant: PythonMutant) -> Run:
-        return run(package_copied(tmp_path_factory.mktemp("wrong"), mutant), [mutant])
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip([mutant.name for mutant in MUTANTS], pool.map(with_mistake, MUTANTS), strict=True))
-
-
 def test_without_a_mistake_the_checks_pass(tmp_path: Path) -> None:
     result = run(package_copied(tmp_path, None), MUTANTS)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("name", [mutant.name for mutant in MUTANTS])
-def test_a_mistake_is_noticed(name: str, results: dict[str, Run]) -> None:
-    result = results[name]
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
+def test_a_mistake_is_noticed(mutant: PythonMutant, tmp_path: Path) -> None:
+    result = run(package_copied(tmp_path, mutant), [mutant])
     assert result.returncode == 1, result.stdout + result.stderr  # a test has failed; an error in importing gives 2

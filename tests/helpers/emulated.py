@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,14 +25,21 @@ BUILD = ROOT / "build" / "emulator"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def build(target: str = "emulator", **definitions: str) -> None:
-    """Run CMake, which does nothing if nothing has changed; one process at a time."""
+@contextmanager
+def one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is being built, as tests run in several processes."""
     import fcntl  # which Windows lacks, as it does the emulator
 
-    options = {"Python_EXECUTABLE": sys.executable, **definitions}
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / "lock").open("w") as lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def build(target: str = "emulator", **definitions: str) -> None:
+    """Run CMake, which does nothing if nothing has changed; one process at a time."""
+    options = {"Python_EXECUTABLE": sys.executable, **definitions}
+    with one_process_at_a_time(BUILD):
         for command in (
             [
                 "cmake",

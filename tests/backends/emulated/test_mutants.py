@@ -6,15 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.emulated import BUILD, ROOT, build
+from tests.helpers.emulated import BUILD, ROOT, build, one_process_at_a_time
 from tests.helpers.mutants import MUTANTS, Mutant
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mutants")]  # one process builds them, and runs two at a time
+pytestmark = pytest.mark.slow
 COPIES = ROOT / "build" / "mutants"
 
 
@@ -41,17 +40,15 @@ def run(directory: Path, checks: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, subprocess.CompletedProcess[str]]:
-    """All mutants are compiled, then all checks run, two at a time."""
-    for directory in COPIES.glob("*"):
-        if directory.name not in [mutant.name for mutant in MUTANTS]:
-            shutil.rmtree(directory)
-    for mutant in MUTANTS:
-        write_copy(mutant)
-    build("mutants", MUTANTS=";".join(f"{mutant.name}/{mutant.unit}" for mutant in MUTANTS))
-    with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda mutant: run(COPIES / mutant.name, [mutant.check]), MUTANTS)
-        return dict(zip([mutant.name for mutant in MUTANTS], runs, strict=True))
+def built() -> None:
+    """All mutants are compiled, by the first process that needs them."""
+    with one_process_at_a_time(COPIES):
+        for directory in COPIES.glob("*/"):
+            if directory.name not in [mutant.name for mutant in MUTANTS]:
+                shutil.rmtree(directory)
+        for mutant in MUTANTS:
+            write_copy(mutant)
+        build("mutants", MUTANTS=";".join(f"{mutant.name}/{mutant.unit}" for mutant in MUTANTS))
 
 
 def test_without_a_mistake_the_checks_pass() -> None:
@@ -59,8 +56,9 @@ def test_without_a_mistake_the_checks_pass() -> None:
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
-def test_a_mistake_is_noticed(mutant: Mutant, results: dict[str, subprocess.CompletedProcess[str]]) -> None:
-    result = results[mutant.name]
+def test_a_mistake_is_noticed(mutant: Mutant) -> None:
+    result = run(COPIES / mutant.name, [mutant.check])
     # 1: a test has failed. Negative: the process was killed, by an address outside memory or one that is not aligned.
     assert result.returncode == 1 or result.returncode < 0, result.stdout + result.stderr
