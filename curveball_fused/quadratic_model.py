@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -53,12 +54,12 @@ class StepContext:
     loss_scale: Tensor
     tangent_size: Tensor
 
-    @property
+    @cached_property
     def hooked(self) -> bool:
         """Whether hooks may alter gradients."""
         return any(has_gradient_hooks(p) for p in self.params)
 
-    @property
+    @cached_property
     def precise(self) -> bool:
         """Whether gradients are not rounded to less than float32."""
         return all(p.dtype in (torch.float32, torch.float64) for p in self.params)

@@ -43,12 +43,10 @@ class Settings:
     @classmethod
     def of(cls, optimizer: Optimizer) -> Settings:
         """Return the options as they are now."""
-        groups = optimizer.param_groups
-        values: dict[str, Any] = {name: tuple(group[name] for group in groups) for name in PER_GROUP}
-        for field in fields(cls):
-            if field.name not in values:
-                source = optimizer.defaults if field.name in PER_PROCESS else groups[0]
-                values[field.name] = source[field.name]
+        groups, defaults = optimizer.param_groups, optimizer.defaults
+        values: dict[str, Any] = {name: groups[0][name] for name in _SHARED}
+        values |= {name: defaults[name] for name in PER_PROCESS}
+        values |= {name: tuple([group[name] for group in groups]) for name in PER_GROUP}
         return cls(**values)
 
     @property
@@ -66,3 +64,6 @@ class Settings:
         curvature = "compiled" if self.compile else self.curvature
         methods = AUTO if curvature == "auto" else (curvature,)
         return methods[methods.index(last) :] if last in methods else methods
+
+
+_SHARED = [field.name for field in fields(Settings) if field.name not in (*PER_GROUP, *PER_PROCESS)]

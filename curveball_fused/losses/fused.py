@@ -16,7 +16,11 @@ from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.reference.closed_form_losses import Map, Products
 from curveball_fused.ops import losses as loss_ops
 
-_signature = functools.cache(inspect.signature)
+
+@functools.cache
+def _defaults(function: Any) -> dict[str, Any]:
+    """Return the names of a loss's arguments, in their order, with their defaults."""
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
 def fused(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sign: float, backend: str) -> Products | None:
@@ -27,9 +31,8 @@ def fused(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sign: fl
     """
     if not backends.has_fused_losses(backends.choose(backend, args[0].device)):
         return None
-    call = _signature(function).bind(*args, **kwargs)
-    call.apply_defaults()
-    given = call.arguments
+    defaults = _defaults(function)
+    given = defaults | dict(zip(defaults, args, strict=False)) | kwargs  # the loss itself has taken them already
     if given["size_average"] is not None or given["reduce"] is not None or given["reduction"] not in ("mean", "sum"):
         return None
     return _FUSED[function](given, dict(mean=given["reduction"] == "mean", sign=sign, backend=backend))
