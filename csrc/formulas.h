@@ -163,12 +163,15 @@ CURVEBALL_INLINE void solve(const double* previous, double loss, const double* p
   for (int i = 0; i < kScalarCount; i++) next[i] = previous[i];
   next[kLoss] = loss;
   const double zz = dots ? dots[0] : previous[kZDotZ];
-  const double zr = dots ? dots[1] : products[0] + products[1];
-  const double rr = dots ? dots[2] : products[2] + products[3];
+  // z = 0, as in the first step: Jz is zero, whatever rounding has made of it.
+  const double moving = zz == 0.0 ? 0.0 : 1.0;
+  const double taken[5] = {products[0] * moving, products[1] * moving, products[2], products[3] * moving, products[4]};
+  const double zr = dots ? dots[1] : taken[0] + taken[1];
+  const double rr = dots ? dots[2] : taken[2] + taken[3];
   bool usable = is_finite(lr) && is_finite(loss) && is_finite(zz) && is_finite(zr) && is_finite(rr);
   for (int i = 0; i < 5; i++) usable = usable && is_finite(products[i]);
 
-  const System s = make_system(products, previous[kLambda], zz, zr, rr);
+  const System s = make_system(taken, previous[kLambda], zz, zr, rr);
   const Step step = beta && rho ? Step{*beta, *rho, false}
                     : beta      ? solve_rho(s, *beta)
                     : rho       ? solve_beta(s, *rho)

@@ -56,6 +56,19 @@ class WideLinearMap:
         """Return r = Jᵀu."""
         return self._linear.vjp(cotangent.to(self._dtype))
 
+    @property
+    def operators(self) -> frozenset[str]:
+        """What the model consists of, as the map's own method sees it."""
+        return cast(LinearMap, self._linear).operators
+
+    def compare_runs(self) -> None:
+        """Compare the outputs of further runs of the model with those of the first."""
+        cast(LinearMap, self._linear).compare_runs()
+
+    def difference_of_runs(self) -> Tensor | None:
+        """Return how far the compared outputs differ; None where the model runs once."""
+        return cast(LinearMap, self._linear).difference_of_runs()
+
     def jvp_along(self, r: Sequence[Tensor], dots: Tensor | None) -> Tensor:
         """Return J r of what `vjp` returned; `dots` are `[z·z, z·r, r·r]`, unscaled, if they are known."""
         return at_least_float32(self._jvp(r))

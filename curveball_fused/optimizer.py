@@ -210,15 +210,19 @@ class CurveBall(Optimizer):
 
         Returns:
             0-dim float64 tensors on the device: "loss" (before the step), "beta", "rho" (0 in a skipped step), "lambd",
-            "predicted_change", "ratio" (γ where λ was last adapted, NaN before), "skipped_steps" (not finite) and
-            "safe_steps" (loss not convex in the outputs).
+            "predicted_change", "ratio" (γ where λ was last adapted, NaN before), "skipped_steps" (not finite, or
+            refused by the guard), "safe_steps" (loss not convex in the outputs), "mismatched_steps" (of those that were
+            skipped, the ones whose Jacobian products were not each other's transpose) and "adjoint_error" (by how much
+            they last missed that, relative; about one step in 100 looks).
 
         Example::
 
             print(float(optimizer.stats()["lambd"]))
         """
         shared = self._states.get(SHARED) or self._fresh()
-        return state.stats_of(shared["scalars"], Settings.of(self).sign)
+        mismatched, error = shared["guard"].clone().unbind()
+        found = {"mismatched_steps": mismatched, "adjoint_error": error}
+        return state.stats_of(shared["scalars"], Settings.of(self).sign) | found
 
     def history(self, n: int = state.HISTORY) -> dict[str, Tensor]:
         """Return the figures of `stats` of the last `n` steps, oldest first.

@@ -12,6 +12,7 @@ and the last step is that of Martens and Grosse (2015, section 7), for the direc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -19,11 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curveball_fused import averaging, ops
-from curveball_fused._torch_private import has_gradient_hooks
+from curveball_fused import averaging, guard, ops
+from curveball_fused._torch_private import gradient_hooks_set_aside, has_gradient_hooks
 from curveball_fused.backends.dtypes import at_least_float32
-from curveball_fused.curvature import LinearMap, ModelFn, Pullback, linearize
+from curveball_fused.curvature import LinearMap, Method, ModelFn, Pullback, by_first_of, refusal, refusals_of
 from curveball_fused.curvature.finite_difference import Backward, difference
+from curveball_fused.curvature.linear_map import own_gradients
 from curveball_fused.loss_scale import Overflow, ScaledLinearMap, WideLinearMap, scale_tangents
 from curveball_fused.losses import LossFn, LossModel
 from curveball_fused.replay import Replay
@@ -43,6 +45,8 @@ class StepContext:
         compute_dtype: float16 or bfloat16 where the model computes in it, as far as known; else None.
         loss_scale: S, 0-dim float64, for float16.
         tangent_size: T, 0-dim float64, for float16.
+        known_maps: methods and functions that the guard has found right; it adds to them.
+        compares: whether the guard compares in this step in any case.
     """
 
     settings: Settings
@@ -53,6 +57,13 @@ class StepContext:
     compute_dtype: torch.dtype | None
     loss_scale: Tensor
     tangent_size: Tensor
+    known_maps: guard.Known
+    compares: bool
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the guard looks; debug mode does so itself."""
+        return not self.settings.debug
 
     @cached_property
     def hooked(self) -> bool:
@@ -94,6 +105,7 @@ class QuadraticTerms(NamedTuple):
         overflow: what float16 could not hold.
         method: by which the model was linearized.
         compute_dtype: the half precision that the model computes in, or None.
+        comparison: of the products with dot products taken directly; None where the step made none.
     """
 
     loss: Tensor
@@ -104,6 +116,7 @@ class QuadraticTerms(NamedTuple):
     overflow: Overflow | None
     method: str
     compute_dtype: torch.dtype | None
+    comparison: guard.Comparison | None
 
 
 class FullGradient(NamedTuple):
@@ -138,31 +151,15 @@ def measure(
         previous_system: in a step between full solves, the average of the last systems; None: a full solve.
         full_gradient: Jᵀg of another batch, to take the place of this one's in r.
     """
-    if previous_system is not None and not context.hooked:
-        return _measure_between_solves(context, model_fn, loss_fn, replay, previous_system, full_gradient)
-    method, linear, outputs, jz, compute_dtype = _linearize(context, model_fn, replay, full_gradient)
-    loss_model = context.loss_model(loss_fn, outputs, replay)
-    c, products_with = loss_model.cotangent(jz)  # c = H Jz + g
-    r = _pull_back(context, linear, loss_model, c, full_gradient)  # r = Jᵀc
-    # Adjointness does not hold of gradients that are rounded to a lower precision or altered by a hook.
-    direct = context.hooked or linear.is_scaled or full_gradient is not None or not context.precise
-    dots = context.dots(linear, r) if direct else None
-    jr = linear.jvp_along(r, dots)
-    products = products_with(jr)
-    overflow = linear.overflow(loss_model.loss, products, dots)
-    settings = context.settings
-    if settings.debug and full_gradient is None and not (overflow is not None and any(map(bool, overflow))):
-        from curveball_fused import debug  # which no other step needs
+    between_solves = previous_system is not None and not context.hooked
 
-        step = debug.Step(
-            method, model_fn, loss_fn, settings.sign, context.params, replay, context.z, outputs, jz, c,
-            linear.unscaled(r), jr, products,
-        )  # fmt: skip
-        debug.check(step)
-    if full_gradient is not None:
-        assert dots is not None
-        products = averaging.consistent(products, dots)
-    return QuadraticTerms(loss_model.loss, outputs, r, products, dots, overflow, method, compute_dtype)
+    def by(method: Method) -> QuadraticTerms:
+        if between_solves:
+            assert previous_system is not None
+            return _measure_between_solves(context, method, model_fn, loss_fn, replay, previous_system, full_gradient)
+        return _measure_in_full(context, method, model_fn, loss_fn, replay, full_gradient)
+
+    return by_first_of(context.methods, by, model_fn, replay)
 
 
 def measure_with_curvature_batch(
@@ -192,8 +189,112 @@ def measure_with_curvature_batch(
     return terms._replace(loss=loss_model.loss, outputs=outputs, overflow=overflow)
 
 
+def _measure_in_full(
+    context: StepContext,
+    method: Method,
+    model_fn: ModelFn,
+    loss_fn: LossFn,
+    replay: Replay,
+    full_gradient: FullGradient | None,
+) -> QuadraticTerms:
+    """Measure all that a solve needs, by one method.
+
+    Raises:
+        MethodUnsupported: the method cannot follow the model, or its two products are not those of one linear map.
+    """
+    linear, outputs, jz, compute_dtype = _linearize(context, method, model_fn, replay, full_gradient)
+    first = context.guarded and (method.name, linear.operators) not in context.known_maps
+    compares = first or context.compares
+    if compares:
+        linear.compare_runs()
+    loss_model = context.loss_model(loss_fn, outputs, replay)
+    c, products_with = loss_model.cotangent(jz)  # c = H Jz + g
+    with refusals_of(method), own_gradients(context.params) if first else nullcontext():
+        r = _pull_back(context, linear, loss_model, c, full_gradient)  # r = Jᵀc
+    # Adjointness does not hold of gradients that are rounded to a lower precision or altered by a hook.
+    adjoint = not context.hooked and full_gradient is None
+    direct = not adjoint or linear.is_scaled or not context.precise
+    dots = context.dots(linear, r) if direct else None
+    with refusals_of(method):
+        jr = linear.jvp_along(r, dots)
+    products = products_with(jr)
+    overflow = linear.overflow(loss_model.loss, products, dots)
+    settings = context.settings
+    if settings.debug and full_gradient is None and not (overflow is not None and any(map(bool, overflow))):
+        from curveball_fused import debug  # which no other step needs
+
+        step = debug.Step(
+            method.name, model_fn, loss_fn, settings.sign, context.params, replay, context.z, outputs, jz, c,
+            linear.unscaled(r), jr, products,
+        )  # fmt: skip
+        debug.check(step)
+    comparison = None
+    if compares and adjoint:
+        comparison = guard.compare(
+            products,
+            context.dots(linear, r) if dots is None else dots,
+            jz,
+            jr,
+            c,
+            linear.difference_of_runs(),
+            {outputs.dtype, *replay.dtypes, *(p.dtype for p in context.params)},
+        )
+        if first:
+            _judge(context, method, linear, comparison, model_fn, replay)
+        products = comparison.masked(products)
+    elif first:
+        _rehearse(context, method, model_fn, loss_fn)
+    if full_gradient is not None:
+        assert dots is not None
+        products = averaging.consistent(products, dots)
+    return QuadraticTerms(
+        loss_model.loss, outputs, r, products, dots, overflow, method.name, compute_dtype, comparison
+    )
+
+
+def _judge(
+    context: StepContext,
+    method: Method,
+    linear: WideLinearMap,
+    comparison: guard.Comparison,
+    model_fn: ModelFn,
+    replay: Replay,
+) -> None:
+    """Read a comparison on the host, in the first step by a method or by other functions.
+
+    Raises:
+        MethodUnsupported: it has failed; the message names the function if this is the last method.
+    """
+    if comparison.errors.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # where nothing can be read; the steps before the capture were judged
+    complaint = comparison.complaint()
+    if complaint == "":
+        context.known_maps.add((method.name, linear.operators))
+    elif complaint:
+        if method.name == context.methods[-1]:
+            from curveball_fused import debug
+
+            complaint = f"{complaint}. {debug.suspects(method.name, model_fn, replay)}"
+        raise refusal(method, complaint)
+
+
+def _rehearse(context: StepContext, method: Method, model_fn: ModelFn, loss_fn: LossFn) -> None:
+    """Let the guard see a step as it is without hooks and without another batch's gradient, which hide its identities.
+
+    Nothing stays of it, but that the guard knows the map.
+    """
+    scratch_replay = Replay(context.params, context.params[0].device)
+    plain = replace(context)
+    try:
+        with gradient_hooks_set_aside(context.params):
+            _measure_in_full(plain, method, model_fn, loss_fn, scratch_replay, None)
+    finally:
+        scratch_replay.rewind()
+
+
 def _measure_between_solves(
     context: StepContext,
+    method: Method,
     model_fn: ModelFn,
     loss_fn: LossFn,
     replay: Replay,
@@ -202,45 +303,41 @@ def _measure_between_solves(
 ) -> QuadraticTerms:
     """Measure without Jr: the curvature along r by ratios of the last systems."""
     # Double backward sees more than a moved parameter would change, and in half precision a difference drowns.
-    if context.precise and context.compute_dtype is None and context.methods[0] != "double_backward":
+    if context.precise and context.compute_dtype is None and method.name != "double_backward":
         backward, jz = difference(model_fn, context.params, context.z, replay)
-        method, outputs = context.methods[0], backward.outputs
+        outputs = backward.outputs
         compute_dtype = _half_precision({outputs.dtype, *replay.dtypes}, context.params)
         linear = context.wide(backward, outputs, compute_dtype)
     else:
-        method, linear, outputs, jz, compute_dtype = _linearize(context, model_fn, replay, full_gradient)
+        linear, outputs, jz, compute_dtype = _linearize(context, method, model_fn, replay, full_gradient)
     loss_model = context.loss_model(loss_fn, outputs, replay)
     c, products_with = loss_model.cotangent(jz)
-    r = _pull_back(context, linear, loss_model, c, full_gradient)
+    with refusals_of(method):
+        r = _pull_back(context, linear, loss_model, c, full_gradient)
     dots = context.dots(linear, r)
     of_z = products_with(jz)
     products = averaging.products_from_previous_system(previous_system, of_z, dots)
     products = averaging.consistent(products, dots)
     overflow = linear.overflow(loss_model.loss, of_z, dots)
-    return QuadraticTerms(loss_model.loss, outputs, r, products, dots, overflow, method, compute_dtype)
+    return QuadraticTerms(loss_model.loss, outputs, r, products, dots, overflow, method.name, compute_dtype, None)
 
 
 def _linearize(
-    context: StepContext, model_fn: ModelFn, replay: Replay, full_gradient: FullGradient | None
-) -> tuple[str, WideLinearMap, Tensor, Tensor, torch.dtype | None]:
-    """Return the method, the map, outputs, Jz in float32 at least, and the model's half precision."""
+    context: StepContext, method: Method, model_fn: ModelFn, replay: Replay, full_gradient: FullGradient | None
+) -> tuple[WideLinearMap, Tensor, Tensor, torch.dtype | None]:
+    """Return the map, outputs, Jz in float32 at least, and the model's half precision."""
     scaled = None
     if context.compute_dtype is torch.float16:
         scaled = scale_tangents(context.z, context.z_dot_z, context.tangent_size)
-    method, linear, (outputs, jz) = linearize(
-        context.methods,
-        model_fn,
-        context.params,
-        context.z if scaled is None else scaled.tangents,
-        replay,
-        context.settings.tangent_backend,
-    )
+    with refusals_of(method):
+        linear = method.build(model_fn, context.params, replay, context.settings.tangent_backend)
+        outputs, jz = linear.jvp(context.z if scaled is None else scaled.tangents)
     jz = at_least_float32(jz) if scaled is None else scaled.unscale(jz)
     known = {outputs.dtype, *replay.dtypes}
     if full_gradient is not None and full_gradient.compute_dtype is not None:
         known.add(full_gradient.compute_dtype)
     compute_dtype = _half_precision(known, context.params)
-    return method, context.wide(linear, outputs, compute_dtype), outputs, jz, compute_dtype
+    return context.wide(linear, outputs, compute_dtype), outputs, jz, compute_dtype
 
 
 def _pull_back(

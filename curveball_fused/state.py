@@ -1,7 +1,7 @@
 """What the optimizer remembers from step to step: z for each parameter, and one dictionary that belongs to all of them.
 
 The numbers of that dictionary live on the device, and each step replaces them: `scalars` (see `backends.scalars`),
-`system` (see `averaging`) and `scale` (see `loss_scale`). `history` has a row of scalars for each of the last steps.
+`system` (see `averaging`), `scale` (see `loss_scale`) and `guard` (see `guard`). `history` has a row of scalars for each of the last steps.
 What the host decides is plain Python: `step`, how many there were; `active`, which parameters are trained; `method`,
 how the model was linearized; `compute_dtype`, float16 or bfloat16 if the model computes in it, else None.
 """
@@ -19,12 +19,13 @@ from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import LAMBD, LOSS, RATIO, SCALARS, Z_DOT_Z
 
 SHARED = "curveball"  # its key in `Optimizer.state`
-REPLACED = ("scalars", "system", "scale")
+REPLACED = ("scalars", "system", "scale", "guard")
 HISTORY = 1024  # rows
 SHAPES = {
     "scalars": (len(SCALARS),),
     "system": (9,),  # the average of products and dots, and the weight that it has gathered
     "scale": (3,),  # loss scale S, size T of tangents, and the steps since one of them last changed
+    "guard": (2,),  # steps that it has skipped, and the largest error when it last compared
     "history": (HISTORY, len(SCALARS)),
 }
 FIRST_LOSS_SCALE, FIRST_TANGENT_SIZE = 2.0**16, 2.0**-6
@@ -45,6 +46,7 @@ def fresh(lambd: float, device: torch.device) -> dict[str, Any]:
         scalars=scalars,
         system=torch.zeros(SHAPES["system"], dtype=torch.float64, device=device),
         scale=scale,
+        guard=torch.zeros(SHAPES["guard"], dtype=torch.float64, device=device),
         history=torch.zeros(HISTORY, len(SCALARS), dtype=torch.float64, device=device),
         step=0,
         active=[],
@@ -78,6 +80,11 @@ def prepare(state: dict[Any, Any], everything: Sequence[Tensor], lambd: float, b
     return shared
 
 
+def noted_comparison(guard: Tensor, failed: Tensor, worst: Tensor) -> Tensor:
+    """Return the guard's numbers after one more comparison."""
+    return torch.stack((guard[0] + failed, worst))
+
+
 def finish_step(shared: dict[str, Any]) -> None:
     """Count the step and add its row to the history."""
     shared["history"][shared["step"] % HISTORY].copy_(shared["scalars"])
@@ -104,10 +111,11 @@ def stats_of(scalars: Tensor, sign: float) -> dict[str, Tensor]:
 def upgraded(state_dict: Any) -> Any:
     """Return a `state_dict` of an earlier version with today's names; anything else as it is."""
     shared = state_dict.get("state", {}).get(SHARED) if isinstance(state_dict, dict) else None
-    if not isinstance(shared, dict) or not {"way", "half"} <= shared.keys():
+    if not isinstance(shared, dict) or "guard" in shared:
         return state_dict
-    rest = {name: value for name, value in shared.items() if name not in ("way", "half")}
-    rest |= {"method": shared["way"], "compute_dtype": _FORMER_DTYPES.get(shared["half"])}
+    rest = shared | {"guard": torch.zeros(SHAPES["guard"], dtype=torch.float64)}
+    if {"way", "half"} <= shared.keys():
+        rest |= {"method": rest.pop("way"), "compute_dtype": _FORMER_DTYPES.get(rest.pop("half"))}
     return state_dict | {"state": state_dict["state"] | {SHARED: rest}}
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curveball_fused import averaging, loss_scale, ops, state
+from curveball_fused import averaging, guard, loss_scale, ops, state
 from curveball_fused._torch_private import disable_dynamo
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.backends.scalars import Z_DOT_Z
@@ -35,16 +36,28 @@ class StepInputs(NamedTuple):
 
 
 class StepKind(NamedTuple):
-    """What the host decides by counting steps: whether a step solves in full, and whether it adapts the damping."""
+    """What the host decides by counting steps.
+
+    Attributes:
+        full_solve: whether the step solves in full.
+        adapt_damping: whether it adapts λ.
+        compare: whether the guard compares its products with dot products taken directly.
+    """
 
     full_solve: bool
     adapt_damping: bool
+    compare: bool
 
 
 def kind_of(settings: Settings, step: int) -> StepKind:
     """Return the kind of the step of this number, counted from zero."""
-    adapt_damping = settings.auto_lambda and step % settings.lambda_interval == 0
-    return StepKind(step % settings.solve_interval == 0, adapt_damping)
+    # Steps that compare solve in full and adapt λ, so that there is only one kind of them.
+    both = math.lcm(settings.solve_interval, settings.lambda_interval)
+    return StepKind(
+        full_solve=step % settings.solve_interval == 0,
+        adapt_damping=settings.auto_lambda and step % settings.lambda_interval == 0,
+        compare=step % (both * math.ceil(guard.INTERVAL / both)) == 0,
+    )
 
 
 # torch.compile(optimizer.step) runs the step as it is: its kernels are compiled already.
@@ -73,8 +86,8 @@ def run_step(
 ) -> tuple[Tensor, Tensor]:
     """Do all that a step does on the device; return loss and outputs."""
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-    context = _context(optimizer, inputs, groups, shared, settings)
     kind = kind_of(settings, shared["step"])
+    context = _context(optimizer, inputs, groups, shared, settings, kind)
     replay = Replay(context.params, context.params[0].device)
     torch.clear_autocast_cache()  # it may hold half-precision copies of weights that have moved since
     with force_eager():
@@ -102,6 +115,7 @@ def _context(
     groups: Sequence[list[Tensor]],
     shared: dict[str, Any],
     settings: Settings,
+    kind: StepKind,
 ) -> StepContext:
     params = [p for group in groups for p in group]
     own_scale, tangent_size = shared["scale"][0], shared["scale"][1]
@@ -114,6 +128,8 @@ def _context(
         compute_dtype=shared["compute_dtype"],
         loss_scale=own_scale if inputs.scaler is None else loss_scale.scale_from(inputs.scaler, params[0].device),
         tangent_size=tangent_size,
+        known_maps=guard.known_maps(optimizer),
+        compares=kind.compare,
     )
 
 
@@ -179,6 +195,8 @@ def _remember(
     scalars: Tensor,
 ) -> None:
     shared |= {"system": system, "scalars": scalars, "method": terms.method, "compute_dtype": terms.compute_dtype}
+    if terms.comparison is not None:
+        shared["guard"] = state.noted_comparison(shared["guard"], terms.comparison.failed(), terms.comparison.worst())
     if terms.overflow is not None:
         shared["scale"] = loss_scale.adapted(shared["scale"], terms.overflow)
     if inputs.scaler is not None:

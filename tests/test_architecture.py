@@ -20,7 +20,7 @@ LAYERS = {
         "quadratic_model",
         "debug",
         "checks",
-        "averaging loss_scale settings state",
+        "averaging guard loss_scale settings state",
         "curvature losses",
         "replay",
         "ops",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "flash_attention_for_cpu_backward",
     "foreach_mul",
     "forward_grad_enabled",
+    "gradient_hooks_set_aside",
     "has_gradient_hooks",
     "has_saved_tensor_hooks",
     "in_functorch_transform",
@@ -98,6 +100,19 @@ def _make_a_first_dual_number() -> None:
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Return whether hooks may change the gradient of a leaf."""
     return bool(parameter._backward_hooks)
+
+
+@contextmanager
+def gradient_hooks_set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Let the gradients of leaves be what the backward pass computes, within the block."""
+    hooks = [p._backward_hooks for p in parameters]
+    for p in parameters:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, own in zip(parameters, hooks, strict=True):
+            p._backward_hooks = own
 
 
 def has_saved_tensor_hooks() -> bool:

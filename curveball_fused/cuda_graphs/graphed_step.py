@@ -281,7 +281,8 @@ def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> No
 
 def _examples(settings: Settings) -> tuple[int, ...]:
     """Return numbers of steps among which there are all kinds."""
-    return 0, 1, settings.solve_interval, settings.lambda_interval
+    both = settings.solve_interval * settings.lambda_interval
+    return 0, 1, settings.solve_interval, settings.lambda_interval, both
 
 
 def _a_step_of(kind: StepKind, settings: Settings) -> int:

@@ -8,6 +8,7 @@ runs once in a step, and the three graphs, compiled by Inductor, cost 7 forward-
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from curveball_fused._torch_private.compiler import (
 )
 from curveball_fused.replay import Replay
 
-from .linear_map import LinearMap, ModelFn, checked_outputs, dense_gradients, independent_outputs
+from .linear_map import LinearMap, ModelFn, NotTrainable, checked_outputs, dense_gradients, independent_outputs
 from .torch_modes import announce
 from .transpose import SEVERAL, CompileUnsupported, transpose
 
@@ -65,6 +66,12 @@ class Compiled(LinearMap):
         active = [inputs[i] for i in graph.active]
         directions = [by_id[id(x)] if id(x) in by_id else torch.zeros_like(x) for x in active]
         return self._outputs.detach(), graph.jvp(self._run.values, directions)
+
+    @property
+    @override
+    def operators(self) -> frozenset[str]:
+        assert self._run.graph is not None
+        return frozenset((f"graph {self._run.graph.number}",))
 
     @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
@@ -97,6 +104,7 @@ class _Run:
     outputs: Tensor | None = None
 
 
+_numbers = itertools.count()  # of graphs, by which they are told apart
 _current: ContextVar[_Run | None] = ContextVar("run", default=None)
 
 
@@ -133,6 +141,7 @@ class _Graph:
             output.args = ((gm.graph.call_method("clone", (first,)), *others),)
         gm.recompile()
 
+        self.number = next(_numbers)
         self.active: list[int] = []  # the inputs that backward graph and transpose know
         self._compiler = compiler
         self._results = 1 + len(others)
@@ -245,8 +254,8 @@ def inductor(graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[[list[A
 backend = Backend(inductor)
 
 
-def _refusal(reason: str) -> RuntimeError:
-    return RuntimeError(f"compile=True cannot follow this model: {reason}. Change that, or leave compile=True off.")
+def _refusal(reason: str) -> NotTrainable:
+    return NotTrainable(f"compile=True cannot follow this model: {reason}. Change that, or leave compile=True off.")
 
 
 def _reason(error: BaseException) -> str:

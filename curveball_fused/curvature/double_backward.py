@@ -14,7 +14,15 @@ from typing_extensions import override
 
 from curveball_fused.replay import Replay
 
-from .linear_map import LinearMap, ModelFn, checked_outputs, dense_gradients, in_own_memory, independent_outputs
+from .linear_map import (
+    LinearMap,
+    ModelFn,
+    checked_outputs,
+    dense_gradients,
+    in_own_memory,
+    independent_outputs,
+    own_gradients,
+)
 from .torch_modes import Decompose
 
 
@@ -26,12 +34,17 @@ class DoubleBackward(LinearMap):
 
     def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
         self._params = params
-        with torch.enable_grad(), Decompose(every_call=True):
+        decompose = Decompose(every_call=True)
+        with torch.enable_grad(), decompose:
             self._outputs = checked_outputs(replay.first(model_fn))
+        self._operators = frozenset(decompose.functions)
         if not self._outputs.requires_grad:
             raise independent_outputs()
         self._cotangent = torch.zeros_like(self._outputs, requires_grad=True)
-        gradients = torch.autograd.grad(self._outputs, params, self._cotangent, create_graph=True, allow_unused=True)
+        with own_gradients(params):
+            gradients = torch.autograd.grad(
+                self._outputs, params, self._cotangent, create_graph=True, allow_unused=True
+            )
         self._used = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
         self._transpose = [g for g in gradients if g is not None and g.requires_grad]
         if not self._transpose:
@@ -42,6 +55,11 @@ class DoubleBackward(LinearMap):
         directions = [tangents[i].to(self._params[i].dtype) for i in self._used]
         (tangent,) = torch.autograd.grad(self._transpose, self._cotangent, directions, retain_graph=True)
         return in_own_memory(self._outputs.detach(), self._params), tangent
+
+    @property
+    @override
+    def operators(self) -> frozenset[str]:
+        return self._operators
 
     @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:

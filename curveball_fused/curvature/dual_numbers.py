@@ -20,6 +20,7 @@ from .linear_map import (
     in_own_memory,
     independent_outputs,
     lost_tangent,
+    relative_difference,
 )
 from .torch_modes import Decompose, Substitute
 
@@ -38,6 +39,22 @@ class DualNumbers(LinearMap):
         self._replay = replay
         self._run = replay.first
         self._seen: set[int] = set()
+        self._functions: set[str] = set()
+        self._outputs: Tensor | None = None  # of the first run
+        self._differences: list[Tensor] | None = None
+
+    @property
+    @override
+    def operators(self) -> frozenset[str]:
+        return frozenset(self._functions)
+
+    @override
+    def compare_runs(self) -> None:
+        self._differences = []
+
+    @override
+    def difference_of_runs(self) -> Tensor | None:
+        return torch.stack(self._differences).amax() if self._differences else None
 
     @override
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -55,7 +72,8 @@ class DualNumbers(LinearMap):
             primal, tangent = fwAD.unpack_dual(duals.get(id(outputs), outputs))
             if tangent is None:
                 raise independent_outputs() if not self._seen else lost_tangent()
-            return in_own_memory(primal.detach(), self._params), tangent.detach()
+            self._functions |= substitute.functions
+            return self._compared(in_own_memory(primal.detach(), self._params)), tangent.detach()
 
     @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
@@ -63,7 +81,16 @@ class DualNumbers(LinearMap):
             outputs = checked_outputs(self._replay.again(self._model_fn))
         if not outputs.requires_grad:
             raise independent_outputs()
+        self._compared(outputs.detach())
         gradients = torch.autograd.grad(outputs, self._params, cotangent, allow_unused=True)
         if any(g is not None and id(p) not in self._seen for p, g in zip(self._params, gradients, strict=True)):
             raise lost_tangent()
         return dense_gradients(self._params, gradients)
+
+    def _compared(self, outputs: Tensor) -> Tensor:
+        """Return the outputs of a run, compared with those of the first if that was asked for."""
+        if self._outputs is None:
+            self._outputs = outputs
+        elif self._differences is not None:
+            self._differences.append(relative_difference(outputs, self._outputs))
+        return outputs

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -29,9 +30,24 @@ class LinearMap(Pullback, Protocol):
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return `(outputs, J v)`, both of the outputs' shape and dtype; `tangents` have the parameters' shapes."""
 
+    @property
+    def operators(self) -> frozenset[str]:
+        """What the model consists of, as far as the method sees it; complete after the first product."""
+
+    def compare_runs(self) -> None:
+        """Compare the outputs of the runs of the model that follow with those of the first."""
+
+    def difference_of_runs(self) -> Tensor | None:
+        """Return how far the compared outputs differ, relative, 0-dim float64; None where the model runs once."""
+        return None
+
 
 class MethodUnsupported(Exception):
     """One method cannot differentiate the model; the message says which, and why."""
+
+
+class NotTrainable(RuntimeError):
+    """The model cannot be trained as it is, by all that one method sees."""
 
 
 def evaluate(model_fn: ModelFn) -> Tensor:
@@ -60,18 +76,49 @@ def in_own_memory(outputs: Tensor, params: Sequence[Tensor]) -> Tensor:
     return outputs.clone() if any(p.untyped_storage().data_ptr() == memory for p in params) else outputs
 
 
+@contextmanager
+def own_gradients(params: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse a backward pass that leaves gradients in the `.grad` of parameters, instead of returning them.
+
+    That is what an `autograd.Function` does whose backward pass calls `.backward()`, as reversible layers are often
+    written. What stood in `.grad` before stands there afterwards.
+
+    Args:
+        params: the parameters that are optimized.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RuntimeError: one of the parameters got a gradient.
+    """
+    before = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    try:
+        yield
+        if any(p.grad is not None for p in params):
+            raise RuntimeError(
+                "an autograd.Function in it calls .backward() inside its own backward pass, which leaves gradients in "
+                ".grad where no Jacobian product can find them: let it return them, by torch.autograd.grad"
+            )
+    finally:
+        for p, gradient in zip(params, before, strict=True):
+            p.grad = gradient
+
+
 def dense_gradients(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
     """Return autograd's gradients with zeros for unused parameters; raise where all are unused, or one is sparse."""
     if all(g is None for g in gradients):
         raise independent_outputs()
     if any(g is not None and g.layout != torch.strided for g in gradients):
-        raise RuntimeError("CurveBall does not support sparse gradients: construct the embedding with sparse=False.")
+        raise NotTrainable("CurveBall does not support sparse gradients: construct the embedding with sparse=False.")
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, gradients, strict=True)]
 
 
-def independent_outputs() -> RuntimeError:
+def independent_outputs() -> NotTrainable:
     """Return the error for outputs that depend on no parameter."""
-    return RuntimeError(
+    return NotTrainable(
         "the output of model_fn does not depend on any parameter of this optimizer: pass the parameters of the model "
         "that model_fn calls, and don't detach its output or run it under torch.no_grad()."
     )
@@ -84,3 +131,11 @@ def lost_tangent() -> RuntimeError:
         "functions cannot see into, such as a torch.jit-scripted or traced module or a custom autograd.Function. Call "
         'the original Python module in model_fn, or construct CurveBall with curvature="double_backward".'
     )
+
+
+def relative_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Return |a - b| / |b|, 0-dim float64 on the device; infinite for two shapes, 0 where both are 0."""
+    if a.shape != b.shape:
+        return torch.full((), torch.inf, dtype=torch.float64, device=b.device)
+    difference, size = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (a.double() - b.double(), b))
+    return torch.where(difference == 0, difference, difference / size)

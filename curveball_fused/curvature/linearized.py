@@ -41,6 +41,11 @@ class Linearized(LinearMap):
         directions = [t.to(p.dtype) for p, t in zip(self._params, tangents, strict=True)]
         return in_own_memory(self._outputs.detach(), self._params), self._tape.jvp(directions, self._outputs)
 
+    @property
+    @override
+    def operators(self) -> frozenset[str]:
+        return frozenset(self._tape.functions)
+
     @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         gradients = torch.autograd.grad(self._outputs, self._params, cotangent, allow_unused=True)

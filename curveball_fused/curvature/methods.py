@@ -10,17 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from curveball_fused.replay import Replay
 
 from .double_backward import DoubleBackward
 from .dual_numbers import DualNumbers
-from .linear_map import LinearMap, MethodUnsupported, ModelFn, evaluate
+from .linear_map import LinearMap, MethodUnsupported, ModelFn, NotTrainable, evaluate
 from .linearized import Linearized
 from .tape import TapeUnsupported
 from .torch_modes import ForwardModeUnsupported, announce, first_line
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,6 @@ class Method:
         build: makes the linear map of a model, of (model_fn, params, replay, backend).
         advice: what a user can do where it cannot follow the model and no other is left to be tried.
         fallback: what the announcement says where this method takes the place of one that cannot follow the model.
-        missing_derivative: words by which torch says that a derivative is missing.
         reruns: how often at most the model runs again in a step: for a product, a difference of outputs or the damping.
         evaluate: returns the outputs alone, by the same kernels.
     """
@@ -43,7 +47,6 @@ class Method:
     build: Callable[[ModelFn, Sequence[Tensor], Replay, str], LinearMap]
     advice: str = ""
     fallback: str = ""
-    missing_derivative: tuple[str, ...] = ()
     reruns: int = 2
     evaluate: Callable[[ModelFn], Tensor] = evaluate
 
@@ -61,13 +64,11 @@ def _evaluate_compiled(model_fn: ModelFn) -> Tensor:
     return evaluate_compiled(model_fn)
 
 
-_FORWARD_MODE_IS_MISSING = ("forward AD", "forward mode AD", "jvp")
 _LINEARIZE = Method(
     name="linearize",
     description="one run of the model, which leaves a tape of tangent maps",
     build=Linearized,
     advice='Change that, or use curvature="auto"',
-    missing_derivative=_FORWARD_MODE_IS_MISSING,
 )
 _FORWARD = Method(
     name="forward",
@@ -75,7 +76,6 @@ _FORWARD = Method(
     build=DualNumbers,
     advice='Replace the operator, or use curvature="auto" or "double_backward"',
     fallback="dual numbers are used instead, at about 9/7 of the time",
-    missing_derivative=_FORWARD_MODE_IS_MISSING,
     reruns=3,
 )
 _DOUBLE_BACKWARD = Method(
@@ -84,71 +84,106 @@ _DOUBLE_BACKWARD = Method(
     build=lambda model_fn, params, replay, _: DoubleBackward(model_fn, params, replay),
     advice="Replace the operator that is named here by one that torch can differentiate twice",
     fallback="double backward is used for the whole model",
-    missing_derivative=("derivative", "double backward", "differentiat"),
 )
 _COMPILED = Method(
     name="compiled",
     description="torch.compile",
     build=_compiled,
+    advice="Leave compile=True off",
     evaluate=_evaluate_compiled,
 )
 AUTO = ("linearize", "forward", "double_backward")  # the order of fallback
 METHODS = {method.name: method for method in (_LINEARIZE, _FORWARD, _DOUBLE_BACKWARD, _COMPILED)}
 
 
-def linearize(
-    methods: Sequence[str],
-    model_fn: ModelFn,
-    params: Sequence[Tensor],
-    z: Sequence[Tensor],
-    replay: Replay,
-    backend: str = "auto",
-) -> tuple[str, LinearMap, tuple[Tensor, Tensor]]:
-    """Linearize a model by the first of `methods` that can follow it.
+def by_first_of(
+    methods: Sequence[str], measure: Callable[[Method], Result], model_fn: ModelFn, replay: Replay
+) -> Result:
+    """Measure by the first of `methods` that can follow the model.
 
     Args:
         methods: names, see `METHODS`.
+        measure: runs the model by a method; raises `MethodUnsupported`, as `refusals_of` makes it do, where that cannot
+            follow it.
         model_fn: called without arguments, returns the predictions.
-        params: the parameters that are optimized.
-        z: the first tangents to be asked for, of the parameters' shapes.
-        replay: makes later runs of the model the same function.
-        backend: whose tangent operators a tape or dual numbers may use.
+        replay: puts back what an attempt has changed.
 
     Returns:
-        The method's name; the map; outputs and Jz.
+        What `measure` returns.
 
     Raises:
-        RuntimeError: none of the methods can follow the model.
+        RuntimeError: none of the methods can follow the model; the message has each one's reason.
         ValueError: there is none.
     """
-    refusals: list[str] = []
+    refusals: list[MethodUnsupported] = []
     for name in methods:
-        method = METHODS[name]
         try:
-            with _refusals_named(method):
-                linear = method.build(model_fn, params, replay, backend)
-                first = linear.jvp(z)
-        except MethodUnsupported as error:
-            refusals.append(str(error))
-            if name == methods[-1]:
-                raise RuntimeError(f"{'; '.join(refusals)}. {method.advice}.") from error
+            result = measure(METHODS[name])
+        except MethodUnsupported as refusal:
             replay.rewind()
+            refusals.append(refusal)
+            own = _own_error(refusal, model_fn, replay)
+            if own is not None:
+                raise own from None
         else:
             if refusals:
-                announce(refusals[-1], f"curveball_fused: {'; '.join(refusals)}; {method.fallback}.")
-            return name, linear, first
-    raise ValueError("no method was given.")
+                said = _joined(refusals)
+                announce(said, f"curveball_fused: {said}; {METHODS[name].fallback}.")
+            return result
+    if not refusals:
+        raise ValueError("no method was given.")
+    cause = refusals[-1].__cause__
+    if isinstance(cause, NotTrainable):
+        raise cause
+    raise RuntimeError(f"{_joined(refusals)}. {METHODS[methods[-1]].advice}.") from refusals[-1]
 
 
 @contextmanager
-def _refusals_named(method: Method) -> Iterator[None]:
-    """Turn what a method raises for a model that it cannot follow into `MethodUnsupported`."""
+def refusals_of(method: Method) -> Iterator[None]:
+    """Turn what a method raises for a model that it cannot follow into `MethodUnsupported`.
+
+    Args:
+        method: at work in the block.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        MethodUnsupported: anything was raised, but for a lack of memory.
+    """
     try:
         yield
-    except (TapeUnsupported, NotImplementedError, RuntimeError) as error:
-        text = str(error)
-        known = isinstance(error, (TapeUnsupported, ForwardModeUnsupported))
-        if not known and not any(words in text for words in method.missing_derivative):
-            raise
-        reason = first_line(error)
-        raise MethodUnsupported(f'curvature="{method.name}" cannot follow this model: {reason}') from error
+    except (MethodUnsupported, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise refusal(method, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says: its first line, and of a long one, as torch's may be, the first sentence."""
+    line = first_line(error) or type(error).__name__
+    foreign = not isinstance(error, (TapeUnsupported, ForwardModeUnsupported, NotTrainable))
+    return line.partition(". ")[0] if foreign and len(line) > 200 else line
+
+
+def refusal(method: Method, reason: str) -> MethodUnsupported:
+    """Return the error that says why a method cannot follow the model."""
+    option = "compile=True" if method.name == "compiled" else f'curvature="{method.name}"'
+    return MethodUnsupported(f"{option} cannot follow this model: {reason.rstrip('.')}")
+
+
+def _own_error(refusal: MethodUnsupported, model_fn: ModelFn, replay: Replay) -> Exception | None:
+    """Return what the model raises in an ordinary run too, which is no fault of a method; None if nothing."""
+    if refusal.__cause__ is None or isinstance(refusal.__cause__, (TapeUnsupported, ForwardModeUnsupported)):
+        return None
+    try:
+        replay.again(lambda: evaluate(model_fn))
+    except Exception as error:
+        return error
+    finally:
+        replay.rewind()
+    return None
+
+
+def _joined(refusals: Sequence[MethodUnsupported]) -> str:
+    return "; ".join(str(refusal) for refusal in refusals)

@@ -232,6 +232,7 @@ class Tape(Decompose):
             reads = list({slot for slot in ctx.slots.values() if slot is not None})
             self._known[id(result)] = (weakref.ref(result), self._parameters + len(self._maps), version_of(result))
             self._maps.append(_Entry(name, tangent_map, reads, result.shape, result.dtype))
+            self.functions.add(name)
 
     def _by_dual_numbers(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], ctx: RuleContext

@@ -45,15 +45,20 @@ class Decompose(TorchFunctionMode):
 
     Fused kernels draw dropout masks of their own, so a layer with dropout is decomposed in every run of a step
     (`every_call=False`); one without only where its fused kernel lacks the derivative (`every_call=True`).
+
+    Attributes:
+        functions: names of the torch functions that were called with gradients enabled.
     """
 
     def __init__(self, every_call: bool) -> None:
         super().__init__()
         self._every_call = every_call
+        self.functions: set[str] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self.functions.add(getattr(func, "__name__", ""))
         with self._kernels(func, args, kwargs):
             return func(*args, **(kwargs or {}))
 
@@ -100,8 +105,10 @@ class Substitute(Decompose):
         if rule is not None:
             result = rule(self._backend, *args, **kwargs)
             if result is not NotImplemented:
+                self.functions.add(func.__name__)
                 return result
         name = getattr(func, "__name__", "")
+        self.functions.add(name)
         if name in RECURRENT or name in _ATTENTION:
             announce(name, f"curveball_fused: {name}'s fused kernel has no forward-mode formula; a plain one is used.")
         with self._kernels(func, args, kwargs):

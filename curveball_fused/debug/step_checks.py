@@ -89,6 +89,22 @@ def check(step: Step) -> None:
     _check_loss(step)
 
 
+def suspects(method: str, model_fn: ModelFn, replay: Replay) -> str:
+    """Return which function of a model has a wrong derivative, or else where to search, for an error message.
+
+    Args:
+        method: of linearizing the model, as in `curvature=`, or "compiled".
+        model_fn: called without arguments, returns the predictions.
+        replay: makes another run of the model the same function.
+    """
+    calls = OpChecks("double_backward" if method == "compiled" else method)
+    try:
+        outputs = replay.again(partial(calls.run, model_fn))
+    except RuntimeError as error:
+        return first_line(error).partition(". Nothing has been changed")[0]
+    return _searched(calls, _custom_functions(outputs))
+
+
 def _check_adjoint(step: Step, eps: float, about: str) -> None:
     """Check that z·r = Jz·c and r·r = Jr·c, for r = Jᵀc."""
     for name, v, jv in (("z·Jᵀc = Jz·c", step.z, step.jz), ("r·Jᵀc = Jr·c", step.r, step.jr)):
@@ -216,14 +232,20 @@ def _judge(what: str, error: float, tolerance: float, about: str) -> None:
 
 
 def _about(calls: OpChecks, custom: Sequence[str]) -> str:
-    """Return where to search for a wrong product of the whole model."""
+    """Return where to search for a wrong product of the whole model, and what to do."""
+    other = "forward" if calls.method == "double_backward" else "double_backward"
+    advice = f'Construct CurveBall with curvature="{other}", and report it if the model is not to blame'
+    return f"{_searched(calls, custom)}. {advice}"
+
+
+def _searched(calls: OpChecks, custom: Sequence[str]) -> str:
+    """Return which calls are right by themselves, and which are to be suspected."""
     text = "Each of these calls is right by itself: " + ", ".join(calls.checked) if calls.checked else ""
     if custom:
         text += f"; suspect first what could not be checked by itself, the autograd functions {', '.join(custom)}"
     if calls.unchecked:
         text += f"; not checked by themselves were {', '.join(calls.unchecked)}"
-    other = "forward" if calls.method == "double_backward" else "double_backward"
-    return f'{text}. Construct CurveBall with curvature="{other}", and report it if the model is not to blame'
+    return text
 
 
 def _custom_functions(outputs: Tensor) -> list[str]:

@@ -53,7 +53,10 @@ def solve(
     """
     gz, z_hz, gr, z_hr, r_hr = products.unbind()
     lambd = scalars[LAMBD]
-    zz, zr, rr = (scalars[Z_DOT_Z], gz + z_hz, gr + z_hr) if dots is None else dots.unbind()
+    zz = scalars[Z_DOT_Z] if dots is None else dots[0]
+    moving = (zz != 0).to(zz.dtype)  # where z = 0, as in the first step, Jz is zero, whatever rounding has made of it
+    gz, z_hz, z_hr = gz * moving, z_hz * moving, z_hr * moving
+    zr, rr = (gz + z_hz, gr + z_hr) if dots is None else dots[1:].unbind()
     dd, dz = rr + 2 * lambd * zr + lambd**2 * zz, zr + lambd * zz
     a11 = r_hr + 2 * lambd * z_hr + lambd**2 * z_hz + lambd * dd
     a12 = z_hr + lambd * z_hz + lambd * dz

@@ -70,10 +70,14 @@ def solve_kernel(
     gz, zhz, gr = tl.load(products), tl.load(products + 1), tl.load(products + 2)
     zhr, rhr = tl.load(products + 3), tl.load(products + 4)
     lambd = tl.load(scalars + LAMBD)
+    zz = tl.load(scalars + Z_DOT_Z) if dots is None else tl.load(dots)
+    # z = 0, as in the first step: Jz is zero, whatever rounding has made of it.
+    moving = tl.where(zz == 0.0, 0.0, 1.0)
+    gz, zhz, zhr = gz * moving, zhz * moving, zhr * moving
     if dots is None:
-        zz, zr, rr = tl.load(scalars + Z_DOT_Z), gz + zhz, gr + zhr  # z.r = Jz.c, r.r = Jr.c
+        zr, rr = gz + zhz, gr + zhr  # z.r = Jz.c, r.r = Jr.c
     else:
-        zz, zr, rr = tl.load(dots), tl.load(dots + 1), tl.load(dots + 2)
+        zr, rr = tl.load(dots + 1), tl.load(dots + 2)
     rate = as_double(lr) if lr_tensor is None else tl.load(lr_tensor).to(tl.float64)
 
     delta_delta, delta_z = rr + 2.0 * lambd * zr + lambd * lambd * zz, zr + lambd * zz

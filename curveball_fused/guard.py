@@ -1,0 +1,119 @@
+"""The guard: whether the two Jacobian products of a step are those of one linear map.
+
+r = Jᵀc comes from a backward pass, Jz and Jr from tangents, and a step takes for granted that z·r = Jz·c and r·r = Jr·c.
+A tangent that was lost on the way, a backward pass that is not the derivative, a model that is another function in each
+run: all of these show as two numbers that differ. So in the first step by each method, and by each set of functions
+that the model consists of, the dot products are also taken directly, and the host compares them; now and then
+later steps compare them on the device, and one that fails is skipped, as a step that is not finite is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+INTERVAL = 100  # about as many steps from one comparison on the device to the next
+_TF32_EPSILON = 2.0**-11
+_NAMES = ("z·r and Jz·c, of the last step's direction z", "r·r and Jr·c, of the gradient's direction r")
+
+Known = set[tuple[str, frozenset[str]]]
+_known: WeakKeyDictionary[Optimizer, Known] = WeakKeyDictionary()
+
+
+def known_maps(optimizer: Optimizer) -> Known:
+    """Return the methods, each with the functions of a model, that were found right for an optimizer in this process."""
+    return _known.setdefault(optimizer, set())
+
+
+class Comparison(NamedTuple):
+    """What the direct dot products say of a step.
+
+    Attributes:
+        errors: float64[2 or 3], relative: of z·r = Jz·c, of r·r = Jr·c, and, if the model ran several times, of their
+            outputs.
+        tolerance: for each of them.
+    """
+
+    errors: Tensor
+    tolerance: float
+
+    def masked(self, products: Tensor) -> Tensor:
+        """Return the products of the step, or NaN where a comparison has failed, by which the step is skipped."""
+        return torch.where(self.failed(), torch.nan, products)
+
+    def failed(self) -> Tensor:
+        """Return whether a comparison has failed, 0-dim bool; what is not a number has not."""
+        return (self.errors > self.tolerance).any()
+
+    def worst(self) -> Tensor:
+        """Return the largest error, 0-dim."""
+        return self.errors.amax()
+
+    def complaint(self) -> str | None:
+        """Return what has failed, by how much; an empty string if nothing, None if that could not be told.
+
+        This waits for the device.
+        """
+        errors = self.errors.tolist()
+        failed = [(error, i) for i, error in enumerate(errors) if error > self.tolerance]
+        if not failed:
+            return "" if all(map(math.isfinite, errors)) else None
+        error, i = max(failed)
+        if i == len(_NAMES):
+            what = "the runs of the model in one step return different outputs, so they are not one function"
+        else:
+            what = f"its Jacobian products are not each other's transpose, as {_NAMES[i]}, differ"
+        return f"{what} (relative error {error:.1e}, tolerance {self.tolerance:.1e})"
+
+
+def compare(
+    products: Tensor,
+    dots: Tensor,
+    jz: Tensor,
+    jr: Tensor,
+    c: Tensor,
+    difference_of_runs: Tensor | None,
+    dtypes: Iterable[torch.dtype],
+) -> Comparison:
+    """Compare the dot products that follow from adjointness with those taken directly.
+
+    Args:
+        products: float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`, with c = H Jz + g.
+        dots: float64 `[z·z, z·r, r·r]`, taken directly.
+        jz: Jz, of the outputs' shape.
+        jr: Jr, likewise.
+        c: likewise.
+        difference_of_runs: of the outputs, relative; None where the model ran once.
+        dtypes: that the model computes in; the least precise sets the tolerance.
+
+    Returns:
+        The comparison, on the device.
+    """
+    by_adjointness = torch.stack((products[0] + products[1], products[2] + products[3]))
+    directly = dots[1:]
+    c_size, jz_size, jr_size = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (c, jz, jr))
+    # Where terms cancel, rounding is relative to them and not to their sum.
+    terms = 0.1 * c_size * torch.stack((jz_size, jr_size))
+    scale = torch.maximum(torch.maximum(by_adjointness.abs(), directly.abs()), terms)
+    difference = (by_adjointness - directly).abs()
+    errors = torch.where(difference == 0, difference, difference / scale)
+    at_rest = torch.stack((dots[0] == 0, torch.zeros_like(dots[0], dtype=torch.bool)))
+    errors = errors.masked_fill(at_rest, 0.0)  # J 0 is zero, whatever rounding makes of it
+    if difference_of_runs is not None:
+        errors = torch.cat((errors, difference_of_runs.reshape(1)))
+    return Comparison(errors, _tolerance(dtypes, products.device))
+
+
+def _tolerance(dtypes: Iterable[torch.dtype], device: torch.device) -> float:
+    """Return the relative error that rounding may make: a wrong derivative makes a larger one, rounding much less."""
+    epsilon = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+    if device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
+        if epsilon == torch.finfo(torch.float32).eps:
+            return 0.25 * math.sqrt(_TF32_EPSILON)  # 1e-2: the errors of single products average out in sums
+    return 2 * math.sqrt(epsilon)
