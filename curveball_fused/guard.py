@@ -55,15 +55,12 @@ class Comparison(NamedTuple):
         """Return the largest error, 0-dim."""
         return self.errors.amax()
 
-    def complaint(self) -> str | None:
-        """Return what has failed, by how much; an empty string if nothing, None if that could not be told.
-
-        This waits for the device.
-        """
+    def complaint(self) -> str:
+        """Return what has failed, by how much; empty if nothing. This waits for the device."""
         errors = self.errors.tolist()
         failed = [(error, i) for i, error in enumerate(errors) if error > self.tolerance]
         if not failed:
-            return "" if all(map(math.isfinite, errors)) else None
+            return ""
         error, i = max(failed)
         if i == len(_NAMES):
             what = "the runs of the model in one step return different outputs, so they are not one function"

@@ -203,7 +203,8 @@ def _measure_in_full(
         MethodUnsupported: the method cannot follow the model, or its two products are not those of one linear map.
     """
     linear, outputs, jz, compute_dtype = _linearize(context, method, model_fn, replay, full_gradient)
-    first = context.guarded and (method.name, linear.operators) not in context.known_maps
+    map_ = (method.name, linear.operators)
+    first = context.guarded and map_ not in context.known_maps
     compares = first or context.compares
     if compares:
         linear.compare_runs()
@@ -240,7 +241,8 @@ def _measure_in_full(
             {outputs.dtype, *replay.dtypes, *(p.dtype for p in context.params)},
         )
         if first:
-            _judge(context, method, linear, comparison, model_fn, replay)
+            if _judge(context, method, comparison, model_fn, replay):
+                context.known_maps.add(map_)
         products = comparison.masked(products)
     elif first:
         _rehearse(context, method, model_fn, loss_fn)
@@ -255,27 +257,25 @@ def _measure_in_full(
 def _judge(
     context: StepContext,
     method: Method,
-    linear: WideLinearMap,
     comparison: guard.Comparison,
     model_fn: ModelFn,
     replay: Replay,
-) -> None:
-    """Read a comparison on the host, in the first step by a method or by other functions.
+) -> bool:
+    """Read a comparison on the host, in the first step by a method or by other functions; return whether it could tell.
 
     Raises:
         MethodUnsupported: it has failed; the message names the function if this is the last method.
     """
     if comparison.errors.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # where nothing can be read; the steps before the capture were judged
+        return False  # nothing can be read then; the steps before the capture were judged
     complaint = comparison.complaint()
-    if complaint == "":
-        context.known_maps.add((method.name, linear.operators))
-    elif complaint:
+    if complaint:
         if method.name == context.methods[-1]:
             from curveball_fused import debug
 
             complaint = f"{complaint}. {debug.suspects(method.name, model_fn, replay)}"
         raise refusal(method, complaint)
+    return bool(comparison.errors.isfinite().all())
 
 
 def _rehearse(context: StepContext, method: Method, model_fn: ModelFn, loss_fn: LossFn) -> None:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from curveball_fused.replay import Replay
+from curveball_fused.replay import Replay, Unrepeatable
 
 from .double_backward import DoubleBackward
 from .dual_numbers import DualNumbers
@@ -149,11 +149,11 @@ def refusals_of(method: Method) -> Iterator[None]:
         Nothing.
 
     Raises:
-        MethodUnsupported: anything was raised, but for a lack of memory.
+        MethodUnsupported: anything was raised, but for a lack of memory and what every method would refuse.
     """
     try:
         yield
-    except (MethodUnsupported, torch.OutOfMemoryError):
+    except (MethodUnsupported, Unrepeatable, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise refusal(method, _reason(error)) from error

@@ -1,5 +1,5 @@
 """Run a model again as the same function."""
 
-from .replay import Replay
+from .replay import Replay, Unrepeatable
 
-__all__ = ["Replay"]
+__all__ = ["Replay", "Unrepeatable"]

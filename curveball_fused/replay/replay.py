@@ -38,6 +38,10 @@ _NORMALIZATIONS = frozenset(
 _AUGMENTED = frozenset(f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split())
 
 
+class Unrepeatable(RuntimeError):
+    """The model does what no other run, and so no method of differentiating it, can take part in."""
+
+
 class Replay:
     """Make every later run of a callable the same function as the first run.
 
@@ -136,7 +140,7 @@ def _put_back(
 
 def _refuse_wrapper(module: nn.Module) -> None:
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise RuntimeError(
+        raise Unrepeatable(
             f"model_fn calls a {type(module).__name__}-wrapped module: CurveBall's Jacobian products bypass its "
             "gradient hooks and replicas, so its tangents and gradient averages would be lost. Call the wrapped "
             "module itself (`ddp_model.module`) in model_fn."

@@ -75,12 +75,27 @@ def test_a_model_that_differentiates_inside() -> None:
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
 
 
-def test_a_view_made_before_the_step_is_refused() -> None:
-    weight, layer = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 3)
-    view = weight.t()
-    optimizer = CurveBall([weight, *layer.parameters()])
-    with pytest.raises(RuntimeError, match="view of a parameter"):
-        optimizer.step(lambda: layer(torch.eye(3)) @ weight @ view, lambda out: out.square().mean())
+@pytest.mark.filterwarnings("ignore:curveball_fused")
+def test_a_view_made_before_the_step() -> None:
+    """Its tangent is known to double backward alone."""
+    stats = []
+    for curvature, outside in (("auto", True), ("auto", False), ("forward", True)):
+        torch.manual_seed(0)
+        weight, layer = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 3)
+        view = weight.t()
+        optimizer = CurveBall([weight, *layer.parameters()], curvature=curvature)
+
+        def model(weight: Any = weight, layer: Any = layer, view: Any = view, outside: bool = outside) -> Tensor:
+            return layer(torch.eye(3)) @ weight @ (view if outside else weight.t())
+
+        if curvature == "forward":
+            with pytest.raises(RuntimeError, match="view of a parameter"):
+                optimizer.step(model, lambda out: out.square().mean())
+        else:
+            for _ in range(2):
+                optimizer.step(model, lambda out: out.square().mean())
+            stats.append(torch.stack([optimizer.stats()[key] for key in ("loss", "beta", "rho")]))
+    torch.testing.assert_close(*stats, rtol=1e-5, atol=0)
 
 
 def test_functorch_inside_the_model() -> None:
@@ -213,12 +228,13 @@ def test_nothing_left_to_fall_back_to() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
-def test_scripted_module_is_refused() -> None:
+@pytest.mark.parametrize("curvature", ["linearize", "forward"])
+def test_scripted_module_is_refused(curvature: str) -> None:
     inner, outer = nn.Linear(3, 3), nn.Linear(3, 2)
     scripted = torch.jit.script(inner)
-    optimizer = CurveBall([*outer.parameters(), *inner.parameters()])
+    optimizer = CurveBall([*outer.parameters(), *inner.parameters()], curvature=curvature)
     before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
-    with pytest.raises(RuntimeError, match="tangent of a parameter was lost"):
+    with pytest.raises(RuntimeError, match="tangent of a parameter was lost|cannot see into"):
         optimizer.step(lambda: outer(scripted(torch.ones(2, 3))), lambda out: out.square().mean())
     assert all(torch.equal(a, b) for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True))
 
@@ -227,7 +243,7 @@ def test_scripted_module_is_refused() -> None:
 def test_reading_a_dtype_is_not_using_a_parameter() -> None:
     inner, outer = nn.Linear(3, 3), nn.Linear(3, 2)
     scripted = torch.jit.script(inner)
-    optimizer = CurveBall([*outer.parameters(), *inner.parameters()])
+    optimizer = CurveBall([*outer.parameters(), *inner.parameters()], curvature="forward")
 
     def model() -> Tensor:
         weight = inner.weight
