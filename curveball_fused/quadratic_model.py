@@ -105,7 +105,7 @@ class QuadraticTerms(NamedTuple):
         overflow: what float16 could not hold.
         method: by which the model was linearized.
         compute_dtype: the half precision that the model computes in, or None.
-        comparison: of the products with dot products taken directly; None where the step made none.
+        comparison: of the products with dot products taken directly; None where the step's number asks for none.
     """
 
     loss: Tensor
@@ -249,9 +249,9 @@ def _measure_in_full(
     if full_gradient is not None:
         assert dots is not None
         products = averaging.consistent(products, dots)
-    return QuadraticTerms(
-        loss_model.loss, outputs, r, products, dots, overflow, method.name, compute_dtype, comparison
-    )
+    # A first step by a method may be any, in a training that was resumed too: it leaves no trace in the state.
+    noted = comparison if context.compares else None
+    return QuadraticTerms(loss_model.loss, outputs, r, products, dots, overflow, method.name, compute_dtype, noted)
 
 
 def _judge(
