@@ -109,7 +109,7 @@ class Setting:
 
     def picture(self) -> list[Any]:
         z = [self.optimizer.state[p]["z"] for p in self.net.parameters()]
-        shared = self.optimizer._states["curveball"]
+        shared = self.optimizer._shared
         tensors = [*self.net.state_dict().values(), *z, shared["scalars"], torch.get_rng_state()]
         return copy.deepcopy([tensors, shared["step"], self.optimizer.param_groups])
 
