@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 import math
 import numbers
 import warnings
@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from curveball_fused._torch_private import has_gradient_hooks
@@ -96,8 +97,8 @@ def raise_wrong_step_call() -> NoReturn:
         "CurveBall.step needs two functions, step(model_fn, loss_fn), as it differentiates the model itself. Instead "
         "of a closure that calls backward(), write:\n"
         "    loss, outputs = optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))\n"
-        "A wrapper that hands on one argument, as those of Lightning, Fabric and Accelerate do, has the optimizer itself "
-        "as `wrapper.optimizer`: call `wrapper.optimizer.step(model_fn, loss_fn)`."
+        "A wrapper that hands on one argument, as those of Lightning, Fabric and Accelerate do, has the optimizer as "
+        "`wrapper.optimizer`: call `wrapper.optimizer.step(model_fn, loss_fn)`."
     )
 
 
@@ -200,30 +201,38 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 def float64_on(device: torch.device) -> None:
     """Raise RuntimeError for a device that lacks float64, as Apple's does."""
     try:
-        _make_float64_on(device.type)
+        torch.zeros((), dtype=torch.float64, device=device)
     except Exception as error:
         raise RuntimeError(
-            f"CurveBall needs float64 on the parameters' device, for the few numbers that its steps are decided by, and "
-            f"{device} has none ({error}). Train on the CPU or on another device."
+            f"CurveBall needs float64 on the parameters' device, for the few numbers by which steps are decided, and "
+            f"{device} has none: move the model to the CPU or to another device. ({error})"
         ) from error
 
 
-@functools.cache
-def _make_float64_on(device_type: str) -> None:
-    torch.zeros((), dtype=torch.float64, device=device_type)
+def replicas(params: Sequence[Tensor]) -> None:
+    """Refuse parameters that DistributedDataParallel keeps equal; warn where there are other processes at all.
 
-
-def warn_of_replicas() -> None:
-    """Warn where each of several processes would take a step of its own."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        processes = torch.distributed.get_world_size()
-        if processes > 1:
-            warnings.warn(
-                f"each of {processes} processes takes steps of its own: CurveBall does not average across processes, so "
-                "replicas of one model drift apart. Train it in one process; this is right only if each process has a "
-                "model to itself.",
-                stacklevel=2,
-            )
+    Raises:
+        RuntimeError: a DistributedDataParallel has wrapped a module with one of the parameters.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    processes = torch.distributed.get_world_size()
+    if processes == 1:
+        return
+    each = f"each of {processes} processes would take steps of its own, from its own batch, as nothing is averaged"
+    own = {id(p) for p in params}
+    wrappers = (o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel))
+    if any(id(p) in own for wrapper in wrappers for p in wrapper.parameters()):
+        raise RuntimeError(
+            f"the parameters belong to a model in DistributedDataParallel, but {each}, and the replicas would drift "
+            "apart. Train in one process: CurveBall does not offer averaging across processes yet."
+        )
+    warnings.warn(
+        f"{each}: right if each process has a model to itself, but replicas of one model drift apart. CurveBall does "
+        "not offer averaging across processes yet.",
+        stacklevel=2,
+    )
 
 
 def is_state_dict(state_dict: Any) -> None:
@@ -254,14 +263,14 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
             )
     if entries and sum(_has_numbers_of_all(entries.get(name, {})) for name in names) != 1:
         raise ValueError(
-            "the checkpoint's CurveBall scalars are missing or of another version of this package. (They are beside the "
+            "the checkpoint's CurveBall scalars are missing or of another version of this package. (They are with the "
             "state of the first parameter that is trained, and torch.distributed.checkpoint leaves out that of frozen "
-            "ones: freeze the same parameters as when it was saved.)"
+            "ones: freeze the same parameters as when it was saved, before the optimizer is made.)"
         )
 
 
 def _has_numbers_of_all(entry: dict[str, Any]) -> bool:
-    shapes = {**SHAPES, **{name: () for name in ON_HOST}}
+    shapes: dict[str, tuple[int, ...]] = {**SHAPES, **dict.fromkeys(ON_HOST, ())}
     return all(getattr(entry.get(name), "shape", None) == shape for name, shape in shapes.items())
 
 

@@ -1,14 +1,14 @@
 """What the optimizer remembers from step to step: z for each parameter, and numbers that belong to all of them.
 
-`Optimizer.state` has parameters as keys and tensors as values, which is what torch's tools save, load and move. z is that
-of its parameter; the numbers of all parameters are beside the z of the first that is trained: `scalars` (see
+`Optimizer.state` has parameters as keys and tensors as values, which torch's tools save, load and move. Each z is under
+its parameter; the numbers of all parameters are beside the z of the first that is trained: `scalars` (see
 `backends.scalars`), `system` (see `averaging`) and `scale` (see `loss_scale`), which each step replaces, and `history`,
 which has a row of scalars for each of the last steps.
 
 What the host decides is there too, as integers on the CPU: `step`, how many there were; `active`, a checksum of which
-parameters z·z is the sum over; `method`, how the model was linearized; `compute_dtype`, float16 or bfloat16 if the model
-computes in it. No step reads them: in use is a dictionary of the same names, `shared`, with Python's own objects for
-these four, and each step writes it to the state.
+parameters z·z is the sum over; `method`, how the model was linearized; `compute_dtype`, float16 or bfloat16 if the
+model computes in it. No step reads them: in use is a dictionary of the same names, `shared`, with Python's own objects
+for these four, and each step writes it to the state. (`written` are the integers that the state has.)
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def fresh(lambd: float, device: torch.device) -> dict[str, Any]:
         active=_NONE_YET,
         method=None,
         compute_dtype=None,
+        written={},
     )
 
 
@@ -85,6 +86,9 @@ def make(
         everything: all its parameters, at least one.
         shared: the numbers of all parameters as they were last in use, if they were.
         lambd: the first λ.
+
+    Returns:
+        `shared`, or what takes its place if the state is another one by now.
     """
     for p in everything:
         if p.requires_grad and not is_lazy(p):
@@ -195,16 +199,20 @@ def _read(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers of all parameters from the state that has them."""
     shared: dict[str, Any] = {name: entry[name] for name in SHAPES}
     step, active, method, dtype = (int(entry[name]) for name in ON_HOST)
-    return shared | dict(step=step, active=active, method=_METHODS[method], compute_dtype=_COMPUTE_DTYPES[dtype])
+    shared |= dict(step=step, active=active, method=_METHODS[method], compute_dtype=_COMPUTE_DTYPES[dtype])
+    return shared | {"written": _numbers(shared)}
 
 
 def _write(entry: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Write the numbers of all parameters to the state that has them; of those of the host what has changed."""
     entry.update({name: shared[name] for name in SHAPES})
-    for name, number in _numbers(shared).items():
-        if name in entry:
-            entry[name].fill_(number)
-        else:
+    numbers, written = _numbers(shared), shared["written"]
+    for name, number in numbers.items():
+        if name not in entry:
             entry[name] = torch.tensor(number, device="cpu")
+        elif number != written.get(name):
+            entry[name].fill_(number)
+    shared["written"] = numbers
 
 
 def _numbers(shared: dict[str, Any]) -> dict[str, int]:

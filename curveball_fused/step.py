@@ -69,7 +69,7 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
     active = state.checksum(trained)
     if optimizer._checked != active:  # in the first step, and where others are trained
         checks.separate_memory(everything)
-        checks.warn_of_replicas()
+        checks.replicas(everything)
         optimizer._checked = active
     shared = state.prepare(optimizer.state, everything, optimizer._shared, active, settings.lambd, settings.backend)
     optimizer._shared = shared
