@@ -146,7 +146,7 @@ def parameters(params: Sequence[Any]) -> None:
 
 
 def separate_memory(params: Sequence[Tensor]) -> None:
-    """Raise ValueError for parameters that share memory, as if they were one, or whose own elements do."""
+    """Raise ValueError for parameters that share memory, or are one and the same, or whose own elements share it."""
     known: list[tuple[int, int, int]] = []  # first and last address, and which parameter
     for i, p in enumerate(params):
         if _has_memory(p):
@@ -161,7 +161,9 @@ def separate_memory(params: Sequence[Tensor]) -> None:
     for first, last, i in known:
         reaching = [other for other in reaching if other[1] > first]
         for _, _, j in reaching:
-            if params[i] is not params[j] and _overlap(params[j], params[i]):
+            if params[i] is params[j]:
+                raise ValueError(f"parameters {j} and {i} are the same one, which would be moved twice: give it once.")
+            if _overlap(params[j], params[i]):
                 raise ValueError(
                     f"parameters {min(i, j)} and {max(i, j)} are two tensors over one memory, which would be moved "
                     "twice: to tie weights use one nn.Parameter in both places, as in "

@@ -69,7 +69,7 @@ class CurveBall(Optimizer):
     Raises:
         TypeError: a parameter or hyper-parameter is of a type that cannot be used; the message says what to do.
         ValueError: a parameter or hyper-parameter cannot be used; the message says what to do.
-        RuntimeError: a backend was named that cannot run here.
+        RuntimeError: a backend was named that cannot run here, or the parameters' device lacks float64.
 
     Example::
 
@@ -145,8 +145,9 @@ class CurveBall(Optimizer):
 
         Raises:
             TypeError: the group, or a parameter in it, is of a type that cannot be used.
-            ValueError: it sets an option that belongs to the whole optimizer, or a value is out of range.
-            RuntimeError: the backend cannot run where the parameters are.
+            ValueError: it sets an option that belongs to the whole optimizer, a value is out of range, or two
+                parameters share memory.
+            RuntimeError: the backend cannot run where the parameters are, or that device lacks float64.
 
         Example::
 
@@ -156,9 +157,9 @@ class CurveBall(Optimizer):
         super().add_param_group(param_group)
         try:
             checks.parameters(self._parameters)
-            checks.separate_memory(self._parameters)
             if self._parameters:
                 checks.float64_on(self._device)
+                checks.separate_memory(self._parameters)
                 backends.choose(self.defaults["backend"], self._device)
         except Exception:
             self.param_groups.pop()
@@ -194,9 +195,10 @@ class CurveBall(Optimizer):
 
         Raises:
             TypeError: an argument, or what `model_fn` or `loss_fn` returns, is of a type that cannot be used.
-            RuntimeError: the model or the loss cannot be used, or, with `debug`, a product is wrong; nothing has been
-                changed then. (An error of the model at the new weights, where λ adapts, leaves a step that is complete
-                but for that.)
+            ValueError: two parameters have come to share memory.
+            RuntimeError: the model or the loss cannot be used, the model is one of several replicas, or, with `debug`,
+                a product is wrong; nothing has been changed then. (An error of the model at the new weights, where λ
+                adapts, leaves a step that is complete but for that.)
 
         Example::
 

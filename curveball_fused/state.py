@@ -73,6 +73,7 @@ def is_current(state: dict[Any, Any], everything: Sequence[Tensor], shared: dict
     return state.get(_holder(everything), {}).get("scalars") is shared["scalars"]
 
 
+@torch.inference_mode(False)  # in which steps write to it
 def make(
     state: dict[Any, Any], everything: Sequence[Tensor], shared: dict[str, Any] | None, lambd: float
 ) -> dict[str, Any]:

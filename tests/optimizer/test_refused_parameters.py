@@ -125,6 +125,13 @@ def test_one_parameter_in_two_places_is_fine() -> None:
     CurveBall(net.parameters()).step(lambda: net(torch.ones(2, 3)), lambda out: out.square().sum())
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_one_parameter_given_twice_is_refused() -> None:
+    net = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"parameters 1 and 2 are the same one.*give it once"):
+        CurveBall([net.weight, net.bias, net.bias])
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 def test_memory_that_is_shared_after_construction_is_seen(steps: int) -> None:
     """Before the first step, and where others are trained than in the last."""

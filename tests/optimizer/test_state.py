@@ -355,6 +355,14 @@ def test_a_lambda_that_changes_before_the_first_step() -> None:
     assert 2.0 < optimizer._current()["scalars"][LAMBD] < 4.0
 
 
+def test_an_optimizer_made_in_inference_mode() -> None:
+    net = Net()
+    with torch.inference_mode():
+        optimizer = CurveBall(net.parameters())
+        optimizer.state_dict()
+    train(net, optimizer)
+
+
 def test_a_lazy_module() -> None:
     net = nn.LazyLinear(3)
     optimizer = CurveBall(net.parameters())
