@@ -292,6 +292,18 @@ def test_hooks_of_checkpoints_see_and_change_what_is_saved_and_loaded() -> None:
     assert seen == ["saving", "loaded"]
 
 
+def test_what_was_loaded_shares_nothing_with_the_dictionary() -> None:
+    net, optimizer = made("one_group")
+    train(net, optimizer)
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved["state"])
+    twin, other = made("one_group", seed=1)
+    other.load_state_dict(saved)
+    train(twin, other)
+    for name, entry in before.items():
+        assert_equal(list(entry.values()), list(saved["state"][name].values()))
+
+
 @pytest.mark.parametrize("what", ["all tensors", "all but one number", "each state replaced"])
 def test_a_loop_that_moves_the_state_does_no_harm(what: str) -> None:
     net, optimizer = made("one_group")
