@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import numbers
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.backends import BACKENDS
 from curveball_fused.curvature import AUTO
 from curveball_fused.loss_scale import awaits_update
 from curveball_fused.settings import PER_GROUP
-from curveball_fused.state import HISTORY, ON_HOST, SHAPES, SHARED
+from curveball_fused.state import HISTORY, ON_HOST, SHAPES
 
 CURVATURES = ("auto", *AUTO)
 
@@ -92,7 +96,9 @@ def raise_wrong_step_call() -> NoReturn:
     raise TypeError(
         "CurveBall.step needs two functions, step(model_fn, loss_fn), as it differentiates the model itself. Instead "
         "of a closure that calls backward(), write:\n"
-        "    loss, outputs = optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))"
+        "    loss, outputs = optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))\n"
+        "A wrapper that hands on one argument, as those of Lightning, Fabric and Accelerate do, has the optimizer as "
+        "`wrapper.optimizer`: call `wrapper.optimizer.step(model_fn, loss_fn)`."
     )
 
 
@@ -139,31 +145,135 @@ def parameters(params: Sequence[Any]) -> None:
         raise ValueError(f"the parameters lie on several devices ({', '.join(devices)}): move the model to one.")
 
 
-def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError for a state dictionary that does not fit the parameters."""
+def separate_memory(params: Sequence[Tensor]) -> None:
+    """Raise ValueError for parameters that share memory, or are one and the same, or whose own elements share it."""
+    known: list[tuple[int, int, int]] = []  # first and last address, and which parameter
+    for i, p in enumerate(params):
+        if _has_memory(p):
+            if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+                raise ValueError(
+                    f"elements of parameter {i} share memory, as those of an expanded tensor do: clone it, "
+                    "nn.Parameter(tensor.clone())."
+                )
+            known.append((p.data_ptr(), p.data_ptr() + _span(p), i))
+    known.sort()
+    reaching: list[tuple[int, int, int]] = []  # beyond the next one's first address
+    for first, last, i in known:
+        reaching = [other for other in reaching if other[1] > first]
+        for _, _, j in reaching:
+            if params[i] is params[j]:
+                raise ValueError(f"parameters {j} and {i} are the same one, which would be moved twice: give it once.")
+            if _overlap(params[j], params[i]):
+                raise ValueError(
+                    f"parameters {min(i, j)} and {max(i, j)} are two tensors over one memory, which would be moved "
+                    "twice: to tie weights use one nn.Parameter in both places, as in "
+                    "`decoder.weight = encoder.weight`, and not their `.data`."
+                )
+        reaching.append((first, last, i))
+
+
+def _has_memory(p: Tensor) -> bool:
+    """Return whether `p` has elements at an address; fake tensors, tensors on "meta" and wrappers have none."""
+    if is_lazy(p) or type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False
+    return p.numel() > 0 and p.data_ptr() != 0
+
+
+def _span(p: Tensor) -> int:
+    """Return how many bytes there are from the first element to the end of the last one."""
+    return p.element_size() * (1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)))
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Return whether an element of `b` lies where one of `a` does; `b` begins within `a`'s span."""
+    if _span(a) == a.numel() * a.element_size():
+        return True  # there are no gaps that `b` could lie in
+    start = a.data_ptr()
+    taken = torch.zeros(max(_span(a), b.data_ptr() - start + _span(b)), dtype=torch.bool, device="cpu")
+    places = [
+        taken.as_strided(
+            (*p.shape, p.element_size()), (*(s * p.element_size() for s in p.stride()), 1), p.data_ptr() - start
+        )
+        for p in (a, b)
+    ]
+    places[0].fill_(True)
+    return bool(places[1].any())
+
+
+def float64_on(device: torch.device) -> None:
+    """Raise RuntimeError for a device that lacks float64, as Apple's does."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except Exception as error:
+        raise RuntimeError(
+            f"CurveBall needs float64 on the parameters' device, for the few numbers by which steps are decided, and "
+            f"{device} has none: move the model to the CPU or to another device. ({error})"
+        ) from error
+
+
+def replicas(params: Sequence[Tensor]) -> None:
+    """Refuse parameters that DistributedDataParallel keeps equal; warn where there are other processes at all.
+
+    Raises:
+        RuntimeError: a DistributedDataParallel has wrapped a module with one of the parameters.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    processes = torch.distributed.get_world_size()
+    if processes == 1:
+        return
+    each = f"each of {processes} processes would take steps of its own, from its own batch, as nothing is averaged"
+    own = {id(p) for p in params}
+    wrappers = (o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel))
+    if any(id(p) in own for wrapper in wrappers for p in wrapper.parameters()):
+        raise RuntimeError(
+            f"the parameters belong to a model in DistributedDataParallel, but {each}, and the replicas would drift "
+            "apart. Train in one process: CurveBall does not offer averaging across processes yet."
+        )
+    warnings.warn(
+        f"{each}: right if each process has a model to itself, but replicas of one model drift apart. CurveBall does "
+        "not offer averaging across processes yet.",
+        stacklevel=2,
+    )
+
+
+def is_state_dict(state_dict: Any) -> None:
+    """Raise ValueError for something else than an optimizer's state_dict."""
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError("not an optimizer's state_dict: it lacks 'state' and 'param_groups'.")
-    saved = state_dict["param_groups"]
+
+
+def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError for a state dictionary that does not fit the parameters."""
+    is_state_dict(state_dict)
+    saved, entries = state_dict["param_groups"], state_dict["state"]
     sizes, own = [len(g["params"]) for g in saved], [len(g["params"]) for g in param_groups]
     if sizes != own:
         raise ValueError(f"the checkpoint has groups of {sizes} parameters, this optimizer of {own}.")
-    shared = state_dict["state"].get(SHARED)
-    known = isinstance(shared, dict) and shared.keys() >= {*SHAPES, *ON_HOST}
-    if shared is not None and not (
-        known and all(getattr(shared[name], "shape", None) == size for name, size in SHAPES.items())
-    ):
-        raise ValueError("the checkpoint's CurveBall scalars are missing or of another version of this package.")
-    order = [i for group in saved for i in group["params"]]
+    names = [name for group in saved for name in group["params"]]
     params = [p for group in param_groups for p in group["params"]]
-    for position, (i, p) in enumerate(zip(order, params, strict=True)):
-        z = state_dict["state"].get(i, {}).get("z") if i in state_dict["state"] else None
-        if i in state_dict["state"] and not isinstance(z, Tensor):
+    for position, (name, p) in enumerate(zip(names, params, strict=True)):
+        entry = entries.get(name, {})
+        z = entry.get("z")
+        is_frozen = z is None and (not entry or not entry.keys().isdisjoint(SHAPES))
+        if not is_frozen and not isinstance(z, Tensor):
             raise ValueError(f"the checkpoint has no CurveBall state for parameter {position}: another optimizer's?")
         if z is not None and z.shape != p.shape:
             raise ValueError(
                 f"the checkpoint's state for parameter {position} has shape {tuple(z.shape)}, the parameter "
                 f"{tuple(p.shape)}: it belongs to another model."
             )
+    if entries and sum(_has_numbers_of_all(entries.get(name, {})) for name in names) != 1:
+        raise ValueError(
+            "the checkpoint's CurveBall scalars are missing or of another version of this package. (They are with the "
+            "state of the first parameter that is trained, and torch.distributed.checkpoint leaves out that of frozen "
+            "ones: freeze the same parameters as when it was saved, before the optimizer is made.)"
+        )
+
+
+def _has_numbers_of_all(entry: dict[str, Any]) -> bool:
+    shapes: dict[str, tuple[int, ...]] = {**SHAPES, **dict.fromkeys(ON_HOST, ())}
+    return all(getattr(entry.get(name), "shape", None) == shape for name, shape in shapes.items())
 
 
 def _number(name: str, value: Any, low: float, high: float, hint: str = "", low_open: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from curveball_fused import backends, checks, state
 from curveball_fused.settings import Settings
-from curveball_fused.state import SHARED
 from curveball_fused.step import StepInputs, take_step
 
 
@@ -70,7 +69,7 @@ class CurveBall(Optimizer):
     Raises:
         TypeError: a parameter or hyper-parameter is of a type that cannot be used; the message says what to do.
         ValueError: a parameter or hyper-parameter cannot be used; the message says what to do.
-        RuntimeError: a backend was named that cannot run here.
+        RuntimeError: a backend was named that cannot run here, or the parameters' device lacks float64.
 
     Example::
 
@@ -87,6 +86,8 @@ class CurveBall(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # by which GradScaler.step gets as far as to the error that says what to do
+    _shared: dict[str, Any] | None = None  # the numbers of all parameters as they were last in use, see `state`
+    _checked: int | None = None  # the checksum of the parameters that were last checked before a step
 
     def __init__(
         self,
@@ -144,8 +145,9 @@ class CurveBall(Optimizer):
 
         Raises:
             TypeError: the group, or a parameter in it, is of a type that cannot be used.
-            ValueError: it sets an option that belongs to the whole optimizer, or a value is out of range.
-            RuntimeError: the backend cannot run where the parameters are.
+            ValueError: it sets an option that belongs to the whole optimizer, a value is out of range, or two
+                parameters share memory.
+            RuntimeError: the backend cannot run where the parameters are, or that device lacks float64.
 
         Example::
 
@@ -156,10 +158,13 @@ class CurveBall(Optimizer):
         try:
             checks.parameters(self._parameters)
             if self._parameters:
+                checks.float64_on(self._device)
+                checks.separate_memory(self._parameters)
                 backends.choose(self.defaults["backend"], self._device)
         except Exception:
             self.param_groups.pop()
             raise
+        self._make_state()
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -190,9 +195,10 @@ class CurveBall(Optimizer):
 
         Raises:
             TypeError: an argument, or what `model_fn` or `loss_fn` returns, is of a type that cannot be used.
-            RuntimeError: the model or the loss cannot be used, or, with `debug`, a product is wrong; nothing has been
-                changed then. (An error of the model at the new weights, where λ adapts, leaves a step that is complete
-                but for that.)
+            ValueError: two parameters have come to share memory.
+            RuntimeError: the model or the loss cannot be used, the model is one of several replicas, or, with `debug`,
+                a product is wrong; nothing has been changed then. (An error of the model at the new weights, where λ
+                adapts, leaves a step that is complete but for that.)
 
         Example::
 
@@ -219,7 +225,7 @@ class CurveBall(Optimizer):
 
             print(float(optimizer.stats()["lambd"]))
         """
-        shared = self._states.get(SHARED) or self._fresh()
+        shared = self._current()
         mismatched, error = shared["guard"].clone().unbind()
         found = {"mismatched_steps": mismatched, "adjoint_error": error}
         return state.stats_of(shared["scalars"], Settings.of(self).sign) | found
@@ -242,8 +248,20 @@ class CurveBall(Optimizer):
             plt.plot(optimizer.history(100)["loss"])
         """
         checks.history_length(n)
-        shared = self._states.get(SHARED) or self._fresh()
-        return state.stats_of(state.history_rows(shared, n), Settings.of(self).sign)
+        return state.stats_of(state.history_rows(self._current(), n), Settings.of(self).sign)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all parameters and the groups with their options, as any optimizer of torch does.
+
+        Returns:
+            A dictionary of "state", where all values are tensors, and "param_groups"; of references, as in torch.
+
+        Example::
+
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "checkpoint.pt")
+        """
+        self._make_state()  # for a parameter that requires a gradient since a moment ago
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a `state_dict()` of an optimizer over parameters of the same shapes; training resumes bit for bit.
@@ -258,34 +276,55 @@ class CurveBall(Optimizer):
 
             optimizer.load_state_dict(torch.load("checkpoint.pt")["optimizer"])
         """
-        state_dict = state.upgraded(state_dict)
-        checks.checkpoint(state_dict, self.param_groups)
-        super().load_state_dict(state_dict)
-        # torch has cast z to the parameters' dtypes, and shares the rest with the caller's dictionary.
-        saved = state_dict["state"]
-        order = (i for group in state_dict["param_groups"] for i in group["params"])
-        for i, p in zip(order, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if i in saved:
-                self.state[p]["z"] = state.zeros_like(p).copy_(saved[i]["z"])
-        if SHARED in saved:
-            own = {name: saved[SHARED][name].to(self._device, copy=True) for name in state.SHAPES}
-            self._states[SHARED] = saved[SHARED] | own
+        checks.is_state_dict(state_dict)
+        saved: dict[Any, Any] = {}
+        params: dict[Any, Tensor] = {}
+
+        def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            """Keep the state from torch, which would cast z to the parameters' dtypes."""
+            given = state.upgraded(given)
+            checks.checkpoint(given, self.param_groups)
+            saved.update(given["state"])
+            params.update(zip(_params_of(given["param_groups"]), self._parameters, strict=True))
+            return given | {"state": {}}
+
+        def restore(_: Optimizer) -> None:
+            state.restore(self.state, saved, params)
+            self._make_state()
+
+        # After the user's own hooks that change a state_dict, and before those that look at what was loaded.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __setstate__(self, state_of_pickle: dict[str, Any]) -> None:
         super().__setstate__(state.upgraded(state_of_pickle))
+        self._make_state()
 
-    def _fresh(self) -> dict[str, Any]:
-        return state.fresh(self.param_groups[0]["lambd"], self._device)
+    def _make_state(self) -> None:
+        if self._parameters:
+            self._shared = state.make(self.state, self._parameters, self._shared, self.param_groups[0]["lambd"])
+
+    def _current(self) -> dict[str, Any]:
+        """Return the numbers of all parameters."""
+        if not state.is_current(self.state, self._parameters, self._shared):
+            self._make_state()
+        return self._shared or state.fresh(self.param_groups[0]["lambd"], self._device)
 
     @property
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return _params_of(self.param_groups)
 
     @property
     def _device(self) -> torch.device:
         return self._parameters[0].device if self._parameters else torch.get_default_device()
 
-    @property
-    def _states(self) -> dict[Any, Any]:
-        """Return `state` with its string key, which torch saves and loads like any other but leaves out of its type."""
-        return self.state
+
+def _params_of(groups: Sequence[dict[str, Any]]) -> list[Any]:
+    return [p for group in groups for p in group["params"]]

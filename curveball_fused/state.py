@@ -1,24 +1,31 @@
-"""What the optimizer remembers from step to step: z for each parameter, and one dictionary that belongs to all of them.
+"""What the optimizer remembers from step to step: z for each parameter, and numbers that belong to all of them.
 
-The numbers of that dictionary live on the device, and each step replaces them: `scalars` (see `backends.scalars`),
-`system` (see `averaging`), `scale` (see `loss_scale`) and `guard` (see `guard`). `history` has a row of scalars for each of the last steps.
-What the host decides is plain Python: `step`, how many there were; `active`, which parameters are trained; `method`,
-how the model was linearized; `compute_dtype`, float16 or bfloat16 if the model computes in it, else None.
+`Optimizer.state` has parameters as keys and tensors as values, which torch's tools save, load and move. Each z is under
+its parameter; the numbers of all parameters are beside the z of the first that is trained: `scalars` (see
+`backends.scalars`), `system` (see `averaging`), `scale` (see `loss_scale`) and `guard` (see `guard`), which steps
+replace, and `history`, which has a row of scalars for each of the last steps.
+
+What the host decides is there too, as integers on the CPU: `step`, how many there were; `active`, a checksum of which
+parameters z·z is the sum over; `method`, how the model was linearized; `compute_dtype`, float16 or bfloat16 if the
+model computes in it. No step reads them: in use is a dictionary of the same names, `shared`, with Python's own objects
+for these four, and each step writes it to the state. (`written` are the integers that the state has.)
 """
 
 from __future__ import annotations
 
+import zlib
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from curveball_fused import ops
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import LAMBD, LOSS, RATIO, SCALARS, Z_DOT_Z
 
-SHARED = "curveball"  # its key in `Optimizer.state`
 REPLACED = ("scalars", "system", "scale", "guard")
 HISTORY = 1024  # rows
 SHAPES = {
@@ -30,12 +37,17 @@ SHAPES = {
 }
 FIRST_LOSS_SCALE, FIRST_TANGENT_SIZE = 2.0**16, 2.0**-6
 ON_HOST = ("step", "active", "method", "compute_dtype")
+_NONE_YET = -1  # no checksum
+# Their places are what checkpoints hold.
+_METHODS = (None, "linearize", "forward", "double_backward", "compiled")
+_COMPUTE_DTYPES = (None, torch.float16, torch.bfloat16)
 _INTERNAL = ("z_dot_z", "linear_term", "quadratic_term")
+_FORMER_KEY = "curveball"  # under which the numbers of all parameters once were
 _FORMER_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def fresh(lambd: float, device: torch.device) -> dict[str, Any]:
-    """Return the dictionary as before the first step."""
+    """Return the numbers of all parameters as before the first step."""
     scalars = torch.zeros(len(SCALARS), dtype=torch.float64, device=device)
     for index, value in ((LAMBD, lambd), (RATIO, torch.nan), (LOSS, torch.nan)):
         scalars[index].fill_(value)  # an assignment would copy the number from the host
@@ -49,34 +61,90 @@ def fresh(lambd: float, device: torch.device) -> dict[str, Any]:
         guard=torch.zeros(SHAPES["guard"], dtype=torch.float64, device=device),
         history=torch.zeros(HISTORY, len(SCALARS), dtype=torch.float64, device=device),
         step=0,
-        active=[],
+        active=_NONE_YET,
         method=None,
         compute_dtype=None,
+        written={},
     )
 
 
-def prepare(state: dict[Any, Any], everything: Sequence[Tensor], lambd: float, backend: str) -> dict[str, Any]:
-    """Return the dictionary for all; make it, and z for each parameter that requires a gradient, on first use.
+def is_current(state: dict[Any, Any], everything: Sequence[Tensor], shared: dict[str, Any] | None) -> bool:
+    """Return whether steps were taken and the state is as the last one has left it, not loaded or cleared since."""
+    if not everything or shared is None or shared["step"] == 0:
+        return False
+    return state.get(_holder(everything), {}).get("scalars") is shared["scalars"]
 
-    Both follow a model that was converted or moved; z·z is summed anew where others than in the last step are trained.
+
+@torch.inference_mode(False)  # in which steps write to it
+def make(
+    state: dict[Any, Any], everything: Sequence[Tensor], shared: dict[str, Any] | None, lambd: float
+) -> dict[str, Any]:
+    """Make the state that is missing, bring the rest to where the parameters are, and return the numbers of all.
+
+    A z of another shape than its parameter is begun anew. Before the first step λ is that of the options, which may
+    have changed.
+
+    Args:
+        state: the optimizer's.
+        everything: all its parameters, at least one.
+        shared: the numbers of all parameters as they were last in use, if they were.
+        lambd: the first λ.
+
+    Returns:
+        `shared`, or what takes its place if the state is another one by now.
+    """
+    for p in everything:
+        if p.requires_grad and not is_lazy(p):
+            z = state[p].get("z")
+            if z is None or z.shape != p.shape:
+                state[p]["z"] = zeros_like(p)
+            elif _is_elsewhere(z, p) or z.stride() != p.stride():
+                state[p]["z"] = zeros_like(p).copy_(z)
+    holder = _holder(everything)
+    found = next((p for p in everything if "scalars" in state.get(p, {})), None)
+    if found is None:
+        shared = fresh(lambd, holder.device)
+    elif shared is None or shared["scalars"] is not state[found]["scalars"]:
+        shared = _read(state[found])
+    if found is not None and found is not holder:
+        _remove(state, found)
+    for name in SHAPES:
+        shared[name] = shared[name].to(holder.device)
+    if shared["step"] == 0:
+        shared["scalars"][LAMBD].fill_(lambd)
+    _write(state[holder], shared)
+    return shared
+
+
+def prepare(
+    state: dict[Any, Any],
+    everything: Sequence[Tensor],
+    shared: dict[str, Any] | None,
+    active: int,
+    lambd: float,
+    backend: str,
+) -> dict[str, Any]:
+    """Return the numbers of all parameters, and have z for each that requires a gradient, ready for a step.
+
+    Both follow a model that was converted or moved; z·z is summed anew where others than in the last step are trained,
+    or where a z was missing. The arguments are those of `make`, and `active`, the checksum of this step.
     """
     params = [p for p in everything if p.requires_grad]
-    device = params[0].device
+    if not _is_ready(state, params[0], shared, active):
+        shared = make(state, everything, shared, lambd)
+    assert shared is not None
+    is_summed = shared["active"] == active
     for p in params:
         z = state[p].get("z")
-        if z is None or z.dtype != compute_dtype(p.dtype) or z.device != p.device:
+        if z is None or _is_elsewhere(z, p):
             state[p]["z"] = zeros_like(p) if z is None else zeros_like(p).copy_(z)
-    if SHARED not in state:
-        state[SHARED] = fresh(lambd, device)
-    shared: dict[str, Any] = state[SHARED]
-    for name in SHAPES:
-        shared[name] = shared[name].to(device)
-    active = [i for i, p in enumerate(everything) if p.requires_grad]
-    if active != shared["active"]:
+            is_summed &= z is not None
+    if not is_summed:
         z = [state[p]["z"] for p in params]
         scalars = shared["scalars"].clone()
         scalars[Z_DOT_Z] = ops.dots(z, z, backend=backend)[0]
         shared |= {"scalars": scalars, "active": active}
+        _write(state[params[0]], shared)
     return shared
 
 
@@ -85,10 +153,87 @@ def noted_comparison(guard: Tensor, failed: Tensor, worst: Tensor) -> Tensor:
     return torch.stack((guard[0] + failed, worst))
 
 
-def finish_step(shared: dict[str, Any]) -> None:
-    """Count the step and add its row to the history."""
+def checksum(trained: Sequence[bool]) -> int:
+    """Return a number that tells apart which parameters are trained."""
+    return zlib.crc32(bytes(trained))
+
+
+def finish_step(state: dict[Any, Any], everything: Sequence[Tensor], shared: dict[str, Any]) -> None:
+    """Count the step, add its row to the history, and write the numbers of all parameters to the state."""
     shared["history"][shared["step"] % HISTORY].copy_(shared["scalars"])
     shared["step"] += 1
+    _write(state[_holder(everything)], shared)
+
+
+def restore(state: dict[Any, Any], saved: dict[Any, Any], params: dict[Any, Tensor]) -> None:
+    """Put what a checkpoint has in the place of fresh state, in copies.
+
+    Args:
+        state: the optimizer's.
+        saved: that of the checkpoint.
+        params: the optimizer's parameters, by the checkpoint's names of them.
+    """
+    for name, p in params.items():
+        entry = saved.get(name, {})
+        if "scalars" in entry:
+            _remove(state, _holder(list(params.values())))
+        for key, value in entry.items():
+            if key == "z":
+                state[p][key] = zeros_like(p).copy_(value)
+            elif isinstance(value, Tensor):
+                state[p][key] = value.to("cpu" if key in ON_HOST else p.device, copy=True)
+            else:
+                state[p][key] = value
+    state.update({name: entry for name, entry in saved.items() if name not in params})  # the user's own, as in torch
+
+
+def _holder(everything: Sequence[Tensor]) -> Tensor:
+    """Return the parameter whose state has the numbers of all."""
+    return next((p for p in everything if p.requires_grad), everything[0])
+
+
+def _is_ready(state: dict[Any, Any], holder: Tensor, shared: dict[str, Any] | None, active: int) -> bool:
+    """Return whether the numbers of all parameters are those of the state, where they belong, for these parameters."""
+    if shared is None or shared["active"] != active:
+        return False
+    return state[holder].get("scalars") is shared["scalars"] and shared["scalars"].device == holder.device
+
+
+def _is_elsewhere(z: Tensor, p: Tensor) -> bool:
+    return z.dtype != compute_dtype(p.dtype) or z.device != p.device
+
+
+def _read(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of all parameters from the state that has them."""
+    shared: dict[str, Any] = {name: entry[name] for name in SHAPES}
+    step, active, method, dtype = (int(entry[name]) for name in ON_HOST)
+    shared |= dict(step=step, active=active, method=_METHODS[method], compute_dtype=_COMPUTE_DTYPES[dtype])
+    return shared | {"written": _numbers(shared)}
+
+
+def _write(entry: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Write the numbers of all parameters to the state that has them; of those of the host what has changed."""
+    entry.update({name: shared[name] for name in SHAPES})
+    numbers, written = _numbers(shared), shared["written"]
+    for name, number in numbers.items():
+        if name not in entry:
+            entry[name] = torch.tensor(number, device="cpu")
+        elif number != written.get(name):
+            entry[name].fill_(number)
+    shared["written"] = numbers
+
+
+def _numbers(shared: dict[str, Any]) -> dict[str, int]:
+    """Return what the host decides as integers."""
+    method, dtype = _METHODS.index(shared["method"]), _COMPUTE_DTYPES.index(shared["compute_dtype"])
+    return dict(step=shared["step"], active=shared["active"], method=method, compute_dtype=dtype)
+
+
+def _remove(state: dict[Any, Any], p: Tensor) -> None:
+    """Remove the numbers of all parameters from the state of `p`."""
+    state[p] = {name: value for name, value in state[p].items() if name not in (*SHAPES, *ON_HOST)}
+    if not state[p]:
+        del state[p]
 
 
 def history_rows(shared: dict[str, Any], n: int) -> Tensor:
@@ -109,14 +254,21 @@ def stats_of(scalars: Tensor, sign: float) -> dict[str, Tensor]:
 
 
 def upgraded(state_dict: Any) -> Any:
-    """Return a `state_dict` of an earlier version with today's names; anything else as it is."""
-    shared = state_dict.get("state", {}).get(SHARED) if isinstance(state_dict, dict) else None
-    if not isinstance(shared, dict) or "guard" in shared:
+    """Return a `state_dict`, or what was pickled, of an earlier version as one of today; anything else as it is."""
+    former = state_dict.get("state", {}).get(_FORMER_KEY) if isinstance(state_dict, dict) else None
+    if not isinstance(former, dict):
         return state_dict
-    rest = shared | {"guard": torch.zeros(SHAPES["guard"], dtype=torch.float64)}
+    shared = {"guard": torch.zeros(SHAPES["guard"], dtype=torch.float64)} | former
     if {"way", "half"} <= shared.keys():
-        rest |= {"method": rest.pop("way"), "compute_dtype": _FORMER_DTYPES.get(rest.pop("half"))}
-    return state_dict | {"state": state_dict["state"] | {SHARED: rest}}
+        shared |= {"method": shared.pop("way"), "compute_dtype": _FORMER_DTYPES.get(shared.pop("half"))}
+    names = [name for group in state_dict["param_groups"] for name in group["params"]]
+    if shared.keys() >= set(ON_HOST):
+        trained = set(shared["active"])
+        shared["active"] = checksum([i in trained for i in range(len(names))])
+        shared |= {name: torch.tensor(number, device="cpu") for name, number in _numbers(shared).items()}
+    state = {name: entry for name, entry in state_dict["state"].items() if name != _FORMER_KEY}
+    state[names[0]] = state.get(names[0], {}) | shared
+    return state_dict | {"state": defaultdict(dict, state)}
 
 
 def zeros_like(p: Tensor) -> Tensor:

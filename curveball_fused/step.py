@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curveball_fused import averaging, guard, loss_scale, ops, state
+from curveball_fused import averaging, checks, guard, loss_scale, ops, state
 from curveball_fused._torch_private import disable_dynamo
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.backends.scalars import Z_DOT_Z
@@ -70,15 +70,27 @@ def take_step(optimizer: Optimizer, inputs: StepInputs, settings: Settings) -> t
         return run_step(optimizer, inputs, shared, settings)
     finally:
         if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too
-            state.finish_step(shared)
+            state.finish_step(optimizer.state, _parameters(optimizer), shared)
 
 
-def prepared(optimizer: Optimizer, settings: Settings) -> dict[str, Any]:
+def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
     """Return the state that belongs to all parameters, ready for a step."""
-    everything = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(p.requires_grad for p in everything):
+    everything = _parameters(optimizer)
+    trained = [p.requires_grad for p in everything]
+    if not any(trained):
         raise RuntimeError("no parameter of this optimizer requires a gradient: nothing to train.")
-    return state.prepare(optimizer.state, everything, settings.lambd, settings.backend)
+    active = state.checksum(trained)
+    if optimizer._checked != active:  # in the first step, and where others are trained
+        checks.separate_memory(everything)
+        checks.replicas(everything)
+        optimizer._checked = active
+    shared = state.prepare(optimizer.state, everything, optimizer._shared, active, settings.lambd, settings.backend)
+    optimizer._shared = shared
+    return shared
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def run_step(

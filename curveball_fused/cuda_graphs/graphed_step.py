@@ -139,7 +139,7 @@ class GraphedStep:
         graph = self._graphs[kind_of(settings, shared["step"])]
         graph.capture.replay()
         shared |= self._followed
-        state.finish_step(shared)
+        state.finish_step(self._optimizer.state, self._optimizer._parameters, shared)
         torch.autograd.graph.increment_version([*self._z, *self._z.values()])
         return graph.loss.clone(), graph.outputs
 

@@ -141,9 +141,10 @@ def _put_back(
 def _refuse_wrapper(module: nn.Module) -> None:
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise Unrepeatable(
-            f"model_fn calls a {type(module).__name__}-wrapped module: CurveBall's Jacobian products bypass its "
-            "gradient hooks and replicas, so its tangents and gradient averages would be lost. Call the wrapped "
-            "module itself (`ddp_model.module`) in model_fn."
+            f"model_fn calls a {type(module).__name__}-wrapped module, but CurveBall differentiates the model itself "
+            "and averages nothing: each process or device would take a step of its own from its own gradient, and the "
+            "replicas would drift apart. Train the module without the wrapper, in one process and on one device; "
+            "averaging across processes is not offered yet."
         )
 
 

@@ -272,7 +272,7 @@ def test_distributed_wrapper_is_refused(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(layer)
-        with pytest.raises(RuntimeError, match=r"\.module"):
+        with pytest.raises(RuntimeError, match="drift apart"):
             CurveBall(layer.parameters()).step(lambda: wrapped(torch.ones(1, 3)), lambda out: out.mean())
     finally:
         torch.distributed.destroy_process_group()

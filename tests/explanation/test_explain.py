@@ -141,7 +141,7 @@ def test_refusals(run: Callable[[Any], Tensor], function: str, reason: str, meth
     optimizer = CurveBall(net.parameters())
     with pytest.warns(UserWarning, match="curveball_fused"):  # which explain has left to the training
         optimizer.step(lambda: run(net), squares)
-    assert optimizer.state["curveball"]["method"] == method
+    assert optimizer._shared["method"] == method
 
 
 def test_autocast() -> None:
@@ -153,7 +153,7 @@ def test_autocast() -> None:
     assert found.method == "linearize" and found.methods[0].cost is not None
     optimizer = CurveBall(net.parameters())
     optimizer.step(lambda: in_autocast(net), squares)
-    assert optimizer.state["curveball"]["method"] == found.method
+    assert optimizer._shared["method"] == found.method
 
 
 def test_custom_functions_are_counted() -> None:

@@ -45,6 +45,6 @@ def one_step(half: torch.dtype | None, size: float = 1.0, **options: Any) -> dic
     for _ in range(6):
         optimizer.step(under(None, model), loss_fn)
     if half is not None:
-        optimizer.state["curveball"]["compute_dtype"] = half
+        optimizer._shared["compute_dtype"] = half
     optimizer.step(under(half, model, X.flip(1)), loss_fn)
     return optimizer.stats()

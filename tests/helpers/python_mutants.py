@@ -150,6 +150,28 @@ STATE = [
         "torch",
     ),
     PythonMutant(
+        "the_step_count_of_the_state_stays_behind",
+        "state.py",
+        "        elif number != written.get(name):",
+        "        elif not written:",
+        "optimizer/test_state.py::test_a_checkpoint_resumes_bit_for_bit",
+        "averages and flat and three",
+    ),
+    PythonMutant(
+        "state_that_was_replaced_is_not_looked_at",
+        "state.py",
+        'elif shared is None or shared["scalars"] is not state[found]["scalars"]:',
+        "elif shared is None:",
+        "optimizer/test_state.py::test_hooks_of_checkpoints_see_and_change_what_is_saved_and_loaded",
+    ),
+    PythonMutant(
+        "a_parameter_within_another_is_not_seen",
+        "checks.py",
+        "reaching = [other for other in reaching if other[1] > first]",
+        "reaching = [other for other in reaching if other[0] == first]",
+        "optimizer/test_refused_parameters.py::test_two_parameters_over_one_memory_are_refused",
+    ),
+    PythonMutant(
         "the_history_begins_anew_after_its_last_row",
         "state.py",
         'range(shared["step"] - count, shared["step"])',

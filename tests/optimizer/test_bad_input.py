@@ -109,7 +109,7 @@ class Setting:
 
     def picture(self) -> list[Any]:
         z = [self.optimizer.state[p]["z"] for p in self.net.parameters()]
-        shared = self.optimizer._states["curveball"]
+        shared = self.optimizer._shared
         tensors = [*self.net.state_dict().values(), *z, shared["scalars"], torch.get_rng_state()]
         return copy.deepcopy([tensors, shared["step"], self.optimizer.param_groups])
 
@@ -122,6 +122,11 @@ def assert_same(a: list[Any], b: list[Any]) -> None:
 
 STEPS: dict[str, tuple[Callable[[Setting], Any], type[Exception], str]] = {
     "closure": (lambda s: s.optimizer.step(lambda: s.loss(s.net(s.x))), TypeError, r"step\(model_fn, loss_fn\)"),
+    "closure by a trainer": (
+        lambda s: s.optimizer.step(lambda: 1.0),
+        TypeError,
+        r"Lightning.*wrapper\.optimizer\.step",
+    ),
     "closure by name": (lambda s: s.optimizer.step(closure=lambda: 1.0), TypeError, r"step\(model_fn, loss_fn\)"),
     "nothing": (lambda s: s.optimizer.step(), TypeError, "model_fn"),
     "independent": (

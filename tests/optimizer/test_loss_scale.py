@@ -44,7 +44,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(scaler: bool) -> None:
     given = torch.amp.GradScaler("cpu", init_scale=2.0**18) if scaler else None
     # A first step notices float16; without a gradient it changes nothing else.
     optimizer.step(under(torch.float16, model), lambda out: 0.0 * cross_entropy(out))
-    optimizer.state["curveball"]["scale"][0] = 2.0**18
+    optimizer._shared["scale"][0] = 2.0**18
     before = [p.detach().clone() for p in model.parameters()]
     for i in range(12):
         optimizer.step(under(torch.float16, model), lambda out: 24.0 * cross_entropy(out), scaler=given)
@@ -55,7 +55,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(scaler: bool) -> None:
             given.update()
     skipped = int(optimizer.stats()["skipped_steps"])
     assert 2 <= skipped < 10 and not torch.equal(before[0], next(model.parameters()))
-    last = optimizer.state["curveball"]["scale"][0].item() if given is None else given.get_scale()
+    last = optimizer._shared["scale"][0].item() if given is None else given.get_scale()
     assert last == 2.0 ** (18 - skipped)
 
 
@@ -77,7 +77,7 @@ def test_an_overflow_is_recognized_in_every_kind_of_step(options: dict[str, Any]
         step_of(optimizer, model, 100.0, part)
     skipped = int(optimizer.stats()["skipped_steps"])
     assert 0 < skipped < 12
-    assert optimizer.state["curveball"]["scale"][0].log2() >= 16 - skipped
+    assert optimizer._shared["scale"][0].log2() >= 16 - skipped
 
 
 @pytest.mark.parametrize("options", ECONOMIES)
@@ -87,7 +87,7 @@ def test_a_bad_batch_leaves_the_scales(options: dict[str, Any]) -> None:
     step_of(optimizer, model, torch.nan, part)
     for _ in range(5):
         step_of(optimizer, model, 1.0, part)
-    assert optimizer.state["curveball"]["scale"].tolist()[:2] == [2.0**16, 2.0**-6]
+    assert optimizer._shared["scale"].tolist()[:2] == [2.0**16, 2.0**-6]
 
 
 def test_tangents_that_overflow_get_smaller() -> None:
@@ -98,7 +98,7 @@ def test_tangents_that_overflow_get_smaller() -> None:
     optimizer = CurveBall(model.parameters(), lr=1e-9)  # by which the weights stay, and z is what moves
     for _ in range(30):
         optimizer.step(under(torch.float16, model, x), lambda out: F.cross_entropy(out, Y[:16]))
-    scale = optimizer.state["curveball"]["scale"]
+    scale = optimizer._shared["scale"]
     assert scale[0] >= 1 and scale[1] < 2.0**-6 and scale[2] >= 10  # steps without an overflow
 
 
@@ -211,7 +211,7 @@ def test_a_large_loss_finds_its_scale() -> None:
     optimizer = CurveBall(model.parameters(), lambd=1e6)
     for _ in range(40):
         optimizer.step(under(torch.float16, model), lambda out: 1e6 * cross_entropy(out))
-    assert optimizer.stats()["skipped_steps"] < 30 and optimizer.state["curveball"]["scale"][0] < 1
+    assert optimizer.stats()["skipped_steps"] < 30 and optimizer._shared["scale"][0] < 1
 
 
 def test_a_scaler_that_calls_the_step_is_told_what_to_do() -> None:

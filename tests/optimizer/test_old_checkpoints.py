@@ -4,24 +4,50 @@ from __future__ import annotations
 
 import copy
 import gzip
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from curveball_fused import CurveBall
 from tests.helpers.training import SETTINGS, advance, assert_equal, everything, small
 
-FILE = Path(__file__).parent / "data" / "checkpoint-before-the-packages.pt.gz"
+DATA = Path(__file__).parent / "data"
+TENSORS = ("scalars", "history", "system", "scale")
+
+
+def loaded(name: str) -> dict[str, Any]:
+    with gzip.open(DATA / f"{name}.pt.gz") as file:
+        result: dict[str, Any] = torch.load(file, weights_only=True)
+    return result
 
 
 @pytest.fixture
 def saved() -> dict[str, Any]:
     """What the flat package had after four steps, and all its figures after three more."""
-    with gzip.open(FILE) as file:
-        loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
+    return loaded("checkpoint-before-the-packages")
+
+
+@pytest.fixture
+def with_a_string_key() -> dict[str, Any]:
+    """The same of an optimizer with the numbers of all parameters under a key of their own, and both pickled whole."""
+    return loaded("checkpoint-under-a-string-key")
+
+
+def two_groups(seed: int = 0) -> tuple[nn.Module, CurveBall, Tensor, Tensor]:
+    """The net and the optimizer of the second of these files, in which the first parameter is frozen."""
+    net, x, y = small(seed)
+    net[0].weight.requires_grad_(False)
+    groups = [dict(params=[*net[0].parameters()]), dict(params=[*net[1].parameters(), *net[4].parameters()])]
+    return net, CurveBall(groups, backend="torch"), x, y
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # another processor may round differently
 
 
 def test_a_checkpoint_from_before_the_packages_is_taken_over_bit_for_bit(saved: dict[str, Any]) -> None:
@@ -31,11 +57,9 @@ def test_a_checkpoint_from_before_the_packages_is_taken_over_bit_for_bit(saved: 
     optimizer.load_state_dict(saved["optimizer"])
     own, theirs = optimizer.state_dict()["state"], before["state"]
     assert_equal([own[i]["z"] for i in range(6)], [theirs[i]["z"] for i in range(6)])
-    shared, former = own["curveball"], theirs["curveball"]
-    tensors = [name for name, value in former.items() if isinstance(value, torch.Tensor)]
-    assert set(tensors) >= {"scalars", "history", "system", "scale"}
-    assert_equal([shared[name] for name in tensors], [former[name] for name in tensors])
-    assert {"way", "half"} <= former.keys() and not {"way", "half"} & shared.keys()
+    former = theirs["curveball"]
+    assert_equal([own[0][name] for name in TENSORS], [former[name] for name in TENSORS])
+    shared = optimizer._current()
     assert (shared["method"], shared["compute_dtype"], shared["step"]) == (former["way"], None, 4)
     groups = [{k: v for k, v in group.items() if k in SETTINGS} for group in optimizer.param_groups]
     assert groups == [SETTINGS]
@@ -50,8 +74,7 @@ def test_training_goes_on_from_a_checkpoint_from_before_the_packages(saved: dict
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["rng"])
     advance(optimizer, net, x, y, 3)
-    for ours, theirs in zip(everything(optimizer, net), saved["after"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # another processor may round differently
+    assert_close(everything(optimizer, net), saved["after"])
 
 
 @pytest.mark.parametrize(
@@ -62,20 +85,40 @@ def test_the_half_precision_of_former_times_is_a_dtype(saved: dict[str, Any], ha
     net, _, _ = small()
     optimizer = CurveBall(net.parameters())
     optimizer.load_state_dict(saved["optimizer"])
-    assert optimizer.state["curveball"]["compute_dtype"] is compute_dtype
+    assert optimizer._current()["compute_dtype"] is compute_dtype
 
 
 def test_an_optimizer_that_was_pickled_whole_goes_on(saved: dict[str, Any]) -> None:
     """pickle restores attributes without load_state_dict."""
     net, x, y = small()
     net.load_state_dict(saved["net"])
-    reference = CurveBall(net.parameters())
-    reference.load_state_dict(saved["optimizer"])
-    attributes = reference.__getstate__()
-    attributes["state"] = dict(attributes["state"]) | {"curveball": dict(saved["optimizer"]["state"]["curveball"])}
+    theirs = saved["optimizer"]["state"]
+    attributes = CurveBall(net.parameters(), **SETTINGS).__getstate__()
+    attributes["state"] = {p: theirs[i] for i, p in enumerate(net.parameters())} | {"curveball": theirs["curveball"]}
     restored = CurveBall.__new__(CurveBall)
     restored.__setstate__(attributes)
+    assert all(isinstance(p, Tensor) for p in restored.state)
     torch.set_rng_state(saved["rng"])
     advance(restored, net, x, y, 3)
-    for ours, theirs in zip(everything(restored, net), saved["after"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert_close(everything(restored, net), saved["after"])
+
+
+@pytest.mark.parametrize("how", ["state_dict", "pickled whole"])
+def test_the_numbers_under_a_string_key_move_to_a_parameter(with_a_string_key: dict[str, Any], how: str) -> None:
+    saved = with_a_string_key
+    former = saved["optimizer"]["state"]["curveball"]
+    net, optimizer, x, y = two_groups()
+    if how == "state_dict":
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
+    else:
+        net, optimizer = pickle.loads(saved["pickled"])
+    trained = [p for p in net.parameters() if p.requires_grad]
+    assert set(optimizer.state) == set(trained)
+    assert_equal([optimizer.state[trained[0]][name] for name in TENSORS], [former[name] for name in TENSORS])
+    assert optimizer._current()["method"] == former["method"]
+    torch.set_rng_state(saved["rng"])
+    advance(optimizer, net, x, y, 3)
+    z = [optimizer.state[p]["z"] for p in trained]
+    assert_close([*net.state_dict().values(), *z, *optimizer.stats().values()], saved["after"])
+    assert optimizer.param_groups[1]["lr"] == 0.5

@@ -122,8 +122,8 @@ def test_group_added_and_parameters_frozen_in_the_middle() -> None:
     fresh_net.load_state_dict(net.state_dict())
     for p, q in zip(fresh_net[4].parameters(), net[4].parameters(), strict=True):
         fresh.state[p]["z"].copy_(optimizer.state[q]["z"])
-    fresh._states["curveball"]["active"] = []
-    fresh._states["curveball"]["scalars"][LAMBD] = optimizer.stats()["lambd"]
+    fresh._shared["active"] = -1  # of none, so that z·z is summed anew
+    fresh._shared["scalars"][LAMBD] = optimizer.stats()["lambd"]
     for o, model in ((optimizer, net), (fresh, fresh_net)):
         torch.manual_seed(2)
         advance(o, model, x, y)

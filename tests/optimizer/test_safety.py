@@ -31,7 +31,7 @@ def test_a_step_that_is_not_finite_costs_nothing(backend: str, bad: str, curvatu
     stats = optimizer.stats()
     assert stats["skipped_steps"] == 1 and stats["beta"] == 0 and stats["rho"] == 0
     assert_equal(before[: -len(stats)], everything(optimizer, net)[: -len(stats)])
-    other._states["curveball"]["step"] += 1
+    other._shared["step"] += 1
     for o, model in ((optimizer, net), (other, twin)):
         torch.manual_seed(9)
         advance(o, model, x, y, 4)
@@ -90,7 +90,7 @@ def test_an_error_in_the_look_at_the_new_weights_leaves_a_complete_step() -> Non
     keys = ("beta", "rho", "loss", "predicted_change")
     assert_equal([optimizer.stats()[k] for k in keys], [other.stats()[k] for k in keys])
     for o, model in ((optimizer, net), (other, twin)):
-        o._states["curveball"]["scalars"][LAMBD] = 1.0  # λ, the only thing that the damping update would have changed
+        o._shared["scalars"][LAMBD] = 1.0  # λ, the only thing that the damping update would have changed
         torch.manual_seed(4)
         advance(o, model, x, y, 2)
     assert_equal(list(net.state_dict().values()), list(twin.state_dict().values()))
