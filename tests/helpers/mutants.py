@@ -166,8 +166,8 @@ LOSSES = [
     Mutant(
         "rows_begin_at_32_bit_indices",
         "cuda/cross_entropy.cuh",
-        "const int64 begin = n * a.rows.classes;\n    const RowSweeps<T, Team<C>, 3>",
-        "const int begin = static_cast<int>(n) * a.rows.classes;\n    const RowSweeps<T, Team<C>, 3>",
+        "const int64 begin = n * a.rows.classes;\n    products_of_row",
+        "const int begin = static_cast<int>(n) * a.rows.classes;\n    products_of_row",
         "test_cross_entropy.py::test_more_than_2_31_elements",
     ),
     Mutant(
