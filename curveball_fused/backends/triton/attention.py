@@ -131,7 +131,7 @@ def attention_kernel(
         top = tl.maximum(peak, tl.max(scores, 1))
         base = tl.where(top == float("-inf"), 0.0, top)  # all masked so far: -inf - -inf would be NaN
         shrink, p = tl.exp(peak - base), tl.exp(scores - base[:, None])
-        # Both sums of P dS have it rounded alike, so that what cancels between them, as where one key has all of P, does.
+        # Both sums have P dS rounded alike, so that what cancels between them does, as where one key has all of P.
         pd = (p * d_scores).to(v.dtype.element_ty)
         peak, total, d_total = top, total * shrink + tl.sum(p, 1), d_total * shrink + tl.sum(pd.to(ACC), 1)
         v_block = _load(v, v_strides[2], rows, keys, column, E, PADDED_E)
