@@ -30,13 +30,14 @@ RowPlan plan_rows(const Tensor& x) {
   const int64_t n = x.size(0), row_bytes = x.size(1) * static_cast<int64_t>(sizeof(T));
   if (row_bytes <= kThreadBytes) {
     constexpr int threads = ThreadTeam<C>::kThreads;
-    // Tiles of three operands, always to the same limit.
+    const int64_t limit = max_shared_bytes(x.get_device_index()) - static_cast<int64_t>(sizeof(TileShared));
+    const int64_t room = std::min<int64_t>(threads, limit / std::max<int64_t>(3 * row_bytes, 1));  // of x, v and u
     return {RowPlan::kThreads,
             threads,
-            0,
-            blocks_for(n, threads),
-            static_cast<size_t>(3 * threads * row_bytes),
-            static_cast<int>(3 * threads * kThreadBytes)};
+            static_cast<int>(room),
+            blocks_for(n, room),
+            static_cast<size_t>(3 * room * row_bytes),
+            static_cast<int>(limit)};
   }
   if (x.size(1) <= kWarpClasses) {
     constexpr int threads = WarpTeam<C>::kThreads;

@@ -216,12 +216,13 @@ __global__ void __launch_bounds__(ThreadTeam<Compute<T>>::kThreads, ThreadTeam<C
   CotangentSums sums;
   ThreadTeam<Compute<T>> team;
   T* const tile = static_cast<T*>(dynamic_shared());
-  const int most = blockDim.x * a.rows.classes, mine = threadIdx.x * a.rows.classes;
-  const int64 step = static_cast<int64>(gridDim.x) * blockDim.x;
-  for (int64 first = static_cast<int64>(blockIdx.x) * blockDim.x; first < a.rows.n; first += step) {
-    const int64 n = first + threadIdx.x, begin = first * a.rows.classes;
-    const int rows = static_cast<int>(a.rows.n - first < blockDim.x ? a.rows.n - first : blockDim.x);
-    const bool exists = n < a.rows.n;
+  const int thread = threadIdx.x, threads = blockDim.x, height = threads < a.rows.room ? threads : a.rows.room;
+  const int most = height * a.rows.classes, mine = thread * a.rows.classes;
+  const int64 step = static_cast<int64>(gridDim.x) * height;
+  for (int64 first = static_cast<int64>(blockIdx.x) * height; first < a.rows.n; first += step) {
+    const int64 n = first + thread, begin = first * a.rows.classes;
+    const int rows = static_cast<int>(a.rows.n - first < height ? a.rows.n - first : height);
+    const bool exists = thread < rows;
     const int64 y = exists ? a.target[n] : 0;
     stage_tile<2>({a.rows.x + begin, a.rows.v + begin}, {tile, tile + most}, rows * a.rows.classes);
     __syncthreads();
@@ -323,12 +324,13 @@ __global__ void __launch_bounds__(ThreadTeam<Compute<T>>::kThreads, ThreadTeam<C
   ProductSums sums;
   ThreadTeam<Compute<T>> team;
   T* const tile = static_cast<T*>(dynamic_shared());
-  const int most = blockDim.x * a.rows.classes, mine = threadIdx.x * a.rows.classes;
-  const int64 step = static_cast<int64>(gridDim.x) * blockDim.x;
-  for (int64 first = static_cast<int64>(blockIdx.x) * blockDim.x; first < a.rows.n; first += step) {
-    const int64 n = first + threadIdx.x, begin = first * a.rows.classes;
-    const int rows = static_cast<int>(a.rows.n - first < blockDim.x ? a.rows.n - first : blockDim.x);
-    const bool exists = n < a.rows.n;
+  const int thread = threadIdx.x, threads = blockDim.x, height = threads < a.rows.room ? threads : a.rows.room;
+  const int most = height * a.rows.classes, mine = thread * a.rows.classes;
+  const int64 step = static_cast<int64>(gridDim.x) * height;
+  for (int64 first = static_cast<int64>(blockIdx.x) * height; first < a.rows.n; first += step) {
+    const int64 n = first + thread, begin = first * a.rows.classes;
+    const int rows = static_cast<int>(a.rows.n - first < height ? a.rows.n - first : height);
+    const bool exists = thread < rows;
     const int64 y = exists ? a.target[n] : 0;
     stage_tile<3>({a.rows.x + begin, a.rows.v + begin, a.rows.u + begin}, {tile, tile + most, tile + 2 * most},
                   rows * a.rows.classes);

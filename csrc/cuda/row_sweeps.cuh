@@ -26,7 +26,7 @@ struct Rows {
   const T *x, *v, *u;
   int64 n;
   int classes;
-  int room;  // vectors of one operand's row for which there is shared memory
+  int room;  // of shared memory: vectors of one operand's row, or rows of a tile
 };
 
 // e^x for x <= 0. In float one instruction, with a relative error of 2^-22; results below 2^-126 become zero.
