@@ -211,6 +211,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "in_functorch_transform": in_transform,
     "is_functorch_wrapped": in_transform,
     "mark_as_stepped": stepped,
+    "parameters_of": lambda: list(private.parameters_of(nn.Linear(2, 3))) == ["weight", "bias"],
     "safe_softmax": lambda: not private.safe_softmax(torch.full((2, 3), -torch.inf), -1).any(),
     "scaled_optimizers": unscaled,
     "schema_of": lambda: private.schema_of(torch.ops.aten.sin.default).name == "aten::sin",

@@ -3,8 +3,9 @@
     python3 tools/gpu.py <folder for the results>
 
 Needs what is installed: a torch with CUDA, Triton, nvcc, a C++ compiler and pytest; fetches nothing. (Where pytest is
-missing, wheels of pytest, pluggy, iniconfig, packaging and pygments in a folder wheels/ serve.) All stages run, but
-nothing without a build; each has a limit on its time, by which all end within eight minutes. The folder then holds the
+missing, wheels of pytest, pluggy, iniconfig, packaging and pygments in a folder wheels/ serve.) With pytest-xdist the
+tests run in several processes. All stages run, but nothing without a build; each has a limit on its time, by which all
+end within 400 seconds. The folder then holds the
 logs of the stages, and gpu.json and gpu.md with the figures. The exit status is 1 if a stage failed.
 """
 
@@ -29,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEELS = ROOT / "wheels"
-LIMIT = 460.0  # seconds for everything
+LIMIT = 390.0  # seconds for everything but the report
 # torch as it is installed, and the GPU: what has to be known before anything is built.
 PROBE = """
 import json, torch
@@ -57,6 +58,8 @@ TESTS = {
 }
 # The log names the test that is running, and where it stands if it hangs.
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-o", "faulthandler_timeout=60")
+# Most of the time of the tests goes into compiling Triton kernels, on one core each.
+PROCESSES = ("-p", "xdist", "-n", str(max(1, (os.cpu_count() or 1) // len(TESTS))))
 LOGS = threading.Lock()
 
 
@@ -169,12 +172,12 @@ def sanitizer_stages() -> list[Stage]:
 def all_stages() -> list[list[Stage]]:
     """In order, the build first; those of one list run side by side.
 
-    Most of the time of the tests goes into compiling Triton kernels, on one core each; the sanitizer finds them
-    compiled. What the benchmarks need is not known beforehand: they get all that is left.
+    The sanitizer finds the Triton kernels compiled. What the benchmarks need is not known beforehand: they get all that
+    is left, one at a time and in one process.
     """
+    testing = (*PYTEST, *(PROCESSES if importlib.util.find_spec("xdist") else ()), "--durations=10", "-rs", "tests/gpu")
     tests = [
-        Stage(f"tests, {name}", (*PYTEST, "--durations=10", "-rs", "tests/gpu", "-k", choice), 150, last(r"\d passed"))
-        for name, choice in TESTS.items()
+        Stage(f"tests, {name}", (*testing, "-k", choice), 150, last(r"\d passed")) for name, choice in TESTS.items()
     ]
     benchmarks = [
         Stage(f"benchmarks, {name}", (*PYTEST, f"benchmarks/gpu/{file}"), LIMIT, last(r"\d passed"))

@@ -9,6 +9,7 @@
 namespace curveball::cuda {
 namespace {
 
+constexpr int64_t kThreadBytes = 128;    // of a row that a thread takes, at most
 constexpr int64_t kWarpClasses = 1024;   // up to here a warp takes a row, beyond a block
 constexpr int64_t kTotalTargets = 1024;  // for each block of the sum over the targets
 // A block that takes a long row fills a multiprocessor: fewer blocks, each with several rows, start and end less often.
@@ -16,7 +17,7 @@ constexpr int64_t kMaxTeamBlocks = std::min<int64_t>(kMaxBlocks, 1024);
 
 // How the rows of x are shared out.
 struct RowPlan {
-  bool warps;
+  enum { kThreads, kWarps, kBlocks } teams;
   int threads, room;
   int64_t blocks;
   size_t shared_bytes;
@@ -26,15 +27,27 @@ struct RowPlan {
 template <typename T>
 RowPlan plan_rows(const Tensor& x) {
   using C = Compute<T>;
-  const int64_t n = x.size(0), vectors = x.size(1) / kVectorLength<T>;
+  const int64_t n = x.size(0), row_bytes = x.size(1) * static_cast<int64_t>(sizeof(T));
+  if (row_bytes <= kThreadBytes) {
+    constexpr int threads = ThreadTeam<C>::kThreads;
+    const int64_t limit = max_shared_bytes(x.get_device_index()) - static_cast<int64_t>(sizeof(TileShared));
+    const int64_t room = std::min<int64_t>(threads, limit / std::max<int64_t>(3 * row_bytes, 1));  // of x, v and u
+    return {RowPlan::kThreads,
+            threads,
+            static_cast<int>(room),
+            blocks_for(n, room),
+            static_cast<size_t>(3 * room * row_bytes),
+            static_cast<int>(limit)};
+  }
   if (x.size(1) <= kWarpClasses) {
     constexpr int threads = WarpTeam<C>::kThreads;
-    return {true, threads, 0, blocks_for(n, threads / 32), 0, 0};
+    return {RowPlan::kWarps, threads, 0, blocks_for(n, threads / 32), 0, 0};
   }
+  const int64_t vectors = x.size(1) / kVectorLength<T>;
   const int64_t warps = std::clamp<int64_t>(vectors / kSweep1Batch<T> / 32, 4, BlockTeam<C>::kThreads / 32);
   const int64_t limit = max_shared_bytes(x.get_device_index()) - static_cast<int64_t>(sizeof(RowShared<C>));
   const int64_t room = std::min(limit / 32, vectors);  // 16 bytes each of x and v
-  return {false,
+  return {RowPlan::kBlocks,
           static_cast<int>(32 * warps),
           static_cast<int>(room),
           blocks_for(n, 1, kMaxTeamBlocks),
@@ -43,9 +56,11 @@ RowPlan plan_rows(const Tensor& x) {
 }
 
 template <typename Kernel, typename T>
-void launch_rows(Kernel warp_kernel, Kernel block_kernel, const RowPlan& plan, Stream stream,
+void launch_rows(Kernel tile_kernel, Kernel warp_kernel, Kernel block_kernel, const RowPlan& plan, Stream stream,
                  const CrossEntropy<T>& arguments) {
-  const Kernel kernel = plan.warps ? warp_kernel : block_kernel;
+  const Kernel kernel = plan.teams == RowPlan::kThreads ? tile_kernel
+                        : plan.teams == RowPlan::kWarps ? warp_kernel
+                                                        : block_kernel;
   // Always to the same value: another thread may be about to launch this kernel for longer rows.
   if (plan.shared_bytes > 0) raise_shared_limit(kernel, plan.shared_limit);
   launch(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream, arguments);
@@ -104,10 +119,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_cotangent(Tensor x, Ten
     call.arguments.c = static_cast<T*>(c.mutable_data_ptr());
     call.arguments.row_stats = row_stats.mutable_data_ptr<Compute<T>>();
     if (label_smoothing != 0.0) {
-      launch_rows(cross_entropy_cotangent_kernel<T, WarpTeam, true>, cross_entropy_cotangent_kernel<T, BlockTeam, true>,
-                  call.plan, call.stream, call.arguments);
+      launch_rows(cross_entropy_cotangent_tile_kernel<T, true>, cross_entropy_cotangent_kernel<T, WarpTeam, true>,
+                  cross_entropy_cotangent_kernel<T, BlockTeam, true>, call.plan, call.stream, call.arguments);
     } else {
-      launch_rows(cross_entropy_cotangent_kernel<T, WarpTeam, false>,
+      launch_rows(cross_entropy_cotangent_tile_kernel<T, false>, cross_entropy_cotangent_kernel<T, WarpTeam, false>,
                   cross_entropy_cotangent_kernel<T, BlockTeam, false>, call.plan, call.stream, call.arguments);
     }
     std::tie(loss, products) = finish_cotangent(call.partials, call.stream);
@@ -134,11 +149,11 @@ Tensor cross_entropy_products(Tensor x, Tensor v, Tensor u, Tensor target, std::
     call.arguments.rows.u = data<T>(u);
     call.arguments.row_stats = const_cast<Compute<T>*>(data<Compute<T>>(row_stats));
     if (smoothed) {
-      launch_rows(cross_entropy_products_kernel<T, WarpTeam, true>, cross_entropy_products_kernel<T, BlockTeam, true>,
-                  call.plan, call.stream, call.arguments);
+      launch_rows(cross_entropy_products_tile_kernel<T, true>, cross_entropy_products_kernel<T, WarpTeam, true>,
+                  cross_entropy_products_kernel<T, BlockTeam, true>, call.plan, call.stream, call.arguments);
     } else {
-      launch_rows(cross_entropy_products_kernel<T, WarpTeam, false>, cross_entropy_products_kernel<T, BlockTeam, false>,
-                  call.plan, call.stream, call.arguments);
+      launch_rows(cross_entropy_products_tile_kernel<T, false>, cross_entropy_products_kernel<T, WarpTeam, false>,
+                  cross_entropy_products_kernel<T, BlockTeam, false>, call.plan, call.stream, call.arguments);
     }
     five = finish_products(call.partials, first, call.stream);
   });

@@ -92,10 +92,9 @@ __device__ __forceinline__ Packed<T, N> load_packed(const T* place) {
   return *reinterpret_cast<const Packed<T, N>*>(place);
 }
 
-// Nothing of what a kernel stores like this does it read again.
+// To global memory. Nothing of what a kernel stores like this does it read again.
 template <typename T, int N>
-__device__ __forceinline__ void store_packed(T* place, const Vector<Compute<T>, N>& x) {
-  const Packed<T, N> packed = pack<T>(x);
+__device__ __forceinline__ void store_memory(T* place, const Packed<T, N>& packed) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(packed) == 16) {
     // Within nested loops nvcc 13.0 splits the plain assignment into four stores.
@@ -107,6 +106,11 @@ __device__ __forceinline__ void store_packed(T* place, const Vector<Compute<T>, 
   }
 #endif
   *reinterpret_cast<Packed<T, N>*>(place) = packed;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_packed(T* place, const Vector<Compute<T>, N>& x) {
+  store_memory(place, pack<T>(x));
 }
 
 // N neighbors from each of several arrays.
@@ -121,6 +125,13 @@ __device__ __forceinline__ Pieces<T, N, arrays> load_pieces(const T* const* base
 #pragma unroll
   for (int k = 0; k < arrays; k++) pieces.of[k] = load_packed<N>(base[k] + place);
   return pieces;
+}
+
+// Keeps them in shared memory.
+template <int N, int arrays, typename T>
+__device__ __forceinline__ void keep_pieces(T* const* base, int place, const Pieces<T, N, arrays>& pieces) {
+#pragma unroll
+  for (int k = 0; k < arrays; k++) *reinterpret_cast<Packed<T, N>*>(base[k] + place) = pieces.of[k];
 }
 
 // ---------------------------------------------------------------------------------------------- results

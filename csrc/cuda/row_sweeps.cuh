@@ -1,11 +1,12 @@
 // Softmax-weighted sums over the rows of [N, C] arrays, each row read from memory once.
 //
-// A team of threads, a warp or a block, takes a row at a time. Sweep 1 finds max x, S = sum exp(x - max) and <p, v>.
-// It leaves what it read in shared memory, as much as fits, where sweep 2 finds it: a thread reads again only what it
-// has put there itself, so there is no barrier between them. The rest of a long row comes from memory again, which is
-// the L2 cache by then.
+// A team of threads takes a row at a time: a block a long one, a warp a shorter one; a single thread the shortest,
+// which its block has brought to shared memory together with those of the other threads. Sweep 1 finds max x, S = sum
+// exp(x - max) and <p, v>. It leaves what it read in shared memory, as much as fits, where sweep 2 finds it: a thread
+// reads again only what it has put there itself, so there is no barrier between them. The rest of a long row comes from
+// memory again, which is the L2 cache by then.
 //
-// Sums are taken in C = Compute<T> within a thread's share of a row, for float at most C / (384 * 4) + 4 roundings
+// Sums are taken in C = Compute<T> within a thread's share of a row, for float at most C / (384 * 4) + 8 roundings
 // deep, and in double between threads, rows and blocks. Who adds what depends on the sizes alone, never on the device.
 #pragma once
 
@@ -25,7 +26,7 @@ struct Rows {
   const T *x, *v, *u;
   int64 n;
   int classes;
-  int room;  // vectors of one operand's row for which there is shared memory
+  int room;  // of shared memory: vectors of one operand's row, or rows of a tile
 };
 
 // e^x for x <= 0. In float one instruction, with a relative error of 2^-22; results below 2^-126 become zero.
@@ -88,11 +89,25 @@ struct Softmax {
 // Shared memory of a block in which teams join.
 constexpr int kTeamSlots = 2 * 32;
 
+// A thread for each row: very few classes. The rows are in shared memory.
+template <typename C>
+struct ThreadTeam {
+  static constexpr int kThreads = 128, kBlocks = sizeof(C) == 8 ? 3 : 4;  // of a block; of a processor, at least
+  static constexpr bool kStages = false, kInShared = true;
+
+  __device__ int rank() const { return 0; }
+  __device__ int size() const { return 1; }
+  __device__ __forceinline__ Softmax<C, double> join(const Softmax<C>& mine) {
+    return {mine.maximum, static_cast<double>(mine.sum), static_cast<double>(mine.dot)};
+  }
+};
+
 // A warp for each row: few classes.
 template <typename C>
 struct WarpTeam {
   static constexpr int kThreads = 128, kBlocks = 3;  // of a block; blocks of a processor, at least
   static constexpr bool kStages = false;             // a short row is still in the L1 cache when sweep 2 comes
+  static constexpr bool kInShared = false;
 
   __device__ explicit WarpTeam(Softmax<C, double>*) {}
   __device__ int rank() const { return threadIdx.x % 32; }
@@ -106,7 +121,7 @@ struct WarpTeam {
 template <typename C>
 struct BlockTeam {
   static constexpr int kThreads = 384, kBlocks = 1;  // not 512, for 128 registers are too few; short rows take fewer
-  static constexpr bool kStages = true;
+  static constexpr bool kStages = true, kInShared = false;
 
   Softmax<C, double>* slots;
   int turn = 0;
@@ -138,6 +153,9 @@ template <typename T, typename Team, int arrays>
 struct RowSweeps {
   using C = Compute<T>;
   static constexpr int kLength = kVectorLength<T>;
+  // What comes from shared memory needs no company.
+  static constexpr int kBatch1 = Team::kInShared ? 1 : kSweep1Batch<T>;
+  static constexpr int kBatch2 = Team::kInShared ? 1 : kSweep2Batch;
 
   const T* base[3];  // the operands; the third may be just an output of sweep 2
   Split<T, int> parts;
@@ -164,7 +182,7 @@ struct RowSweeps {
   __device__ __forceinline__ Softmax<C> sweep_1(C maximum) const {
     Softmax<C> softmax{maximum, 0, 0};
     const auto add = [&](const auto& piece) { softmax.add(piece.of[0].unpacked(), piece.of[1].unpacked()); };
-    walk<kSweep1Batch<T>>(
+    walk<kBatch1>(
         rank, parts.vectors, size, [&](int i) { return load_pieces<kLength, 2>(base, parts.vector_place(i)); },
         [&](int i, const auto& piece) {
           if (i < staged) {
@@ -183,7 +201,7 @@ struct RowSweeps {
   template <typename Take>
   __device__ __forceinline__ void sweep_2(Take take) const {
     const auto take_vector = [&](int i, const auto& piece) { take(parts.vector_place(i), piece); };
-    walk<kSweep2Batch>(
+    walk<kBatch2>(
         rank, staged, size,
         [&](int i) {
           Pieces<T, kLength, arrays> piece;
@@ -194,7 +212,7 @@ struct RowSweeps {
         },
         take_vector);
     // Each thread goes on behind what it staged.
-    walk<kSweep2Batch>(
+    walk<kBatch2>(
         rank + staged, parts.vectors, size,
         [&](int i) { return load_pieces<kLength, arrays>(base, parts.vector_place(i)); }, take_vector);
     walk<1>(
@@ -203,14 +221,54 @@ struct RowSweeps {
   }
 };
 
+// Stores a part of a row's result.
+template <typename Team, typename T, int N>
+__device__ __forceinline__ void store_result(T* place, const Vector<Compute<T>, N>& x) {
+  if constexpr (Team::kInShared) {
+    *reinterpret_cast<Packed<T, N>*>(place) = pack<T>(x);
+  } else {
+    store_packed(place, x);
+  }
+}
+
 template <typename Team, typename T>
 __device__ __forceinline__ void fill_row(const Team& team, T* row, int classes, Compute<T> value) {
   const Split<T, int> parts = split(classes, row);
   Vector<Compute<T>, kVectorLength<T>> many;
 #pragma unroll
   for (Compute<T>& one : many.v) one = value;
-  for (int i = team.rank(); i < parts.vectors; i += team.size()) store_packed(row + parts.vector_place(i), many);
+  for (int i = team.rank(); i < parts.vectors; i += team.size()) {
+    store_result<Team>(row + parts.vector_place(i), many);
+  }
   for (int i = team.rank(); i < parts.singles(); i += team.size()) row[parts.single_place(i)] = from<T>(value);
+}
+
+// ---------------------------------------------------------------------------------------------- tiles
+
+// Copies `count` neighbors of each array to shared memory, with all threads of the block.
+template <int arrays, typename T>
+__device__ __forceinline__ void stage_tile(const T* const (&from)[arrays], T* const (&to)[arrays], int count) {
+  constexpr int last = arrays - 1, length = kVectorLength<T>;
+  const int rank = threadIdx.x, step = blockDim.x;
+  const Split<T, int> parts = split(count, from[0], from[1], from[last], to[0], to[1], to[last]);
+  walk<2>(
+      rank, parts.vectors, step, [&](int i) { return load_pieces<length, arrays>(from, parts.vector_place(i)); },
+      [&](int i, const auto& pieces) { keep_pieces(to, parts.vector_place(i), pieces); });
+  walk<4>(
+      rank, parts.singles(), step, [&](int i) { return load_pieces<1, arrays>(from, parts.single_place(i)); },
+      [&](int i, const auto& pieces) { keep_pieces(to, parts.single_place(i), pieces); });
+}
+
+// Copies `count` neighbors from shared memory, likewise.
+template <typename T>
+__device__ __forceinline__ void store_tile(const T* from, T* to, int count) {
+  const Split<T, int> parts = split(count, from, to);
+  for (int i = threadIdx.x; i < parts.vectors; i += blockDim.x) {
+    const int place = parts.vector_place(i);
+    store_memory(to + place, load_packed<kVectorLength<T>>(from + place));
+  }
+  for (int i = threadIdx.x; i < parts.singles(); i += blockDim.x)
+    to[parts.single_place(i)] = from[parts.single_place(i)];
 }
 
 }  // namespace curveball::cuda

@@ -43,6 +43,7 @@ __all__ = [
     "in_functorch_transform",
     "is_functorch_wrapped",
     "mark_as_stepped",
+    "parameters_of",
     "safe_softmax",
     "scaled_optimizers",
     "schema_of",
@@ -80,6 +81,11 @@ schema_of: Any = attrgetter("_schema")  # of an operator
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the module's own buffers by name; the dictionary itself, to be changed."""
     return module._buffers
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the module's own parameters by name."""
+    return module._parameters
 
 
 def dual_level() -> AbstractContextManager[None]:

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from curveball_fused import state
-from curveball_fused._torch_private import buffers_of, mark_as_stepped, tree_flatten, tree_leaves, tree_map
+from curveball_fused._torch_private import (
+    buffers_of,
+    mark_as_stepped,
+    parameters_of,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+)
 from curveball_fused.curvature import METHODS
 from curveball_fused.optimizer import CurveBall
 from curveball_fused.replay import Replay
@@ -101,6 +108,9 @@ class GraphedStep:
             self._followed = {name: shared[name] for name in ("method", "compute_dtype")}
             self._z = {p: optimizer.state[p]["z"] for p in optimizer._parameters if p.requires_grad}
             self._made_for = _unchanging(optimizer, self._modules)
+            # What a model keeps beside its buffers, such as a table that a longer input has it replace: a graph reads
+            # the old one.
+            self._held = [t for module in self._modules for t in vars(module).values() if isinstance(t, Tensor)]
             self._graphs = {kind: self._captured(kind, shared, settings) for kind in kinds}
 
     def __call__(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
@@ -195,7 +205,7 @@ class GraphedStep:
             settings: the optimizer's, with the rates on the device.
 
         Returns:
-            The modules that the model consists of and that have buffers.
+            The modules that the model consists of.
         """
         replay, drawn = Replay(self._optimizer._parameters, self._device), host_positions(self._device)
 
@@ -294,8 +304,14 @@ def _unchanging(optimizer: CurveBall, modules: Sequence[nn.Module]) -> list[Any]
     names = optimizer.defaults.keys() - {"lr"}
     settings = [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
     places = [(p.data_ptr(), p.requires_grad) for p in optimizer._parameters]
-    buffers = [b.data_ptr() for module in modules for b in buffers_of(module).values() if b is not None]
-    return [settings, places, buffers]
+    in_modules = [
+        t.data_ptr()
+        for module in modules
+        for tensors in (parameters_of(module), buffers_of(module))
+        for t in tensors.values()
+        if t is not None
+    ]
+    return [settings, places, in_modules]
 
 
 def _described(leaf: Any) -> str:

@@ -87,8 +87,8 @@ class Replay:
         return result
 
     def modules(self) -> list[nn.Module]:
-        """Return the modules that the first run has called and that have buffers."""
-        return [module for module, buffers in self._modules.values() if buffers]
+        """Return the modules that the first run has called."""
+        return [module for module, _ in self._modules.values()]
 
     def was_written(self, tensor: Tensor, before: Tensor) -> None:
         """Note that a run which could not be watched has written to `tensor`, whose value was `before`."""

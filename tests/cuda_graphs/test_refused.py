@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -54,6 +55,38 @@ def test_other_batches_are_refused_and_change_nothing() -> None:
         with pytest.raises(ValueError, match=r"one shape.*float32 tensor of shape|one shape.*int64 tensor of shape"):
             step(x, y)
     assert_equal(before, [*model.state_dict().values(), *optimizer.stats().values()])
+
+
+class WithTable(nn.Module):
+    """A frozen layer that no optimizer has, and a table that a longer input has it replace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.net = nn.Linear(6, 6).requires_grad_(False), net()
+        self.table = torch.arange(20.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > len(self.table):
+            self.table = torch.arange(float(len(x)))
+        return self.net(self.frozen(x) + self.table[: len(x), None])
+
+
+def test_what_a_replay_reads_of_the_model_is_held() -> None:
+    model = WithTable()
+    optimizer = CurveBall(model.net.parameters())
+    step = graphed(optimizer, model)
+    table = weakref.ref(model.table)
+    optimizer.step(lambda: model(torch.cat((X[0], X[1]))), lambda out: F.cross_entropy(out, torch.cat((Y[0], Y[1]))))
+    assert table() is not None and table() is not model.table
+    assert step(X[0], Y[0])[0].isfinite()
+
+
+def test_a_frozen_parameter_that_is_replaced() -> None:
+    model = WithTable()
+    step = graphed(CurveBall(model.net.parameters()), model)
+    model.frozen.load_state_dict(nn.Linear(6, 6).state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match="changed since the graphs were made: call make_graphed_step again"):
+        step(X[0], Y[0])
 
 
 @pytest.mark.parametrize("change", ["beta", "weight_decay", "requires_grad", "place", "buffer", "group"])

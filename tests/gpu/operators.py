@@ -14,9 +14,9 @@ from curveball_fused.ops import losses as loss_ops
 from tests.gpu.device import BACKENDS, DEVICE, DTYPES, draw, to_device
 
 SIZES = ((0,), (1,), (37,), (4, 129), (65_537,), (3, 70_001))
-# Rows and classes: a warp for each row, a block for each, and more rows than blocks that each begin elsewhere in a
-# 16-byte word.
-LOGITS = ((33, 10), (7, 1000), (5, 3001), (4500, 1027))
+# Rows and classes: a thread for each row, a warp for each, a block for each, and more rows than blocks that each begin
+# elsewhere in a 16-byte word.
+LOGITS = ((300, 10), (7, 1000), (5, 3001), (4500, 1027))
 RULE = dict(low=0.4, high=1.6, factor=0.9, minimum=0.01, maximum=10.0)
 
 

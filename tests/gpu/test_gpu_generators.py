@@ -14,6 +14,7 @@ from tests.gpu.device import DEVICE
 @pytest.fixture
 def generator() -> Iterator[torch.Generator]:
     """The handle that functions draw from; with its usual state again afterwards."""
+    torch.cuda.init()  # before it there are no generators
     torch.manual_seed(5)
     default = torch.cuda.default_generators[DEVICE.index]
     usual = default.graphsafe_get_state()

@@ -17,10 +17,11 @@ from curveball_fused.ops import losses as loss_ops
 from tests.gpu.device import DEVICE, DTYPES, draw, every_backend
 
 NAN = float("nan")
-# Rows and classes: one, odd, sides of warps, a short row and one that a block stages, more rows than blocks that each
-# begin elsewhere in a 16-byte word, and vocabularies.
-SHAPES = ((1, 1), (5, 7), (6, 33), (3, 1000), (5, 1025), (9001, 1025), (3, 5001), (3, 50257), (2, 131072))
-ALL_DTYPES = ((5, 7), (5, 1025))
+# Rows and classes: one, odd, tiles of rows and more of them than blocks, sides of warps, a short row and one that a
+# block stages, more rows than blocks that each begin elsewhere in a 16-byte word, and vocabularies.
+TILES, VOCABULARIES = ((300, 32), (600_001, 10)), ((3, 50257), (2, 131072))
+SHAPES = ((1, 1), (5, 7), *TILES, (6, 33), (3, 1000), (5, 1025), (9001, 1025), (3, 5001), *VOCABULARIES)
+ALL_DTYPES = ((5, 7), (5, 1025), *TILES)
 SIZED = [(dtype, shape) for shape in SHAPES for dtype in (DTYPES if shape in ALL_DTYPES else DTYPES[1:3])]
 
 

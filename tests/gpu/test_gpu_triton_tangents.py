@@ -22,19 +22,25 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def check(
     got: Tensor, function: Callable[..., Tensor], primals: Sequence[Tensor], directions: Sequence[Tensor]
 ) -> None:
-    """Holds `got` against float64; for low precision, to twice the error of torch's own tangent in that precision."""
+    """Holds `got` against float64; for low precision, to twice the error of torch's own tangent in that precision.
+
+    That is no bar where torch's happens to be exact, as of attention to a single key: two roundings of the largest
+    number are allowed.
+    """
 
     def tangent(dtype: torch.dtype) -> Tensor:
         given = (tuple(t.to(dtype) for t in tensors) for tensors in (primals, directions))
-        return jvp(function, *given)[1].double()  # type: ignore[no-any-return]
+        # Of a low-precision batch norm torch may give it in float32.
+        return jvp(function, *given)[1].to(dtype).double()  # type: ignore[no-any-return]
 
     truth = tangent(torch.float64)
     assert got.shape == truth.shape and got.isfinite().all()
-    error = (got.double() - truth).abs().max()
+    error, size = (got.double() - truth).abs().max().item(), truth.abs().max().item()
     if got.dtype in TOLERANCE:
-        assert error <= TOLERANCE[got.dtype] * truth.abs().max()
+        assert error <= TOLERANCE[got.dtype] * size
     else:
-        assert error <= 2 * (tangent(got.dtype) - truth).abs().max()
+        own = (tangent(got.dtype) - truth).abs().max().item()
+        assert error <= 2 * max(own, torch.finfo(got.dtype).eps * size)
 
 
 def statistics(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:

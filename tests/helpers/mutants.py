@@ -136,6 +136,20 @@ LISTS = [
 
 LOSSES = [
     Mutant(
+        "a_thread_takes_its_row_before_the_tile_is_there",
+        "cuda/cross_entropy.cuh",
+        "    __syncthreads();\n    if (exists) {\n      T* const x",
+        "    if (exists) {\n      T* const x",
+        "test_cross_entropy.py::test_many_rows",
+    ),
+    Mutant(
+        "the_next_tile_does_not_wait_for_the_results",
+        "cuda/cross_entropy.cuh",
+        "store_tile(tile, a.c + begin, rows * a.rows.classes);\n    __syncthreads();",
+        "store_tile(tile, a.c + begin, rows * a.rows.classes);",
+        "test_cross_entropy.py::test_many_rows",
+    ),
+    Mutant(
         "the_place_in_shared_memory_changes_from_row_to_row",
         "cuda/row_sweeps.cuh",
         "first_stage + rows.room",
@@ -166,8 +180,8 @@ LOSSES = [
     Mutant(
         "rows_begin_at_32_bit_indices",
         "cuda/cross_entropy.cuh",
-        "const int64 begin = n * a.rows.classes;\n    const RowSweeps<T, Team<C>, 3>",
-        "const int begin = static_cast<int>(n) * a.rows.classes;\n    const RowSweeps<T, Team<C>, 3>",
+        "const int64 begin = n * a.rows.classes;\n    products_of_row",
+        "const int begin = static_cast<int>(n) * a.rows.classes;\n    products_of_row",
         "test_cross_entropy.py::test_more_than_2_31_elements",
     ),
     Mutant(

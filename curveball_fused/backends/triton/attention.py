@@ -131,12 +131,13 @@ def attention_kernel(
         top = tl.maximum(peak, tl.max(scores, 1))
         base = tl.where(top == float("-inf"), 0.0, top)  # all masked so far: -inf - -inf would be NaN
         shrink, p = tl.exp(peak - base), tl.exp(scores - base[:, None])
-        pd = p * d_scores
-        peak, total, d_total = top, total * shrink + tl.sum(p, 1), d_total * shrink + tl.sum(pd, 1)
+        # Both sums have P dS rounded alike, so that what cancels between them does, as where one key has all of P.
+        pd = (p * d_scores).to(v.dtype.element_ty)
+        peak, total, d_total = top, total * shrink + tl.sum(p, 1), d_total * shrink + tl.sum(pd.to(ACC), 1)
         v_block = _load(v, v_strides[2], rows, keys, column, E, PADDED_E)
         dv_block = _load(dv, dv_strides[2], rows, keys, column, E, PADDED_E)
         result = _dot(p.to(v_block.dtype), dv_block, result * shrink[:, None])
-        result = _dot(pd.to(v_block.dtype), v_block, result)
+        result = _dot(pd, v_block, result)
 
     none = total == 0.0
     inverse = tl.where(none, 0.0, 1.0 / tl.where(none, 1.0, total))
