@@ -19,7 +19,7 @@ from .double_backward import DoubleBackward
 from .dual_numbers import DualNumbers
 from .linear_map import LinearMap, MethodUnsupported, ModelFn, evaluate
 from .linearized import Linearized
-from .tape import TapeUnsupported
+from .tangent_maps import TapeUnsupported
 from .torch_modes import ForwardModeUnsupported, announce, first_line
 
 
