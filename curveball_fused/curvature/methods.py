@@ -18,7 +18,7 @@ from curveball_fused.replay import Replay
 from .double_backward import DoubleBackward
 from .dual_numbers import DualNumbers
 from .linear_map import LinearMap, MethodUnsupported, ModelFn, evaluate
-from .linearized import Linearized
+from .linearized import Linearized, LinearizedOperators
 from .tangent_maps import TapeUnsupported
 from .torch_modes import ForwardModeUnsupported, announce, first_line
 
@@ -69,6 +69,14 @@ _LINEARIZE = Method(
     advice='Change that, or use curvature="auto"',
     missing_derivative=_FORWARD_MODE_IS_MISSING,
 )
+_LINEARIZE_OPERATORS = Method(
+    name="linearize_operators",
+    description="one run of the model, which leaves a tape of the tangent maps of its operators",
+    build=lambda model_fn, params, replay, _: LinearizedOperators(model_fn, params, replay),
+    advice='Change that, or use curvature="auto"',
+    fallback="its operators are followed one by one instead",
+    missing_derivative=_FORWARD_MODE_IS_MISSING,
+)
 _FORWARD = Method(
     name="forward",
     description="dual numbers",
@@ -92,8 +100,8 @@ _COMPILED = Method(
     build=_compiled,
     evaluate=_evaluate_compiled,
 )
-AUTO = ("linearize", "forward", "double_backward")  # the order of fallback
-METHODS = {method.name: method for method in (_LINEARIZE, _FORWARD, _DOUBLE_BACKWARD, _COMPILED)}
+AUTO = ("linearize", "linearize_operators", "forward", "double_backward")  # the order of fallback
+METHODS = {method.name: method for method in (_LINEARIZE, _LINEARIZE_OPERATORS, _FORWARD, _DOUBLE_BACKWARD, _COMPILED)}
 
 
 def linearize(

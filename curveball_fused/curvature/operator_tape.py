@@ -1,0 +1,250 @@
+"""A tape of operators: it follows what the engine of autograd, or a transform of torch.func, computes within the model.
+
+`Tape` sees the torch functions that a model calls. A gradient that the model takes of its own results, as physics-informed
+nets, forces, penalties on gradients and meta-learning do, is computed by autograd's engine, out of its sight. Each of
+the operators that functions and engine come down to is seen here, at a price in Python for each, and without the
+fused tangents of whole functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+from typing_extensions import Self
+
+from curveball_fused._torch_private import (
+    OperatorMode,
+    OpOverload,
+    dual_level,
+    has_saved_tensor_hooks,
+    schema_of,
+)
+
+from .arguments import map_nested
+from .rules import Map, Tangents, tensors
+from .rules.operators import RULES, OperatorContext
+from .tangent_maps import TangentMaps, TapeUnsupported
+from .torch_modes import Decompose
+
+# What changes gradients where only Jᵀu sees it, or computes those of the parameters.
+UNFOLLOWED = frozenset((torch.Tensor.backward, torch.Tensor.register_hook))
+aten = torch.ops.aten
+_MOVES_STATISTICS = frozenset((aten.native_batch_norm.default, aten.cudnn_batch_norm.default))
+
+
+class OperatorTape:
+    """Record the maps of operators while the model runs, gradients enabled, within a `with` statement.
+
+    A tensor is known by the node of autograd's graph whose result it is, whatever object it is: autograd makes new ones of
+    what it has saved. What requires a gradient is a leaf, known, or refused. The tape keeps the nodes, and with them what
+    they hold, until the step ends.
+
+    Args:
+        params: the parameters, whose tangents the maps begin with.
+
+    Attributes:
+        seen: ids of the parameters that reached an operator.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.seen: set[int] = set()
+        self._maps = TangentMaps(params)
+        self._params = {id(p): slot for slot, p in enumerate(params)}
+        self._nodes: dict[tuple[Any, int], int | None] = {}
+        self._last: _Call | None = None
+        self._modes = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._modes.enter_context(_Functions(every_call=True))
+        self._modes.enter_context(_Operators(self))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._modes.close()
+
+    def jvp(self, tangents: Sequence[Tensor], outputs: Tensor) -> Tensor:
+        """Compute J v.
+
+        Args:
+            tangents: v, in the parameters' shapes and dtypes.
+            outputs: what the taped run returned.
+
+        Returns:
+            J v, of the shape and dtype of `outputs`.
+
+        Raises:
+            TapeUnsupported: the tangent of the outputs is not known, or what a map reads has been written to.
+        """
+        self._settle()
+        last = self._slot(outputs)
+        if last is None:
+            raise TapeUnsupported("outputs that do not depend on a parameter")
+        return self._maps.jvp(tangents, last)
+
+    def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the call of an operator, and note it where its results may depend on a parameter."""
+        self._settle()
+        inputs = [t for t in tensors((*args, *kwargs.values())) if t.requires_grad]
+        # Detached is also what was saved, when autograd takes it up again: its node says which tensor it is.
+        if not inputs or not torch.is_grad_enabled() or func is aten.detach.default:
+            return func(*args, **kwargs)
+        if schema_of(func).is_mutable:
+            return self._call_in_place(func, args, kwargs, self._slots(inputs))
+        result = func(*args, **kwargs)
+        if any(t.is_floating_point() or t.is_complex() for t in tensors((result,))):
+            self._last = _Call(func, args, kwargs, self._slots(inputs), result)
+        return result
+
+    def _call_in_place(
+        self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], slots: dict[int, int | None]
+    ) -> Any:
+        """Make a call that writes to its first argument: the map is that of the operator that returns a new tensor."""
+        if all(slot is None for slot in slots.values()):
+            result = func(*args, **kwargs)
+            self._last = _Call(func, args, kwargs, slots, result)
+            return result
+        target = args[0]
+        copying = _out_of_place(func)
+        others = [t for t in tensors((*args[1:], *kwargs.values())) if t is not target]
+        if copying is None or any(_share_memory(target, t) for t in others):
+            raise TapeUnsupported(f"{func.name()} writes to its argument")
+        before = target.detach().clone()
+        slots[id(before)] = slots.get(id(target))
+        result = func(*args, **kwargs)
+        args = tuple([before if a is target else a for a in args])
+        self._last = _Call(copying, args, kwargs, slots, result)
+        return result
+
+    def _slots(self, inputs: list[Tensor]) -> dict[int, int | None]:
+        slots = {id(t): self._slot(t) for t in inputs}
+        if has_saved_tensor_hooks() and any(slot is not None for slot in slots.values()):
+            raise TapeUnsupported("gradient checkpointing, or other hooks on saved tensors")
+        return slots
+
+    def _slot(self, tensor: Tensor) -> int | None:
+        """Return where the tangent of a tensor that requires a gradient stands; None for a constant."""
+        if tensor.is_leaf:
+            slot = self._params.get(id(tensor))
+            if slot is not None:
+                self.seen.add(id(tensor))
+            return slot  # None for a parameter, or an input, that isn't ours
+        node: Any = tensor.grad_fn
+        try:
+            return self._nodes[node, tensor.output_nr]
+        except KeyError:
+            raise TapeUnsupported(f"a result of code that cannot be seen into ({node.name()})") from None
+
+    def _settle(self) -> None:
+        """Record the last call, whose results are in autograd's graph by now, if they are to be."""
+        call, self._last = self._last, None
+        if call is None:
+            return
+        results = call.results
+        if not any(r.grad_fn is not None for r in tensors(results)):
+            return
+        maps: Sequence[Map | None] = [None] * len(results)
+        if any(slot is not None for slot in call.slots.values()):
+            maps = self._maps_of(call)
+        for result, tangent_map in zip(results, maps, strict=True):
+            if isinstance(result, Tensor) and result.grad_fn is not None:
+                slot = None
+                if tangent_map is not None:
+                    slot = self._maps.add(call.func.name(), tangent_map, call.slots.values(), result)
+                self._nodes[result.grad_fn, result.output_nr] = slot
+
+    def _maps_of(self, call: _Call) -> Sequence[Map]:
+        ctx = OperatorContext(call.slots, call.result)
+        rule = RULES.get(call.func)
+        maps = NotImplemented
+        # Rules take derivatives for numbers, which complex ones need not have.
+        if rule is not None and not any(t.is_complex() for t in tensors((*call.args, call.result))):
+            maps = rule(ctx, *call.args, **call.kwargs)
+        if maps is NotImplemented:
+            maps = _by_dual_numbers(call, ctx)
+        self._maps.saved += ctx.saved
+        return (maps,) if callable(maps) else maps
+
+
+class _Functions(Decompose):
+    """What is to be said of a torch function, before operators are seen."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in UNFOLLOWED:
+            raise TapeUnsupported(f"{func.__name__} inside the model")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class _Operators(OperatorMode):
+    """Hand operators to the tape."""
+
+    def __init__(self, tape: OperatorTape) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._tape.call(func, args, kwargs or {})
+
+
+class _Call(NamedTuple):
+    """A call that has been made: what it was given, where the tangents of that stand, and what it returned."""
+
+    func: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    slots: dict[int, int | None]
+    result: Any
+
+    @property
+    def results(self) -> Sequence[Any]:
+        """The results, of which there may be one."""
+        return (self.result,) if isinstance(self.result, Tensor) else self.result
+
+
+def _by_dual_numbers(call: _Call, ctx: OperatorContext) -> Sequence[Map]:
+    """Return the maps of an operator without a rule: they run it again, on dual numbers."""
+    func, args, kwargs, slots = call.func, call.args, call.kwargs, call.slots
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        raise TapeUnsupported(f"{func.name()} draws random numbers")
+    if func in _MOVES_STATISTICS and args[5]:
+        args = (*args[:3], None, None, *args[5:])  # which the call has moved, once
+    for tensor in tensors((*args, *kwargs.values())):
+        ctx.save(tensor)
+
+    def map_of(index: int | None) -> Map:
+        def tangent_map(tangents: Tangents) -> Tensor:
+            def dual(value: Any) -> Any:
+                slot = slots.get(id(value)) if isinstance(value, Tensor) else None
+                return value if slot is None else fwAD.make_dual(value, tangents[slot])
+
+            with dual_level():
+                result = func(*map_nested(dual, args), **map_nested(dual, kwargs))
+                tangent = fwAD.unpack_dual(result if index is None else result[index]).tangent
+            if tangent is None:
+                raise TypeError("its forward mode gives no tangent")
+            return tangent
+
+        return tangent_map
+
+    return [map_of(None)] if isinstance(call.result, Tensor) else [map_of(i) for i in range(len(call.result))]
+
+
+def _out_of_place(func: OpOverload) -> OpOverload | None:
+    """Return the operator that does the same without writing to its first argument; None where there is none."""
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema_of(func).arguments]
+    name, overload = schema_of(func).name.split("::")[1], schema_of(func).overload_name or "default"
+    if not written[0] or any(written[1:]) or not name.endswith("_"):
+        return None
+    return getattr(getattr(aten, name[:-1], None), overload, None)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
