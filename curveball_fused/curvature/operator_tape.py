@@ -8,7 +8,7 @@ fused tangents of whole functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -22,12 +22,13 @@ from curveball_fused._torch_private import (
     OpOverload,
     dual_level,
     has_saved_tensor_hooks,
+    base_of,
     schema_of,
 )
 
 from .arguments import map_nested
-from .rules import Map, Tangents, tensors
-from .rules.operators import RULES, OperatorContext
+from .rules import COMPOSITES, Map, Tangents, tensors
+from .rules.operators import LINEAR, RULES, OperatorContext, Part
 from .tangent_maps import TangentMaps, TapeUnsupported
 from .torch_modes import Decompose
 
@@ -89,6 +90,8 @@ class OperatorTape:
     def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the call of an operator, and note it where its results may depend on a parameter."""
         self._settle()
+        if func is aten._efficientzerotensor.default:  # to add one is a copy, which autograd takes for a sum
+            func = aten.zeros.default
         inputs = [t for t in tensors((*args, *kwargs.values())) if t.requires_grad]
         # Detached is also what was saved, when autograd takes it up again: its node says which tensor it is.
         if not inputs or not torch.is_grad_enabled() or func is aten.detach.default:
@@ -108,16 +111,23 @@ class OperatorTape:
             result = func(*args, **kwargs)
             self._last = _Call(func, args, kwargs, slots, result)
             return result
-        target = args[0]
         copying = _out_of_place(func)
-        others = [t for t in tensors((*args[1:], *kwargs.values())) if t is not target]
-        if copying is None or any(_share_memory(target, t) for t in others):
-            raise TapeUnsupported(f"{func.name()} writes to its argument")
-        before = target.detach().clone()
-        slots[id(before)] = slots.get(id(target))
+        if copying is None:
+            raise TapeUnsupported(f"{func.name()} writes to its arguments")
+        target = args[0]
+        base = base_of(target)
+        whole = None if base is None else _Whole(base, self._slot(base) if base.requires_grad else None, target)
+
+        def before(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not _share_memory(value, target):
+                return value
+            copy = value.detach().clone()
+            slots[id(copy)] = slots.get(id(value))
+            return copy
+
+        copies, named = map_nested(before, args), map_nested(before, kwargs)
         result = func(*args, **kwargs)
-        args = tuple([before if a is target else a for a in args])
-        self._last = _Call(copying, args, kwargs, slots, result)
+        self._last = _Call(copying, copies, named, slots, result, whole)
         return result
 
     def _slots(self, inputs: list[Tensor]) -> dict[int, int | None]:
@@ -134,10 +144,21 @@ class OperatorTape:
                 self.seen.add(id(tensor))
             return slot  # None for a parameter, or an input, that isn't ours
         node: Any = tensor.grad_fn
-        try:
-            return self._nodes[node, tensor.output_nr]
-        except KeyError:
-            raise TapeUnsupported(f"a result of code that cannot be seen into ({node.name()})") from None
+        key = node, tensor.output_nr
+        if key not in self._nodes:
+            base = base_of(tensor)
+            if base is None or node.name() != "AsStridedBackward0" or node.next_functions[0][0] is not base.grad_fn:
+                raise TapeUnsupported(f"a result of code that cannot be seen into ({node.name()})")
+            self._nodes[key] = self._view_again(tensor, base)
+        return self._nodes[key]
+
+    def _view_again(self, view: Tensor, base: Tensor) -> int | None:
+        """Return the slot of a view which autograd has made anew, as its base was written to."""
+        at = self._slot(base)
+        if at is None:
+            return None
+        part = Part(base, view.shape, view.stride(), view.storage_offset())
+        return self._maps.add("a view", lambda tangents: part.of(part.laid_out(tangents[at])), (at,), view)
 
     def _settle(self) -> None:
         """Record the last call, whose results are in autograd's graph by now, if they are to be."""
@@ -156,14 +177,35 @@ class OperatorTape:
                 if tangent_map is not None:
                     slot = self._maps.add(call.func.name(), tangent_map, call.slots.values(), result)
                 self._nodes[result.grad_fn, result.output_nr] = slot
+                if call.whole is not None and slot is not None:
+                    self._settle_whole(call.whole, slot)
+
+    def _settle_whole(self, whole: _Whole, written: int) -> None:
+        """Record what has become of a tensor, by writing to a view of it."""
+        base, at, view = whole
+        part = Part(base, view.shape, view.stride(), view.storage_offset())
+
+        def tangent_map(tangents: Tangents) -> Tensor:
+            tangent = part.laid_out(None if at is None else tangents[at])
+            part.of(tangent).copy_(tangents[written])
+            return tangent
+
+        self._nodes[base.grad_fn, base.output_nr] = self._maps.add(
+            "a write to a view", tangent_map, (at, written), base
+        )
 
     def _maps_of(self, call: _Call) -> Sequence[Map]:
         ctx = OperatorContext(call.slots, call.result)
         rule = RULES.get(call.func)
         maps = NotImplemented
-        # Rules take derivatives for numbers, which complex ones need not have.
-        if rule is not None and not any(t.is_complex() for t in tensors((*call.args, call.result))):
-            maps = rule(ctx, *call.args, **call.kwargs)
+        # Other rules take derivatives for numbers, which complex ones need not have.
+        if rule is not None and (
+            call.func in LINEAR or not any(t.is_complex() for t in tensors((*call.args, call.result)))
+        ):
+            try:
+                maps = rule(ctx, *call.args, **call.kwargs)
+            except NotImplementedError as error:
+                raise TapeUnsupported(f"{call.func.name()} {error}") from error
         if maps is NotImplemented:
             maps = _by_dual_numbers(call, ctx)
         self._maps.saved += ctx.saved
@@ -178,6 +220,9 @@ class _Functions(Decompose):
     ) -> Any:
         if func in UNFOLLOWED:
             raise TapeUnsupported(f"{func.__name__} inside the model")
+        composite = COMPOSITES.get(func)
+        if composite is not None:
+            return composite(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -194,6 +239,14 @@ class _Operators(OperatorMode):
         return self._tape.call(func, args, kwargs or {})
 
 
+class _Whole(NamedTuple):
+    """A tensor that is about to be written to by way of a view: where its tangent stands before that; the view."""
+
+    base: Tensor
+    slot: int | None
+    view: Tensor
+
+
 class _Call(NamedTuple):
     """A call that has been made: what it was given, where the tangents of that stand, and what it returned."""
 
@@ -202,6 +255,7 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
     slots: dict[int, int | None]
     result: Any
+    whole: _Whole | None = None
 
     @property
     def results(self) -> Sequence[Any]:
@@ -220,14 +274,20 @@ def _by_dual_numbers(call: _Call, ctx: OperatorContext) -> Sequence[Map]:
         ctx.save(tensor)
 
     def map_of(index: int | None) -> Map:
+        def pick(result: Any) -> Tensor:
+            return result if index is None else result[index]
+
         def tangent_map(tangents: Tangents) -> Tensor:
             def dual(value: Any) -> Any:
                 slot = slots.get(id(value)) if isinstance(value, Tensor) else None
                 return value if slot is None else fwAD.make_dual(value, tangents[slot])
 
-            with dual_level():
-                result = func(*map_nested(dual, args), **map_nested(dual, kwargs))
-                tangent = fwAD.unpack_dual(result if index is None else result[index]).tangent
+            try:
+                with dual_level():
+                    result = func(*map_nested(dual, args), **map_nested(dual, kwargs))
+                    tangent = fwAD.unpack_dual(pick(result)).tangent
+            except RuntimeError:  # no formula, or one that fails
+                return _by_double_backward(lambda *a, **k: pick(func(*a, **k)), args, kwargs, slots, tangents)
             if tangent is None:
                 raise TypeError("its forward mode gives no tangent")
             return tangent
@@ -237,9 +297,34 @@ def _by_dual_numbers(call: _Call, ctx: OperatorContext) -> Sequence[Map]:
     return [map_of(None)] if isinstance(call.result, Tensor) else [map_of(i) for i in range(len(call.result))]
 
 
+@torch.enable_grad()
+def _by_double_backward(
+    func: Callable[..., Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    slots: dict[int, int | None],
+    tangents: Tangents,
+) -> Tensor:
+    """Return the tangent of an operator that has no forward mode: Jᵀu is linear in u, and Jv its derivative."""
+    leaves: dict[int, Tensor] = {}
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor) or slots.get(id(value)) is None:
+            return value.detach() if isinstance(value, Tensor) else value
+        return leaves.setdefault(id(value), value.detach().requires_grad_())
+
+    result = func(*map_nested(leaf, args), **map_nested(leaf, kwargs))
+    u = torch.zeros_like(result, requires_grad=True)
+    gradients = torch.autograd.grad(result, list(leaves.values()), u, create_graph=True, allow_unused=True)
+    pairs = [(g, tangents[slots[key]]) for key, g in zip(leaves, gradients, strict=True) if g is not None]
+    return torch.autograd.grad([g for g, _ in pairs], u, [t for _, t in pairs])[0]
+
+
 def _out_of_place(func: OpOverload) -> OpOverload | None:
     """Return the operator that does the same without writing to its first argument; None where there is none."""
     written = [a.alias_info is not None and a.alias_info.is_write for a in schema_of(func).arguments]
+    if func is aten.transpose_.default:
+        return aten.transpose.int
     name, overload = schema_of(func).name.split("::")[1], schema_of(func).overload_name or "default"
     if not written[0] or any(written[1:]) or not name.endswith("_"):
         return None

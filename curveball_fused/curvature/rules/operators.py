@@ -70,6 +70,39 @@ def view(ctx: OperatorContext, input: Tensor, *_: Any) -> Any:
     return lambda tangents: tangents[at].reshape(shape)
 
 
+class Part:
+    """The elements of a view, by their place in the memory of its base.
+
+    Args:
+        base: the tensor that the view is of.
+        size, stride, offset: the view's, as in `torch.as_strided`.
+    """
+
+    def __init__(self, base: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> None:
+        self._base = base.shape, base.stride(), base.dtype, base.device
+        self._place = size, stride, offset - base.storage_offset()
+
+    def laid_out(self, tangent: Tensor | None) -> Tensor:
+        """Return a copy, zero for None, that lies in memory as the base does."""
+        shape, stride, dtype, device = self._base
+        copy = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        return copy.zero_() if tangent is None else copy.copy_(tangent)
+
+    def of(self, laid_out: Tensor) -> Tensor:
+        """Return the part of a tensor that lies in memory as the base does, from its beginning."""
+        return laid_out.as_strided(*self._place)
+
+
+def as_strided(
+    ctx: OperatorContext, input: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Any:
+    """A view of what must lie in memory as it does."""
+    if any(step == 0 for step in input.stride()):
+        return NotImplemented
+    at, part = ctx.tangent_index(input), Part(input, size, stride, ctx.result.storage_offset())
+    return lambda tangents: part.of(part.laid_out(tangents[at]))
+
+
 def matrix_product(function: Callable[[Tensor, Tensor], Tensor], ctx: OperatorContext, a: Tensor, b: Tensor) -> Any:
     """y = A B;  ẏ = Ȧ B + A Ḃ, the second product added in place."""
     if a.layout != torch.strided or b.layout != torch.strided:
@@ -129,13 +162,14 @@ def product(ctx: OperatorContext, a: Tensor, b: Tensor) -> Any:
 def quotient(ctx: OperatorContext, a: Tensor, b: Tensor) -> Any:
     """y = a / b;  ẏ = (ȧ - y ḃ) / b."""
     at_a, at_b, b = ctx.tangent_index(a), ctx.tangent_index(b), ctx.save(b)
-    y = None if at_b is None else ctx.save(ctx.result)
+    a = a if at_b is None else ctx.save(a)
+    y = functools.cache(lambda: a / b)  # anew, as the model may write to the result
 
     def tangent_map(tangents: Tangents) -> Tensor:
         da, db = tangent_at(tangents, at_a), tangent_at(tangents, at_b)
-        if db is None or y is None:
+        if db is None:
             return da / b  # type: ignore[operator]
-        return (-y * db if da is None else torch.addcmul(da, y, db, value=-1)) / b
+        return (-y() * db if da is None else torch.addcmul(da, y(), db, value=-1)) / b
 
     return tangent_map
 
@@ -215,7 +249,7 @@ def _derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def masked_gradient(function: Callable[..., Tensor], ctx: OperatorContext, g: Tensor, *args: Any) -> Any:
     """q = g where the other arguments, which have no derivative here, say so."""
-    at, zero = ctx.tangent_index(g), ctx.result
+    at, zero = ctx.tangent_index(g), ctx.result.detach()
     args = tuple([ctx.save(a) for a in args])
     return lambda tangents: torch.zeros_like(zero) if at is None else function(tangents[at], *args)
 
@@ -227,6 +261,27 @@ def masked_fill(ctx: OperatorContext, input: Tensor, mask: Tensor, value: Any) -
         return NotImplemented
     m = ctx.save(mask)
     return lambda tangents: tangents[at].expand(shape).masked_fill(m, 0)  # type: ignore[union-attr]
+
+
+def embedding(
+    ctx: OperatorContext,
+    weight: Tensor,
+    index: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """y = W[i];  ẏ = Ẇ[i], but zero at the padding index, whose gradient torch's backward pass takes for zero."""
+    if scale_grad_by_freq:
+        raise NotImplementedError("with scale_grad_by_freq, which makes its gradient that of another function")
+    at, index = ctx.tangent_index(weight), ctx.save(index)
+    padded = None if padding_idx < 0 else (index == padding_idx).unsqueeze(-1)
+
+    def tangent_map(tangents: Tangents) -> Tensor:
+        tangent = aten.embedding(tangents[at], index)
+        return tangent if padded is None else tangent.masked_fill_(padded, 0)
+
+    return tangent_map
 
 
 def softmax(ctx: OperatorContext, x: Tensor, dim: int, _: bool) -> Any:
@@ -241,6 +296,12 @@ def dropout(ctx: OperatorContext, input: Tensor, p: float, train: bool | None) -
         return NotImplemented
     at, mask = ctx.tangent_index(input), ctx.save(ctx.result[1])
     return [lambda tangents: aten.native_dropout_backward(tangents[at], mask, 1 / (1 - p))] * 2
+
+
+def copy(ctx: OperatorContext, _: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
+    """y = b, in the shape and dtype of what it takes the place of;  ẏ = ḃ."""
+    at, zero = ctx.tangent_index(source), ctx.result.detach()
+    return lambda tangents: torch.zeros_like(zero) if at is None else tangents[at].expand(zero.shape)
 
 
 def concatenation(function: Callable[..., Tensor], ctx: OperatorContext, parts: Sequence[Tensor], dim: int = 0) -> Any:
@@ -295,7 +356,8 @@ def convolution_backward(
     return [map_of(0, (0, 2)), map_of(1, (0, 1)), map_of(2, (0,))]
 
 
-RULES: dict[OpOverload, OperatorRule] = {
+# Linear in each argument that has a tangent, for complex numbers too.
+LINEAR: dict[OpOverload, OperatorRule] = {
     operator: partial(structural, operator)
     for operator in (
         aten.t.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.default,
@@ -310,11 +372,15 @@ RULES: dict[OpOverload, OperatorRule] = {
         aten.avg_pool2d_backward.default,
     )
 }  # fmt: skip
-RULES |= {operator: view for operator in (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)}
-RULES |= {aten.mm.default: partial(matrix_product, torch.mm), aten.bmm.default: partial(matrix_product, torch.bmm)}
-RULES |= {aten.addmm.default: affine, aten.mul.Tensor: product, aten.div.Tensor: quotient}
-RULES |= {aten.add.Tensor: partial(total, 1), aten.sub.Tensor: partial(total, -1)}
-RULES |= {aten.tanh.default: tanh, aten.tanh_backward.default: tanh_backward, aten._softmax.default: softmax}
+LINEAR |= {operator: view for operator in (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)}
+LINEAR |= {aten.mm.default: partial(matrix_product, torch.mm), aten.bmm.default: partial(matrix_product, torch.bmm)}
+LINEAR |= {aten.addmm.default: affine, aten.mul.Tensor: product, aten.copy.default: copy}
+LINEAR |= {aten.as_strided.default: as_strided}
+LINEAR |= {aten.add.Tensor: partial(total, 1), aten.sub.Tensor: partial(total, -1)}
+LINEAR |= {aten.cat.default: partial(concatenation, torch.cat), aten.stack.default: partial(concatenation, torch.stack)}
+RULES = LINEAR | {aten.tanh.default: tanh, aten.tanh_backward.default: tanh_backward, aten._softmax.default: softmax}
+RULES |= {aten.div.Tensor: quotient, aten.embedding.default: embedding, aten.native_dropout.default: dropout}
+RULES |= {aten.masked_fill.Scalar: masked_fill, aten.masked_fill.Tensor: masked_fill}
 RULES |= {
     operator: partial(elementwise, operator)
     for operator in (
@@ -335,9 +401,7 @@ RULES |= {
     operator: partial(masked_gradient, operator)
     for operator in (
         aten.threshold_backward.default, aten.leaky_relu_backward.default, aten.hardtanh_backward.default,
-        aten.hardsigmoid_backward.default,
+        aten.hardsigmoid_backward.default, aten.nll_loss_backward.default, aten.nll_loss2d_backward.default,
     )
 }  # fmt: skip
-RULES |= {aten.masked_fill.Scalar: masked_fill, aten.masked_fill.Tensor: masked_fill, aten.native_dropout.default: dropout}
-RULES |= {aten.cat.default: partial(concatenation, torch.cat), aten.stack.default: partial(concatenation, torch.stack)}
 RULES |= {aten.convolution.default: convolution, aten.convolution_backward.default: convolution_backward}
