@@ -8,6 +8,7 @@ fused tangents of whole functions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -20,9 +21,9 @@ from typing_extensions import Self
 from curveball_fused._torch_private import (
     OperatorMode,
     OpOverload,
+    base_of,
     dual_level,
     has_saved_tensor_hooks,
-    base_of,
     schema_of,
 )
 
@@ -57,6 +58,7 @@ class OperatorTape:
         self._maps = TangentMaps(params)
         self._params = {id(p): slot for slot, p in enumerate(params)}
         self._nodes: dict[tuple[Any, int], int | None] = {}
+        self._same: dict[tuple[Any, ...], list[int | None]] = {}
         self._last: _Call | None = None
         self._modes = ExitStack()
 
@@ -90,13 +92,13 @@ class OperatorTape:
     def call(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the call of an operator, and note it where its results may depend on a parameter."""
         self._settle()
-        if func is aten._efficientzerotensor.default:  # to add one is a copy, which autograd takes for a sum
-            func = aten.zeros.default
         inputs = [t for t in tensors((*args, *kwargs.values())) if t.requires_grad]
         # Detached is also what was saved, when autograd takes it up again: its node says which tensor it is.
-        if not inputs or not torch.is_grad_enabled() or func is aten.detach.default:
+        if not inputs or func is aten.detach.default or not torch.is_grad_enabled():
+            if func is aten._efficientzerotensor.default:  # to add one is a copy, which autograd takes for a sum
+                func = aten.zeros.default
             return func(*args, **kwargs)
-        if schema_of(func).is_mutable:
+        if _is_mutable(func):
             return self._call_in_place(func, args, kwargs, self._slots(inputs))
         result = func(*args, **kwargs)
         if any(t.is_floating_point() or t.is_complex() for t in tensors((result,))):
@@ -165,20 +167,30 @@ class OperatorTape:
         call, self._last = self._last, None
         if call is None:
             return
-        results = call.results
-        if not any(r.grad_fn is not None for r in tensors(results)):
+        results = (call.result,) if isinstance(call.result, Tensor) else call.result
+        nodes = [t.grad_fn if isinstance(t, Tensor) else None for t in results]
+        if all(node is None for node in nodes):
             return
-        maps: Sequence[Map | None] = [None] * len(results)
-        if any(slot is not None for slot in call.slots.values()):
-            maps = self._maps_of(call)
-        for result, tangent_map in zip(results, maps, strict=True):
-            if isinstance(result, Tensor) and result.grad_fn is not None:
-                slot = None
-                if tangent_map is not None:
-                    slot = self._maps.add(call.func.name(), tangent_map, call.slots.values(), result)
-                self._nodes[result.grad_fn, result.output_nr] = slot
-                if call.whole is not None and slot is not None:
-                    self._settle_whole(call.whole, slot)
+        key = call.key()
+        slots = self._same.get(key) if key else None
+        if slots is None:
+            slots = self._record(call, results, nodes)
+            if key:
+                self._same[key] = slots
+        for node, result, slot in zip(nodes, results, slots, strict=True):
+            if node is not None:
+                self._nodes[node, result.output_nr] = slot
+        if call.whole is not None and slots[0] is not None:
+            self._settle_whole(call.whole, slots[0])
+
+    def _record(self, call: _Call, results: Sequence[Any], nodes: Sequence[Any]) -> list[int | None]:
+        """Record the maps of a call; return the slots of its results."""
+        if all(slot is None for slot in call.slots.values()):
+            return [None] * len(results)
+        return [
+            None if node is None else self._maps.add(call.func.name(), tangent_map, call.slots.values(), result)
+            for result, node, tangent_map in zip(results, nodes, self._maps_of(call), strict=True)
+        ]
 
     def _settle_whole(self, whole: _Whole, written: int) -> None:
         """Record what has become of a tensor, by writing to a view of it."""
@@ -257,10 +269,17 @@ class _Call(NamedTuple):
     result: Any
     whole: _Whole | None = None
 
-    @property
-    def results(self) -> Sequence[Any]:
-        """The results, of which there may be one."""
-        return (self.result,) if isinstance(self.result, Tensor) else self.result
+    def key(self) -> tuple[Any, ...] | None:
+        """Return what other calls have in common that compute the same; None where that is not known.
+
+        A second derivative is taken along each coordinate, and much of it is the same for all.
+        """
+        if self.kwargs or torch.Tag.nondeterministic_seeded in self.func.tags:
+            return None
+        places = [self.slots.get(id(a)) if isinstance(a, Tensor) else repr(a) for a in self.args]
+        if None in places or any(tensors((a,)) for a in self.args if not isinstance(a, Tensor)):
+            return None
+        return (self.func, *places)
 
 
 def _by_dual_numbers(call: _Call, ctx: OperatorContext) -> Sequence[Map]:
@@ -318,6 +337,12 @@ def _by_double_backward(
     gradients = torch.autograd.grad(result, list(leaves.values()), u, create_graph=True, allow_unused=True)
     pairs = [(g, tangents[slots[key]]) for key, g in zip(leaves, gradients, strict=True) if g is not None]
     return torch.autograd.grad([g for g, _ in pairs], u, [t for _, t in pairs])[0]
+
+
+@functools.cache
+def _is_mutable(func: OpOverload) -> bool:
+    """Return whether an operator writes to an argument."""
+    return bool(schema_of(func).is_mutable)
 
 
 def _out_of_place(func: OpOverload) -> OpOverload | None:
