@@ -99,10 +99,9 @@ class OperatorTape:
                 func = aten.zeros.default
             return func(*args, **kwargs)
         if _is_mutable(func):
-            return self._call_in_place(func, args, kwargs, self._slots(inputs))
+            return self._call_in_place(func, args, kwargs, {id(t): self._slot(t) for t in inputs})
         result = func(*args, **kwargs)
-        if any(t.is_floating_point() or t.is_complex() for t in tensors((result,))):
-            self._last = _Call(func, args, kwargs, self._slots(inputs), result)
+        self._last = _Call(func, args, kwargs, inputs, {}, result)
         return result
 
     def _call_in_place(
@@ -111,7 +110,7 @@ class OperatorTape:
         """Make a call that writes to its first argument: the map is that of the operator that returns a new tensor."""
         if all(slot is None for slot in slots.values()):
             result = func(*args, **kwargs)
-            self._last = _Call(func, args, kwargs, slots, result)
+            self._last = _Call(func, args, kwargs, [], slots, result)
             return result
         copying = _out_of_place(func)
         if copying is None:
@@ -129,14 +128,8 @@ class OperatorTape:
 
         copies, named = map_nested(before, args), map_nested(before, kwargs)
         result = func(*args, **kwargs)
-        self._last = _Call(copying, copies, named, slots, result, whole)
+        self._last = _Call(copying, copies, named, [], slots, result, whole)
         return result
-
-    def _slots(self, inputs: list[Tensor]) -> dict[int, int | None]:
-        slots = {id(t): self._slot(t) for t in inputs}
-        if has_saved_tensor_hooks() and any(slot is not None for slot in slots.values()):
-            raise TapeUnsupported("gradient checkpointing, or other hooks on saved tensors")
-        return slots
 
     def _slot(self, tensor: Tensor) -> int | None:
         """Return where the tangent of a tensor that requires a gradient stands; None for a constant."""
@@ -167,10 +160,12 @@ class OperatorTape:
         call, self._last = self._last, None
         if call is None:
             return
-        results = (call.result,) if isinstance(call.result, Tensor) else call.result
+        results = call.result if isinstance(call.result, (tuple, list)) else (call.result,)
         nodes = [t.grad_fn if isinstance(t, Tensor) else None for t in results]
         if all(node is None for node in nodes):
             return
+        for tensor in call.inputs:
+            call.slots[id(tensor)] = self._slot(tensor)
         key = call.key()
         slots = self._same.get(key) if key else None
         if slots is None:
@@ -188,7 +183,7 @@ class OperatorTape:
         if all(slot is None for slot in call.slots.values()):
             return [None] * len(results)
         return [
-            None if node is None else self._maps.add(call.func.name(), tangent_map, call.slots.values(), result)
+            None if node is None else self._maps.add(_name(call.func), tangent_map, call.slots.values(), result)
             for result, node, tangent_map in zip(results, nodes, self._maps_of(call), strict=True)
         ]
 
@@ -232,6 +227,8 @@ class _Functions(Decompose):
     ) -> Any:
         if func in UNFOLLOWED:
             raise TapeUnsupported(f"{func.__name__} inside the model")
+        if has_saved_tensor_hooks() and torch.is_grad_enabled():
+            raise TapeUnsupported("gradient checkpointing, or other hooks on saved tensors")
         composite = COMPOSITES.get(func)
         if composite is not None:
             return composite(*args, **(kwargs or {}))
@@ -265,6 +262,7 @@ class _Call(NamedTuple):
     func: OpOverload
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    inputs: list[Tensor]
     slots: dict[int, int | None]
     result: Any
     whole: _Whole | None = None
@@ -274,10 +272,10 @@ class _Call(NamedTuple):
 
         A second derivative is taken along each coordinate, and much of it is the same for all.
         """
-        if self.kwargs or torch.Tag.nondeterministic_seeded in self.func.tags:
+        if self.kwargs or _is_random(self.func):
             return None
         places = [self.slots.get(id(a)) if isinstance(a, Tensor) else repr(a) for a in self.args]
-        if None in places or any(tensors((a,)) for a in self.args if not isinstance(a, Tensor)):
+        if None in places or any(type(a) in (list, tuple) and tensors(a) for a in self.args):
             return None
         return (self.func, *places)
 
@@ -285,7 +283,7 @@ class _Call(NamedTuple):
 def _by_dual_numbers(call: _Call, ctx: OperatorContext) -> Sequence[Map]:
     """Return the maps of an operator without a rule: they run it again, on dual numbers."""
     func, args, kwargs, slots = call.func, call.args, call.kwargs, call.slots
-    if torch.Tag.nondeterministic_seeded in func.tags:
+    if _is_random(func):
         raise TapeUnsupported(f"{func.name()} draws random numbers")
     if func in _MOVES_STATISTICS and args[5]:
         args = (*args[:3], None, None, *args[5:])  # which the call has moved, once
@@ -337,6 +335,17 @@ def _by_double_backward(
     gradients = torch.autograd.grad(result, list(leaves.values()), u, create_graph=True, allow_unused=True)
     pairs = [(g, tangents[slots[key]]) for key, g in zip(leaves, gradients, strict=True) if g is not None]
     return torch.autograd.grad([g for g, _ in pairs], u, [t for _, t in pairs])[0]
+
+
+@functools.cache
+def _is_random(func: OpOverload) -> bool:
+    """Return whether an operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+@functools.cache
+def _name(func: OpOverload) -> str:
+    return func.name()
 
 
 @functools.cache

@@ -154,7 +154,7 @@ def product(ctx: OperatorContext, a: Tensor, b: Tensor) -> Any:
         da, db = tangent_at(tangents, at_a), tangent_at(tangents, at_b)
         if da is None:
             return a * db
-        return da * b if db is None else torch.addcmul(da * b, a, db)
+        return da * b if db is None else (da * b).addcmul_(a, db)
 
     return tangent_map
 
@@ -195,16 +195,18 @@ def tanh(ctx: OperatorContext, x: Tensor) -> Any:
 
 
 def tanh_backward(ctx: OperatorContext, g: Tensor, y: Tensor) -> Any:
-    """q = g (1 - y²);  q̇ = ġ (1 - y²) - 2 g y ẏ, the factor of ẏ kept from one product to the next."""
+    """q = g (1 - y²);  q̇ = ġ (1 - y²) - 2 g y ẏ, with g y kept from one product to the next."""
     at_g, at_y, y = ctx.tangent_index(g), ctx.tangent_index(y), ctx.save(y)
     g = g if at_y is None else ctx.save(g)
-    factor = functools.cache(lambda: (g * y).mul_(-2))
+    factor = functools.cache(lambda: g * y)
 
     def tangent_map(tangents: Tangents) -> Tensor:
         dg, dy = tangent_at(tangents, at_g), tangent_at(tangents, at_y)
         if dy is None:
             return aten.tanh_backward(dg, y)
-        return factor() * dy if dg is None else aten.tanh_backward(dg, y).addcmul_(factor(), dy)
+        if dg is None:
+            return (factor() * dy).mul_(-2)
+        return aten.tanh_backward(dg, y).addcmul_(factor(), dy, value=-2)
 
     return tangent_map
 
