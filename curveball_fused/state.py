@@ -39,7 +39,7 @@ FIRST_LOSS_SCALE, FIRST_TANGENT_SIZE = 2.0**16, 2.0**-6
 ON_HOST = ("step", "active", "method", "compute_dtype")
 _NONE_YET = -1  # no checksum
 # Their places are what checkpoints hold.
-_METHODS = (None, "linearize", "forward", "double_backward", "compiled")
+_METHODS = (None, "linearize", "forward", "double_backward", "compiled", "linearize_operators")
 _COMPUTE_DTYPES = (None, torch.float16, torch.bfloat16)
 _INTERNAL = ("z_dot_z", "linear_term", "quadratic_term")
 _FORMER_KEY = "curveball"  # under which the numbers of all parameters once were

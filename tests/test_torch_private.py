@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,20 @@ def dispatch_seen() -> bool:
     return names == ["aten::sin"]
 
 
+def operators_seen_without_the_compiler() -> bool:
+    program = """
+import sys, torch
+from curveball_fused._torch_private import OperatorMode
+class Mode(OperatorMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {})) + 1
+with Mode():
+    assert torch.zeros(()).sin() == 1
+assert "torch._dynamo" not in sys.modules
+"""
+    return subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
 def functions_disabled() -> bool:
     class Own(torch.Tensor):
         @classmethod
@@ -196,6 +212,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "OpOverload": lambda: isinstance(torch.ops.aten.sin.default, private.OpOverload),
     "OpOverloadPacket": lambda: isinstance(torch.ops.aten.sin, private.OpOverloadPacket),
     "TorchDispatchMode": dispatch_seen,
+    "OperatorMode": operators_seen_without_the_compiler,
     "base_of": lambda: private.base_of(X[0]) is X and private.base_of(X) is None,
     "buffers_of": lambda: set(private.buffers_of(nn.BatchNorm1d(3))) >= {"running_mean", "running_var"},
     "checks_errors": lambda: private.checks_errors(torch.zeros((), dtype=torch.int32), "inv", is_matrix=True) is None,

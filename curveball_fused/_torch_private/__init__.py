@@ -21,11 +21,13 @@ from torch._compile import _disable_dynamo as disable_dynamo  # unlike torch.com
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from typing_extensions import override
 
 __all__ = [
     "DisableTorchFunction",
     "OpOverload",
     "OpOverloadPacket",
+    "OperatorMode",
     "TorchDispatchMode",
     "base_of",
     "buffers_of",
@@ -76,6 +78,15 @@ set_forward_grad_enabled = fwAD._set_fwd_grad_enabled
 base_of: Any = attrgetter("_base")  # of a view: the tensor whose memory it shows, or None
 version_of: Any = attrgetter("_version")  # of a tensor: how often it has been written to
 schema_of: Any = attrgetter("_schema")  # of an operator
+
+
+class OperatorMode(TorchDispatchMode):
+    """A mode of operators that may not meet the compiler, and so does not import it, which takes seconds."""
+
+    @classmethod
+    @override
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:

@@ -1,4 +1,4 @@
-"""The method "linearize": one run of the model, which leaves a tape of tangent maps beside autograd's graph."""
+"""The methods "linearize" and "linearize_operators": one run of the model, which leaves a tape of tangent maps."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .linear_map import (
     independent_outputs,
     lost_tangent,
 )
+from .operator_tape import OperatorTape
 from .tape import Tape
 
 
@@ -30,11 +31,14 @@ class Linearized(LinearMap):
 
     def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str = "auto") -> None:
         self._params = params
-        self._tape = Tape(params, backend)
+        self._tape = self._new_tape(backend)
         with torch.enable_grad(), self._tape:
             self._outputs = checked_outputs(replay.first(model_fn))
         if not self._outputs.requires_grad:
             raise independent_outputs()
+
+    def _new_tape(self, backend: str) -> Tape | OperatorTape:
+        return Tape(self._params, backend)
 
     @override
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -52,3 +56,11 @@ class Linearized(LinearMap):
         if any(g is not None and id(p) not in self._tape.seen for p, g in zip(self._params, gradients, strict=True)):
             raise lost_tangent()
         return dense_gradients(self._params, gradients)
+
+
+class LinearizedOperators(Linearized):
+    """The same by a tape of operators, which follows gradients that the model itself takes."""
+
+    @override
+    def _new_tape(self, backend: str) -> OperatorTape:
+        return OperatorTape(self._params)

@@ -20,8 +20,8 @@ from curveball_fused.replay import Replay, Unrepeatable
 from .double_backward import DoubleBackward
 from .dual_numbers import DualNumbers
 from .linear_map import LinearMap, MethodUnsupported, ModelFn, NotTrainable, evaluate
-from .linearized import Linearized
-from .tape import TapeUnsupported
+from .linearized import Linearized, LinearizedOperators
+from .tangent_maps import TapeUnsupported
 from .torch_modes import ForwardModeUnsupported, announce, first_line
 
 
@@ -70,6 +70,13 @@ _LINEARIZE = Method(
     build=Linearized,
     advice='Change that, or use curvature="auto"',
 )
+_LINEARIZE_OPERATORS = Method(
+    name="linearize_operators",
+    description="one run of the model, which leaves a tape of the tangent maps of its operators",
+    build=lambda model_fn, params, replay, _: LinearizedOperators(model_fn, params, replay),
+    advice='Change that, or use curvature="auto"',
+    fallback="its operators are followed one by one instead",
+)
 _FORWARD = Method(
     name="forward",
     description="dual numbers",
@@ -92,8 +99,8 @@ _COMPILED = Method(
     advice="Leave compile=True off",
     evaluate=_evaluate_compiled,
 )
-AUTO = ("linearize", "forward", "double_backward")  # the order of fallback
-METHODS = {method.name: method for method in (_LINEARIZE, _FORWARD, _DOUBLE_BACKWARD, _COMPILED)}
+AUTO = ("linearize", "linearize_operators", "forward", "double_backward")  # the order of fallback
+METHODS = {method.name: method for method in (_LINEARIZE, _LINEARIZE_OPERATORS, _FORWARD, _DOUBLE_BACKWARD, _COMPILED)}
 
 
 def by_first_of(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -22,7 +22,8 @@ from curveball_fused.replay.generators import positions
 
 from .arguments import map_nested
 from .rules import COMPOSITES, IN_PLACE, RULES, Map, RuleContext, Tangents, snapshot, tensors, without_override
-from .torch_modes import Decompose, first_line
+from .tangent_maps import TangentMaps, TapeUnsupported
+from .torch_modes import Decompose
 
 _MOVES_STATISTICS = frozenset(("batch_norm", "instance_norm"))
 # What is read off a tensor without being computed from its elements.
@@ -32,10 +33,6 @@ _DIFFERENTIATES = frozenset((torch.autograd.grad, torch.autograd.backward, torch
 
 # How the tape handles a call.
 OWN_RULE, IN_PLACE_RULE, COMPOSITE, DUAL_NUMBERS = "own rule", "in-place rule", "composite", "dual numbers"
-
-
-class TapeUnsupported(Exception):
-    """The model does what the tape cannot follow; other methods can."""
 
 
 class Observer(Protocol):
@@ -81,10 +78,7 @@ class Tape(Decompose):
         self._known = {id(p): (weakref.ref(p), slot, version_of(p)) for slot, p in enumerate(params)}
         # What requires a gradient, but of parameters that aren't ours.
         self._constant: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._maps: list[_Entry] = []
-        self._saved: list[tuple[Tensor, int]] = []
-        self._parameters = len(params)
-        self._device_type = params[0].device.type
+        self._maps = TangentMaps(params)
         self.seen: set[int] = set()
 
     def __torch_function__(
@@ -132,31 +126,10 @@ class Tape(Decompose):
         Raises:
             TapeUnsupported: the outputs, or what a map reads, is not what it was when the tape saw it.
         """
-        if any(version_of(t) != version for t, version in self._saved):
-            raise TapeUnsupported("a tensor that was written to after it was used")
         last = self.tangent_index(outputs)
         if last is None:
             raise TapeUnsupported("outputs that do not depend on a parameter")
-        values: Tangents = [*tangents, *[None] * len(self._maps)]
-        with torch.no_grad(), torch.autocast(self._device_type, enabled=False):
-            for slot, entry, spent in self._order(last):
-                values[slot] = entry.tangent(values)
-                for read in spent:  # the memory of a tangent that nobody reads any more
-                    values[read] = None
-        tangent = values[last]
-        assert tangent is not None
-        return tangent
-
-    def _order(self, last: int) -> list[tuple[int, _Entry, list[int]]]:
-        """Return what leads to the slot `last`: slots, their entries, and the slots that are not read after them."""
-        needed, order = {last}, []
-        for slot in range(last, self._parameters - 1, -1):
-            if slot in needed:
-                entry = self._maps[slot - self._parameters]
-                spent = [read for read in entry.reads if read not in needed]
-                needed.update(entry.reads)
-                order.append((slot, entry, spent))
-        return order[::-1]
+        return self._maps.jvp(tangents, last)
 
     def tangent_index(self, tensor: Tensor) -> int | None:
         """Return where the tangent of a tensor stands; None for a constant.
@@ -167,7 +140,7 @@ class Tape(Decompose):
         if known is not None and known[0]() is tensor:
             if known[2] != version_of(tensor):
                 return self._unknown(tensor, "a tensor that was written to")
-            if known[1] < self._parameters:
+            if known[1] < self._maps.parameters:
                 self.seen.add(id(tensor))
             return known[1]
         if tensor.requires_grad and not tensor.is_leaf:
@@ -215,7 +188,7 @@ class Tape(Decompose):
         if recorded is NotImplemented:
             return NotImplemented
         result, maps = recorded
-        self._saved += ctx.saved
+        self._maps.saved += ctx.saved
         if isinstance(result, Tensor):
             self._add(_name(func), result, maps, ctx)
         else:
@@ -227,11 +200,10 @@ class Tape(Decompose):
 
     def _add(self, name: str, result: Tensor, tangent_map: Map, ctx: RuleContext) -> None:
         if result.requires_grad:
-            if torch.is_autocast_enabled(self._device_type):
-                tangent_map = _under_autocast(tangent_map, self._device_type)
-            reads = list({slot for slot in ctx.slots.values() if slot is not None})
-            self._known[id(result)] = (weakref.ref(result), self._parameters + len(self._maps), version_of(result))
-            self._maps.append(_Entry(name, tangent_map, reads, result.shape, result.dtype))
+            if torch.is_autocast_enabled(self._maps.device_type):
+                tangent_map = _under_autocast(tangent_map, self._maps.device_type)
+            slot = self._maps.add(name, tangent_map, ctx.slots.values(), result)
+            self._known[id(result)] = (weakref.ref(result), slot, version_of(result))
             self.functions.add(name)
 
     def _by_dual_numbers(
@@ -256,7 +228,7 @@ class Tape(Decompose):
             if not isinstance(result, (Tensor, tuple, list)):
                 return self._refuse(func, f"{name} returns {type(result).__name__}", lambda: result)
             dual = _DualMaps(func, args, kwargs, ctx)
-            self._saved += ctx.saved
+            self._maps.saved += ctx.saved
             for index, one in enumerate((result,) if isinstance(result, Tensor) else result):
                 if isinstance(one, Tensor):
                     self._add(name, one, dual.map_of(None if isinstance(result, Tensor) else index), ctx)
@@ -272,28 +244,6 @@ def _refusal(func: Any) -> str:
     if has_saved_tensor_hooks():
         return "gradient checkpointing, or other hooks on saved tensors"
     return f"{func.__name__} inside the model" if func in _DIFFERENTIATES else ""
-
-
-class _Entry(NamedTuple):
-    """How to compute one tangent: the name of the function, the map, the slots that it reads; shape and dtype."""
-
-    name: str
-    map: Map
-    reads: list[int]
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def tangent(self, tangents: Tangents) -> Tensor:
-        """Return the tangent in the dtype of the result."""
-        try:
-            tangent = self.map(tangents)
-        except torch.OutOfMemoryError:
-            raise
-        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise TapeUnsupported(f"{self.name}: {first_line(error)}") from error
-        if tangent.shape != self.shape:
-            raise TapeUnsupported(f"{self.name}: its tangent has another shape")
-        return tangent if tangent.dtype == self.dtype else tangent.to(self.dtype)
 
 
 def _under_autocast(tangent_map: Map, device_type: str) -> Map:

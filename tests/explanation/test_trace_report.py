@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curveball_fused.curvature.tape import Tape, TapeUnsupported
+from curveball_fused.curvature.tangent_maps import TapeUnsupported
+from curveball_fused.curvature.tape import Tape
 from curveball_fused.explanation.trace_report import trace
 from tests.helpers.traceable_models import Double
 
