@@ -24,10 +24,18 @@ from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.curvature import LinearMap, ModelFn, Pullback, linearize
 from curveball_fused.curvature.finite_difference import Backward, difference
+from curveball_fused.curvature.torch_modes import announce
 from curveball_fused.loss_scale import Overflow, ScaledLinearMap, WideLinearMap, scale_tangents
 from curveball_fused.losses import LossFn, LossModel
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
+
+_NO_CURVATURE = (
+    "curveball_fused: loss_fn has no curvature in the outputs, as it is linear in them, perhaps piece by piece: the "
+    "steps are those of gradient descent, with a bound on their length. For Newton's let model_fn return the "
+    "predictions and give the whole loss as loss_fn, such as F.cross_entropy of logits; instead of an absolute value "
+    "or a hinge take a smooth one, such as F.smooth_l1_loss, F.huber_loss or F.softplus."
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class StepContext:
         compute_dtype: float16 or bfloat16 where the model computes in it, as far as known; else None.
         loss_scale: S, 0-dim float64, for float16.
         tangent_size: T, 0-dim float64, for float16.
+        is_first: whether it is the first step, in which the host may read a value.
     """
 
     settings: Settings
@@ -53,6 +62,7 @@ class StepContext:
     compute_dtype: torch.dtype | None
     loss_scale: Tensor
     tangent_size: Tensor
+    is_first: bool
 
     @cached_property
     def hooked(self) -> bool:
@@ -149,6 +159,8 @@ def measure(
     dots = context.dots(linear, r) if direct else None
     jr = linear.jvp_along(r, dots)
     products = products_with(jr)
+    if loss_model.lacks_curvature(look=context.is_first):
+        announce(_NO_CURVATURE, _NO_CURVATURE)
     overflow = linear.overflow(loss_model.loss, products, dots)
     settings = context.settings
     if settings.debug and full_gradient is None and not (overflow is not None and any(map(bool, overflow))):
@@ -156,7 +168,7 @@ def measure(
 
         step = debug.Step(
             method, model_fn, loss_fn, settings.sign, context.params, replay, context.z, outputs, jz, c,
-            linear.unscaled(r), jr, products,
+            linear.unscaled(r), jr, products, loss_model.has_own_curvature(),
         )  # fmt: skip
         debug.check(step)
     if full_gradient is not None:

@@ -54,7 +54,7 @@ def take_step(optimizer: Optimizer, inputs: StepInputs, settings: Settings) -> t
     shared = prepared(optimizer, settings)
     before = shared["scalars"]
     try:
-        return run_step(optimizer, inputs, shared, settings)
+        return run_step(optimizer, inputs, shared, settings, is_first=shared["step"] == 0)
     finally:
         if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too
             state.finish_step(shared)
@@ -69,11 +69,11 @@ def prepared(optimizer: Optimizer, settings: Settings) -> dict[str, Any]:
 
 
 def run_step(
-    optimizer: Optimizer, inputs: StepInputs, shared: dict[str, Any], settings: Settings
+    optimizer: Optimizer, inputs: StepInputs, shared: dict[str, Any], settings: Settings, is_first: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Do all that a step does on the device; return loss and outputs."""
+    """Do all that a step does on the device; return loss and outputs. In a first step the host may read a value."""
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-    context = _context(optimizer, inputs, groups, shared, settings)
+    context = _context(optimizer, inputs, groups, shared, settings, is_first)
     kind = kind_of(settings, shared["step"])
     replay = Replay(context.params, context.params[0].device)
     torch.clear_autocast_cache()  # it may hold half-precision copies of weights that have moved since
@@ -102,6 +102,7 @@ def _context(
     groups: Sequence[list[Tensor]],
     shared: dict[str, Any],
     settings: Settings,
+    is_first: bool,
 ) -> StepContext:
     params = [p for group in groups for p in group]
     own_scale, tangent_size = shared["scale"][0], shared["scale"][1]
@@ -114,6 +115,7 @@ def _context(
         compute_dtype=shared["compute_dtype"],
         loss_scale=own_scale if inputs.scaler is None else loss_scale.scale_from(inputs.scaler, params[0].device),
         tangent_size=tangent_size,
+        is_first=is_first,
     )
 
 

@@ -1,8 +1,8 @@
 """The quadratic model of a loss at the model's outputs: value, gradient g and Gauss-Newton products v ↦ H v.
 
-A `loss_fn` that returns `F.cross_entropy`, `F.mse_loss` or `F.binary_cross_entropy_with_logits` of the outputs, perhaps
-reshaped or sliced, is recognized and gets closed-form products. Every other loss gets autograd's double backward, on
-the loss alone.
+A `loss_fn` that returns `F.cross_entropy`, `F.nll_loss`, `F.mse_loss` or `F.binary_cross_entropy_with_logits` of the
+outputs, perhaps reshaped or sliced, is recognized and gets closed-form products. Every other loss gets autograd's
+double backward, on the loss alone, and where its Hessian is zero another curvature (see `missing_curvature`).
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from curveball_fused.backends.reference.closed_form_losses import (
-    CLOSED_FORMS,
-    Map,
-    Products,
-    Quadratic,
-    itself,
-    products,
-)
+from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS, Map, Products, products
 
 from .autograd_graph import nodes_of
 from .fused import fused
+from .missing_curvature import MissingCurvature
 from .recognition import RecognizedLoss, Recognizer
 
 LossFn = Callable[[Tensor], Tensor]
@@ -66,7 +61,12 @@ class LossModel:
         self._steps: tuple[Map, ...] = ()
         if call is not None and form is not None:
             self._view, self._steps = call.view, call.steps
-        self._form: Products = form or products(_by_autograd(loss, self._leaf), sign)
+        self._is_nll = call is not None and call.function is F.nll_loss
+        self._by_autograd: MissingCurvature | None = None
+        if form is None:
+            self._by_autograd = _by_autograd(loss, self._leaf, sign)
+            form = self._by_autograd.products
+        self._form: Products = form
 
     def gradient(self) -> Tensor:
         """Return g, of the outputs' shape and dtype."""
@@ -84,6 +84,21 @@ class LossModel:
         """
         c, products_with = self._form.at(self._seen_by_loss(tangent))
         return self._of_outputs(c), lambda tangent: products_with(self._seen_by_loss(tangent))
+
+    def lacks_curvature(self, look: bool) -> bool:
+        """Return whether another curvature stands in the place of a Hessian that is zero, as far as known.
+
+        Args:
+            look: whether a value may be read, for it is not always known without. All products must have been asked for
+                then.
+        """
+        if self._by_autograd is None:
+            return False
+        return self._by_autograd.is_linear or (look and bool(self._by_autograd.is_missing))
+
+    def has_own_curvature(self) -> bool:
+        """Return whether the products are those of the loss's Hessian; reads a value, after all have been asked for."""
+        return not (self._is_nll or self.lacks_curvature(look=True))
 
     def _of_outputs(self, cotangent: Tensor) -> Tensor:
         """Return a cotangent of what the loss has seen as one of the outputs, in their dtype."""
@@ -148,14 +163,12 @@ def _closed_form(call: RecognizedLoss, sign: float, backend: str) -> Products | 
     return None if quadratic is None else products(quadratic, sign)
 
 
-def _by_autograd(loss: Tensor, outputs: Tensor) -> Quadratic:
-    """Return g and H v = ∂<g, v>/∂outputs, which is zero where the loss is (piecewise) linear."""
+def _by_autograd(loss: Tensor, outputs: Tensor, sign: float) -> MissingCurvature:
+    """Return the products with g and H v = ∂<g, v>/∂outputs, of sign · loss."""
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        (gradient,) = torch.autograd.grad(sign * loss, outputs, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
-        if not gradient.requires_grad:
-            return torch.zeros_like(v)
         try:
             (hv,) = torch.autograd.grad(gradient, outputs, v, retain_graph=True, materialize_grads=True)
         except (NotImplementedError, RuntimeError) as error:
@@ -166,4 +179,4 @@ def _by_autograd(loss: Tensor, outputs: Tensor) -> Quadratic:
             raise
         return hv
 
-    return gradient.detach(), itself, product
+    return MissingCurvature(outputs.detach(), gradient.detach(), product if gradient.requires_grad else None)
