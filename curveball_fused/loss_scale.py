@@ -56,6 +56,10 @@ class WideLinearMap:
         """Return r = Jᵀu."""
         return self._linear.vjp(cotangent.to(self._dtype))
 
+    def without_graph(self) -> list[Tensor]:
+        """Return what the run of the model has left, depends on the parameters, and has no graph that tells so."""
+        return self._linear.without_graph()
+
     def jvp_along(self, r: Sequence[Tensor], dots: Tensor | None) -> Tensor:
         """Return J r of what `vjp` returned; `dots` are `[z·z, z·r, r·r]`, unscaled, if they are known."""
         return at_least_float32(self._jvp(r))

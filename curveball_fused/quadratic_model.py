@@ -80,13 +80,12 @@ class StepContext:
             return ScaledLinearMap(linear, outputs.dtype, self.loss_scale, self.tangent_size)
         return WideLinearMap(linear, outputs.dtype)
 
-    def loss_model(self, loss_fn: LossFn, outputs: Tensor, replay: Replay) -> LossModel:
+    def loss_model(self, loss_fn: LossFn, outputs: Tensor, linear: WideLinearMap, replay: Replay) -> LossModel:
         """Return the quadratic model of the loss at the outputs."""
         seen = at_least_float32(outputs)
         settings = self.settings
-        return LossModel(
-            lambda out: replay.first(lambda: loss_fn(out)), seen, settings.sign, self.params, settings.backend
-        )
+        hidden = [*self.params, *linear.without_graph()]
+        return LossModel(lambda out: replay.first(lambda: loss_fn(out)), seen, settings.sign, hidden, settings.backend)
 
     def dots(self, linear: WideLinearMap, r: list[Tensor]) -> Tensor:
         """Return `[z·z, z·r, r·r]`, taken directly."""
@@ -151,7 +150,7 @@ def measure(
     if previous_system is not None and not context.hooked:
         return _measure_between_solves(context, model_fn, loss_fn, replay, previous_system, full_gradient)
     method, linear, outputs, jz, compute_dtype = _linearize(context, model_fn, replay, full_gradient)
-    loss_model = context.loss_model(loss_fn, outputs, replay)
+    loss_model = context.loss_model(loss_fn, outputs, linear, replay)
     c, products_with = loss_model.cotangent(jz)  # c = H Jz + g
     r = _pull_back(context, linear, loss_model, c, full_gradient)  # r = Jᵀc
     # Adjointness does not hold of gradients that are rounded to a lower precision or altered by a hook.
@@ -190,7 +189,7 @@ def measure_with_curvature_batch(
     outputs = backward.outputs
     compute_dtype = _half_precision({outputs.dtype, *replay.dtypes}, context.params)
     linear = context.wide(backward, outputs, compute_dtype)
-    loss_model = context.loss_model(loss_fn, outputs, replay)
+    loss_model = context.loss_model(loss_fn, outputs, linear, replay)
     full_gradient = FullGradient(linear.vjp(loss_model.gradient()), linear.is_scaled, compute_dtype)
     scratch_replay = Replay(context.params, context.params[0].device)
     try:
@@ -221,7 +220,7 @@ def _measure_between_solves(
         linear = context.wide(backward, outputs, compute_dtype)
     else:
         method, linear, outputs, jz, compute_dtype = _linearize(context, model_fn, replay, full_gradient)
-    loss_model = context.loss_model(loss_fn, outputs, replay)
+    loss_model = context.loss_model(loss_fn, outputs, linear, replay)
     c, products_with = loss_model.cotangent(jz)
     r = _pull_back(context, linear, loss_model, c, full_gradient)
     dots = context.dots(linear, r)

@@ -7,7 +7,8 @@ double backward, on the loss alone, and where its Hessian is zero another curvat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class LossModel:
         loss_fn: maps the outputs to the scalar loss.
         outputs: the model's predictions, any shape and floating dtype, detached.
         sign: 1, or -1 where the loss is to be maximized.
-        params: parameters, which `loss_fn` must not use directly.
+        hidden: what depends on the parameters, and they themselves: the loss must use none of it, but for the outputs.
         backend: whose kernels compute the products, where it has them.
 
     Attributes:
@@ -42,15 +43,16 @@ class LossModel:
     """
 
     def __init__(
-        self, loss_fn: LossFn, outputs: Tensor, sign: float, params: Iterable[Tensor], backend: str = "auto"
+        self, loss_fn: LossFn, outputs: Tensor, sign: float, hidden: Iterable[Tensor], backend: str = "auto"
     ) -> None:
         self._leaf = outputs.detach().requires_grad_()
-        with torch.enable_grad(), Recognizer(self._leaf) as seen:
+        hidden = list(hidden)
+        with torch.enable_grad(), _requiring_gradients(hidden), Recognizer(self._leaf) as seen:
             returned = _in_place_explained(loss_fn, self._leaf)
         call = seen.recognized(returned)
         form = None if call is None else _closed_form(call, sign, backend)
         # What has a closed form is a scalar, and sees no other tensor that requires a gradient.
-        loss = _general(returned, params) if form is None else returned
+        loss = _general(returned, hidden) if form is None else returned
         if not loss.requires_grad:
             raise RuntimeError(
                 "loss_fn returned a value that does not depend on the outputs it was given: compute the loss from its "
@@ -125,12 +127,25 @@ def checked_loss(loss: Any) -> Tensor:
     return loss.reshape(())
 
 
-def _general(returned: Any, params: Iterable[Tensor]) -> Tensor:
+def _general(returned: Any, hidden: Iterable[Tensor]) -> Tensor:
     """Return a loss of unknown origin, checked."""
     with torch.enable_grad():
         loss = checked_loss(returned)
-    _refuse_parameters(loss, {id(p) for p in params})
+    _refuse_hidden(loss, hidden)
     return loss
+
+
+@contextmanager
+def _requiring_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let all of the tensors require gradients within the block, so that the graph of what uses them tells of it."""
+    without = [t for t in tensors if not t.requires_grad]
+    for t in without:
+        t.requires_grad_()
+    try:
+        yield
+    finally:
+        for t in without:
+            t.requires_grad_(False)
 
 
 def _in_place_explained(loss_fn: LossFn, outputs: Tensor) -> Tensor:
@@ -145,12 +160,15 @@ def _in_place_explained(loss_fn: LossFn, outputs: Tensor) -> Tensor:
         raise
 
 
-def _refuse_parameters(loss: Tensor, params: set[int]) -> None:
-    """Raise where the loss reaches a parameter other than through the outputs."""
-    if any(id(getattr(node, "variable", None)) in params for node in nodes_of(loss)):
+def _refuse_hidden(loss: Tensor, hidden: Iterable[Tensor]) -> None:
+    """Raise where the loss reaches a parameter, or what depends on one, other than through the outputs."""
+    ids, graphs = {id(t) for t in hidden}, {t.grad_fn for t in hidden} - {None}
+    if any(id(getattr(node, "variable", None)) in ids or node in graphs for node in nodes_of(loss)):
         raise RuntimeError(
-            "loss_fn uses a parameter of the optimizer directly, which the Gauss-Newton products would miss: use "
-            "weight_decay=, or let model_fn return what the loss needs of the parameters."
+            "loss_fn reads what depends on the parameters beside the outputs: a parameter, or what the model has kept "
+            "of its run. The Gauss-Newton products would miss it. Let model_fn return it with the outputs, as in "
+            "torch.cat([outputs.flatten(), extra.flatten()]), and loss_fn take it from there; for a penalty on "
+            "parameters use weight_decay=."
         )
 
 

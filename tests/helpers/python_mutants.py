@@ -95,6 +95,14 @@ QUADRATIC_MODEL = [
         "return entry is not None",
         "losses/test_loss_model.py::test_is_not_mistaken_for_another",
     ),
+    PythonMutant(
+        "what_a_run_by_dual_numbers_has_kept_is_a_constant_to_the_loss",
+        "curvature/dual_numbers.py",
+        "if _is_dual(ref())]",
+        "if ref() is None]",
+        "losses/test_hidden_tensors.py::test_refused_by_every_method",
+        "forward",
+    ),
 ]
 
 AVERAGING = [
