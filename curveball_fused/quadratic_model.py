@@ -103,6 +103,7 @@ class QuadraticTerms(NamedTuple):
         overflow: what float16 could not hold.
         method: by which the model was linearized.
         compute_dtype: the half precision that the model computes in, or None.
+        loss_size: of a loss that may be concave somewhere, as `LossModel` has it; None of others.
     """
 
     loss: Tensor
@@ -113,6 +114,7 @@ class QuadraticTerms(NamedTuple):
     overflow: Overflow | None
     method: str
     compute_dtype: torch.dtype | None
+    loss_size: Tensor | None
 
 
 class FullGradient(NamedTuple):
@@ -173,7 +175,7 @@ def measure(
     if full_gradient is not None:
         assert dots is not None
         products = averaging.consistent(products, dots)
-    return QuadraticTerms(loss_model.loss, outputs, r, products, dots, overflow, method, compute_dtype)
+    return QuadraticTerms(loss_model.loss, outputs, r, products, dots, overflow, method, compute_dtype, loss_model.size)
 
 
 def measure_with_curvature_batch(
@@ -228,7 +230,7 @@ def _measure_between_solves(
     products = averaging.products_from_previous_system(previous_system, of_z, dots)
     products = averaging.consistent(products, dots)
     overflow = linear.overflow(loss_model.loss, of_z, dots)
-    return QuadraticTerms(loss_model.loss, outputs, r, products, dots, overflow, method, compute_dtype)
+    return QuadraticTerms(loss_model.loss, outputs, r, products, dots, overflow, method, compute_dtype, loss_model.size)
 
 
 def _linearize(

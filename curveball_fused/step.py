@@ -16,7 +16,14 @@ from torch.optim import Optimizer
 from curveball_fused import averaging, loss_scale, ops, state
 from curveball_fused._torch_private import disable_dynamo
 from curveball_fused.backends.dtypes import at_least_float32
-from curveball_fused.backends.scalars import Z_DOT_Z
+from curveball_fused.backends.scalars import (
+    BETA,
+    LINEAR_TERM,
+    PREDICTED_CHANGE,
+    QUADRATIC_TERM,
+    SAFE_STEPS,
+    Z_DOT_Z,
+)
 from curveball_fused.curvature import METHODS, ModelFn
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.losses import LossFn, checked_loss
@@ -82,6 +89,7 @@ def run_step(
             previous_system = None if kind.full_solve else shared["system"]
             terms = _measure(context, inputs, replay, previous_system)  # (1-4)  r = Jᵀ(H Jz + g)
             system, scalars = _solve(terms, inputs, shared, settings)  # (5-7)  [β, -ρ] = A⁺ b
+            scalars = _bounded(scalars, shared["scalars"], terms.loss_size, settings)
             scalars = _update(context, groups, terms, scalars)  # (8)  z ← ρz - βΔ;  w ← w + lr z
             _remember(optimizer, inputs, shared, terms, system, scalars)
         except BaseException:
@@ -152,6 +160,23 @@ def _solve(
         decay=settings.average,
         rho=settings.rho,
     )
+
+
+def _bounded(scalars: Tensor, before: Tensor, loss_size: Tensor | None, settings: Settings) -> Tensor:
+    """Return the scalars with a safe step shortened to where the gradient expects no more than the loss has to give.
+
+    Only λ bounds such a step otherwise, as its curvature is not to be trusted, and that may be far too little for the
+    scale of model and loss.
+    """
+    if loss_size is None or settings.beta is not None or settings.rho is not None:
+        return scalars
+    expected = scalars[LINEAR_TERM]
+    too_long = (scalars[SAFE_STEPS] > before[SAFE_STEPS]) & (expected > loss_size) & (loss_size > 0)
+    factor = torch.where(too_long, loss_size / expected, 1.0)
+    bounded = scalars.clone()
+    for index in (BETA, LINEAR_TERM, QUADRATIC_TERM, PREDICTED_CHANGE):  # M is proportional, as both terms are equal
+        bounded[index].mul_(factor)
+    return bounded
 
 
 def _update(context: StepContext, groups: Sequence[list[Tensor]], terms: QuadraticTerms, scalars: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class LossModel:
 
     Attributes:
         loss: 0-dim, the user's own value, detached.
+        size: Σ |g_i o_i| over the outputs o, 0-dim float64; None of a loss with a closed form.
 
     Raises:
         TypeError, RuntimeError: `loss_fn` returned something other than a scalar that depends on the outputs.
@@ -68,6 +69,7 @@ class LossModel:
         if form is None:
             self._by_autograd = _by_autograd(loss, self._leaf, sign)
             form = self._by_autograd.products
+        self.size = None if self._by_autograd is None else self._by_autograd.size
         self._form: Products = form
 
     def gradient(self) -> Tensor:

@@ -26,6 +26,7 @@ class MissingCurvature:
         product: v ↦ H v; None for a loss whose gradient does not depend on the outputs.
 
     Attributes:
+        size: S, 0-dim float64.
         is_linear: whether there is no `product`.
         is_missing: whether the Hessian was zero, 0-dim bool; None before all products are known.
         products: for a step; bit for bit those of the Hessian where that is not zero.
@@ -37,7 +38,7 @@ class MissingCurvature:
         self.products = Products(lambda: gradient, self._at)
         self._gradient = gradient
         self._product = product or torch.zeros_like
-        self._size = (gradient * outputs).abs().sum(dtype=torch.float64)
+        self.size = (gradient * outputs).abs().sum(dtype=torch.float64)
 
     def _at(self, v: Tensor) -> tuple[Tensor, Map]:
         gradient = self._gradient
@@ -58,7 +59,7 @@ class MissingCurvature:
 
     def _substituted(self, hv: Tensor, v: Tensor, missing: Tensor) -> Tensor:
         """Return g <g, v> / S where the curvature is missing, else H v."""
-        along = torch.where(self._size == 0, 0.0, _dot(self._gradient, v) / self._size)
+        along = torch.where(self.size == 0, 0.0, _dot(self._gradient, v) / self.size)
         return torch.where(missing, self._gradient * along.to(v.dtype), hv)
 
 
