@@ -22,6 +22,16 @@ from .fused import fused
 from .missing_curvature import MissingCurvature
 from .recognition import RecognizedLoss, Recognizer
 
+# Of functions that torch differentiates once: by a word of the error, what to write in their place.
+_REPLACEMENTS = {
+    "cdist": "Instead of torch.cdist(a, b) write (a[:, None] - b).norm(dim=2).",
+    "pdist": "Instead of F.pdist(a) write (a[i] - a[j]).norm(dim=1) with i, j = torch.triu_indices(len(a), len(a), 1).",
+    "multi_margin": "Instead of F.multi_margin_loss: ((1 + o - o.gather(1, y[:, None])).relu() * (1 - "
+    "F.one_hot(y, o.shape[1]))).mean(), squared or F.softplus in place of relu for its curvature.",
+    "multilabel_margin": "Instead of F.multilabel_margin_loss use F.multilabel_soft_margin_loss.",
+    "ctc_loss": "Instead of F.ctc_loss: the sum over the alignments as a recursion in torch, see docs/losses.md.",
+}
+
 LossFn = Callable[[Tensor], Tensor]
 
 
@@ -194,9 +204,15 @@ def _by_autograd(loss: Tensor, outputs: Tensor, sign: float) -> MissingCurvature
         except (NotImplementedError, RuntimeError) as error:
             if "derivative" in str(error) or "differentiat" in str(error):
                 raise RuntimeError(
-                    f"the loss cannot be differentiated twice: {error}. Use a loss that can, for its curvature."
+                    f"the loss cannot be differentiated twice: {str(error).rstrip('.')}. {_replacement(str(error))}"
                 ) from error
             raise
         return hv
 
     return MissingCurvature(outputs.detach(), gradient.detach(), product if gradient.requires_grad else None)
+
+
+def _replacement(error: str) -> str:
+    """Return what to do about a loss that cannot be differentiated twice."""
+    known = (advice for word, advice in _REPLACEMENTS.items() if word in error)
+    return next(known, "Use a loss that can, for its curvature.")
