@@ -15,7 +15,7 @@ from curveball_fused import CurveBall
 from curveball_fused.cuda_graphs.host_reads import NoHostReads
 from curveball_fused.losses import LossModel
 from tests.helpers.oracle import DenseCurveBall
-from tests.helpers.training import BACKENDS
+from tests.helpers.training import BACKENDS, assert_equal
 
 METHODS = ["linearize", "forward", "double_backward"]
 GENERATOR = torch.Generator().manual_seed(0)
@@ -185,6 +185,22 @@ def test_debug_mode_has_no_objection(name: str) -> None:
     head, loss_fn = EVERY[name]
     net = net_of()
     warned(lambda: head(net(X)), loss_fn, net, debug=True)
+
+
+def test_resumes_bit_for_bit() -> None:
+    head, loss_fn = EVERY["hinge"]
+    results = []
+    for stop in (None, 3):
+        net = net_of()
+        optimizer = CurveBall(net.parameters(), lambda_interval=2)
+        for step in range(8):
+            if step == stop:
+                saved = optimizer.state_dict()
+                optimizer = CurveBall(net.parameters(), lambda_interval=2)
+                optimizer.load_state_dict(saved)
+            optimizer.step(lambda: head(net(X)), loss_fn)
+        results.append([*net.parameters(), *optimizer.stats().values()])
+    assert_equal(*results)
 
 
 def test_in_float32_and_half_precision() -> None:
