@@ -69,6 +69,10 @@ class WideLinearMap:
         """Return how far the compared outputs differ; None where the model runs once."""
         return cast(LinearMap, self._linear).difference_of_runs()
 
+    def without_graph(self) -> list[Tensor]:
+        """Return what the run of the model has left, depends on the parameters, and has no graph that tells so."""
+        return self._linear.without_graph()
+
     def jvp_along(self, r: Sequence[Tensor], dots: Tensor | None) -> Tensor:
         """Return J r of what `vjp` returned; `dots` are `[z·z, z·r, r·r]`, unscaled, if they are known."""
         return at_least_float32(self._jvp(r))

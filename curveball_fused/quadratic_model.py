@@ -26,10 +26,18 @@ from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.curvature import LinearMap, Method, ModelFn, Pullback, by_first_of, refusal, refusals_of
 from curveball_fused.curvature.finite_difference import Backward, difference
 from curveball_fused.curvature.linear_map import own_gradients
+from curveball_fused.curvature.torch_modes import announce
 from curveball_fused.loss_scale import Overflow, ScaledLinearMap, WideLinearMap, scale_tangents
 from curveball_fused.losses import LossFn, LossModel
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
+
+_NO_CURVATURE = (
+    "curveball_fused: loss_fn has no curvature in the outputs, as it is linear in them, perhaps piece by piece: the "
+    "steps are those of gradient descent, with a bound on their length. For Newton's let model_fn return the "
+    "predictions and give the whole loss as loss_fn, such as F.cross_entropy of logits; instead of an absolute value "
+    "or a hinge take a smooth one, such as F.smooth_l1_loss, F.huber_loss or F.softplus."
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class StepContext:
         tangent_size: T, 0-dim float64, for float16.
         known_maps: methods and functions that the guard has found right; it adds to them.
         compares: whether the guard compares in this step in any case.
+        is_first: whether it is the first step, in which the host may read a value.
     """
 
     settings: Settings
@@ -59,6 +68,7 @@ class StepContext:
     tangent_size: Tensor
     known_maps: guard.Known
     compares: bool
+    is_first: bool
 
     @property
     def guarded(self) -> bool:
@@ -81,13 +91,12 @@ class StepContext:
             return ScaledLinearMap(linear, outputs.dtype, self.loss_scale, self.tangent_size)
         return WideLinearMap(linear, outputs.dtype)
 
-    def loss_model(self, loss_fn: LossFn, outputs: Tensor, replay: Replay) -> LossModel:
+    def loss_model(self, loss_fn: LossFn, outputs: Tensor, linear: WideLinearMap, replay: Replay) -> LossModel:
         """Return the quadratic model of the loss at the outputs."""
         seen = at_least_float32(outputs)
         settings = self.settings
-        return LossModel(
-            lambda out: replay.first(lambda: loss_fn(out)), seen, settings.sign, self.params, settings.backend
-        )
+        hidden = [*self.params, *linear.without_graph()]
+        return LossModel(lambda out: replay.first(lambda: loss_fn(out)), seen, settings.sign, hidden, settings.backend)
 
     def dots(self, linear: WideLinearMap, r: list[Tensor]) -> Tensor:
         """Return `[z·z, z·r, r·r]`, taken directly."""
@@ -106,6 +115,7 @@ class QuadraticTerms(NamedTuple):
         method: by which the model was linearized.
         compute_dtype: the half precision that the model computes in, or None.
         comparison: of the products with dot products taken directly; None where the step's number asks for none.
+        loss_size: of a loss that may be concave somewhere, as `LossModel` has it; None of others.
     """
 
     loss: Tensor
@@ -117,6 +127,7 @@ class QuadraticTerms(NamedTuple):
     method: str
     compute_dtype: torch.dtype | None
     comparison: guard.Comparison | None
+    loss_size: Tensor | None
 
 
 class FullGradient(NamedTuple):
@@ -175,7 +186,7 @@ def measure_with_curvature_batch(
     outputs = backward.outputs
     compute_dtype = _half_precision({outputs.dtype, *replay.dtypes}, context.params)
     linear = context.wide(backward, outputs, compute_dtype)
-    loss_model = context.loss_model(loss_fn, outputs, replay)
+    loss_model = context.loss_model(loss_fn, outputs, linear, replay)
     full_gradient = FullGradient(linear.vjp(loss_model.gradient()), linear.is_scaled, compute_dtype)
     scratch_replay = Replay(context.params, context.params[0].device)
     try:
@@ -208,7 +219,7 @@ def _measure_in_full(
     compares = first or context.compares
     if compares:
         linear.compare_runs()
-    loss_model = context.loss_model(loss_fn, outputs, replay)
+    loss_model = context.loss_model(loss_fn, outputs, linear, replay)
     c, products_with = loss_model.cotangent(jz)  # c = H Jz + g
     with refusals_of(method), own_gradients(context.params) if first else nullcontext():
         r = _pull_back(context, linear, loss_model, c, full_gradient)  # r = Jᵀc
@@ -219,6 +230,8 @@ def _measure_in_full(
     with refusals_of(method):
         jr = linear.jvp_along(r, dots)
     products = products_with(jr)
+    if loss_model.lacks_curvature(look=context.is_first):
+        announce(_NO_CURVATURE, _NO_CURVATURE)
     overflow = linear.overflow(loss_model.loss, products, dots)
     settings = context.settings
     if settings.debug and full_gradient is None and not (overflow is not None and any(map(bool, overflow))):
@@ -226,7 +239,7 @@ def _measure_in_full(
 
         step = debug.Step(
             method.name, model_fn, loss_fn, settings.sign, context.params, replay, context.z, outputs, jz, c,
-            linear.unscaled(r), jr, products,
+            linear.unscaled(r), jr, products, loss_model.has_own_curvature(),
         )  # fmt: skip
         debug.check(step)
     comparison = None
@@ -251,7 +264,9 @@ def _measure_in_full(
         products = averaging.consistent(products, dots)
     # A first step by a method may be any, in a training that was resumed too: it leaves no trace in the state.
     noted = comparison if context.compares else None
-    return QuadraticTerms(loss_model.loss, outputs, r, products, dots, overflow, method.name, compute_dtype, noted)
+    return QuadraticTerms(
+        loss_model.loss, outputs, r, products, dots, overflow, method.name, compute_dtype, noted, loss_model.size
+    )
 
 
 def _judge(
@@ -310,7 +325,7 @@ def _measure_between_solves(
         linear = context.wide(backward, outputs, compute_dtype)
     else:
         linear, outputs, jz, compute_dtype = _linearize(context, method, model_fn, replay, full_gradient)
-    loss_model = context.loss_model(loss_fn, outputs, replay)
+    loss_model = context.loss_model(loss_fn, outputs, linear, replay)
     c, products_with = loss_model.cotangent(jz)
     with refusals_of(method):
         r = _pull_back(context, linear, loss_model, c, full_gradient)
@@ -319,7 +334,9 @@ def _measure_between_solves(
     products = averaging.products_from_previous_system(previous_system, of_z, dots)
     products = averaging.consistent(products, dots)
     overflow = linear.overflow(loss_model.loss, of_z, dots)
-    return QuadraticTerms(loss_model.loss, outputs, r, products, dots, overflow, method.name, compute_dtype, None)
+    return QuadraticTerms(
+        loss_model.loss, outputs, r, products, dots, overflow, method.name, compute_dtype, None, loss_model.size
+    )
 
 
 def _linearize(

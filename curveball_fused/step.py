@@ -17,7 +17,14 @@ from torch.optim import Optimizer
 from curveball_fused import averaging, checks, guard, loss_scale, ops, state
 from curveball_fused._torch_private import disable_dynamo
 from curveball_fused.backends.dtypes import at_least_float32
-from curveball_fused.backends.scalars import Z_DOT_Z
+from curveball_fused.backends.scalars import (
+    BETA,
+    LINEAR_TERM,
+    PREDICTED_CHANGE,
+    QUADRATIC_TERM,
+    SAFE_STEPS,
+    Z_DOT_Z,
+)
 from curveball_fused.curvature import METHODS, ModelFn
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.losses import LossFn, checked_loss
@@ -67,7 +74,7 @@ def take_step(optimizer: Optimizer, inputs: StepInputs, settings: Settings) -> t
     shared = prepared(optimizer, settings)
     before = shared["scalars"]
     try:
-        return run_step(optimizer, inputs, shared, settings)
+        return run_step(optimizer, inputs, shared, settings, is_first=shared["step"] == 0)
     finally:
         if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too
             state.finish_step(optimizer.state, _parameters(optimizer), shared)
@@ -94,12 +101,12 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def run_step(
-    optimizer: Optimizer, inputs: StepInputs, shared: dict[str, Any], settings: Settings
+    optimizer: Optimizer, inputs: StepInputs, shared: dict[str, Any], settings: Settings, is_first: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Do all that a step does on the device; return loss and outputs."""
+    """Do all that a step does on the device; return loss and outputs. In a first step the host may read a value."""
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
     kind = kind_of(settings, shared["step"])
-    context = _context(optimizer, inputs, groups, shared, settings, kind)
+    context = _context(optimizer, inputs, groups, shared, settings, kind, is_first)
     replay = Replay(context.params, context.params[0].device)
     torch.clear_autocast_cache()  # it may hold half-precision copies of weights that have moved since
     with force_eager():
@@ -107,6 +114,7 @@ def run_step(
             previous_system = None if kind.full_solve else shared["system"]
             terms = _measure(context, inputs, replay, previous_system)  # (1-4)  r = Jᵀ(H Jz + g)
             system, scalars = _solve(terms, inputs, shared, settings)  # (5-7)  [β, -ρ] = A⁺ b
+            scalars = _bounded(scalars, shared["scalars"], terms.loss_size, settings)
             scalars = _update(context, groups, terms, scalars)  # (8)  z ← ρz - βΔ;  w ← w + lr z
             _remember(optimizer, inputs, shared, terms, system, scalars)
         except BaseException:
@@ -128,6 +136,7 @@ def _context(
     shared: dict[str, Any],
     settings: Settings,
     kind: StepKind,
+    is_first: bool,
 ) -> StepContext:
     params = [p for group in groups for p in group]
     own_scale, tangent_size = shared["scale"][0], shared["scale"][1]
@@ -142,6 +151,7 @@ def _context(
         tangent_size=tangent_size,
         known_maps=guard.known_maps(optimizer),
         compares=kind.compare,
+        is_first=is_first,
     )
 
 
@@ -178,6 +188,23 @@ def _solve(
         decay=settings.average,
         rho=settings.rho,
     )
+
+
+def _bounded(scalars: Tensor, before: Tensor, loss_size: Tensor | None, settings: Settings) -> Tensor:
+    """Return the scalars with a safe step shortened to where the gradient expects no more than the loss has to give.
+
+    Only λ bounds such a step otherwise, as its curvature is not to be trusted, and that may be far too little for the
+    scale of model and loss.
+    """
+    if loss_size is None or settings.beta is not None or settings.rho is not None:
+        return scalars
+    expected = scalars[LINEAR_TERM]
+    too_long = (scalars[SAFE_STEPS] > before[SAFE_STEPS]) & (expected > loss_size) & (loss_size > 0)
+    factor = torch.where(too_long, loss_size / expected, 1.0)
+    bounded = scalars.clone()
+    for index in (BETA, LINEAR_TERM, QUADRATIC_TERM, PREDICTED_CHANGE):  # M is proportional, as both terms are equal
+        bounded[index].mul_(factor)
+    return bounded
 
 
 def _update(context: StepContext, groups: Sequence[list[Tensor]], terms: QuadraticTerms, scalars: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from typing_extensions import override
 
-from curveball_fused._torch_private import dual_level
+from curveball_fused._torch_private import dual_level, is_functorch_wrapped
 from curveball_fused.replay import Replay
 
 from .linear_map import (
@@ -42,6 +43,7 @@ class DualNumbers(LinearMap):
         self._functions: set[str] = set()
         self._outputs: Tensor | None = None  # of the first run
         self._differences: list[Tensor] | None = None
+        self._without_graph: list[weakref.ref[Tensor]] | None = None
 
     @property
     @override
@@ -68,12 +70,18 @@ class DualNumbers(LinearMap):
             with substitute:
                 outputs = checked_outputs(self._run(self._model_fn))
             self._run = self._replay.again
+            if self._without_graph is None:
+                self._without_graph = [ref for ref in substitute.results if _is_dual(ref())]
             self._seen |= substitute.seen | ({id(outputs)} & duals.keys())
             primal, tangent = fwAD.unpack_dual(duals.get(id(outputs), outputs))
             if tangent is None:
                 raise independent_outputs() if not self._seen else lost_tangent()
             self._functions |= substitute.functions
             return self._compared(in_own_memory(primal.detach(), self._params)), tangent.detach()
+
+    @override
+    def without_graph(self) -> list[Tensor]:
+        return [t for t in (ref() for ref in self._without_graph or ()) if t is not None]
 
     @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
@@ -94,3 +102,10 @@ class DualNumbers(LinearMap):
         elif self._differences is not None:
             self._differences.append(relative_difference(outputs, self._outputs))
         return outputs
+
+
+def _is_dual(tensor: Tensor | None) -> bool:
+    # Other layouts, and what torch.func has wrapped, cannot be asked.
+    if tensor is None or tensor.layout != torch.strided or tensor.is_nested or is_functorch_wrapped(tensor):
+        return False
+    return fwAD.unpack_dual(tensor).tangent is not None

@@ -7,16 +7,25 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.replay import Replay
 
-from .linear_map import ModelFn, checked_outputs, dense_gradients, evaluate, in_own_memory, independent_outputs
+from .linear_map import (
+    ModelFn,
+    Pullback,
+    checked_outputs,
+    dense_gradients,
+    evaluate,
+    in_own_memory,
+    independent_outputs,
+)
 
 DIFFERENCE = 0.1  # of z, for its tangent: enough to stand out of rounding, also of reduced-precision multiplication
 
 
-class Backward:
+class Backward(Pullback):
     """Jᵀu alone: one run of the model and an ordinary backward pass.
 
     Attributes:
@@ -31,8 +40,8 @@ class Backward:
             raise independent_outputs()
         self.outputs = in_own_memory(self._outputs.detach(), params)
 
+    @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
-        """Return `Jᵀ u`, in the parameters' shapes and dtypes; it may be called once."""
         gradients = torch.autograd.grad(self._outputs, self._params, cotangent, allow_unused=True)
         return dense_gradients(self._params, gradients)
 

@@ -23,6 +23,10 @@ class Pullback(Protocol):
         It may be called once, as the memory that it reads is freed on the way.
         """
 
+    def without_graph(self) -> list[Tensor]:
+        """Return what the run of the model has left, depends on the parameters, and has no graph that tells so."""
+        return []
+
 
 class LinearMap(Pullback, Protocol):
     """The Jacobian J of a model at its parameters, as products with vectors."""

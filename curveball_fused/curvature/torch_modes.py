@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -77,6 +78,7 @@ class Substitute(Decompose):
 
     Attributes:
         seen: ids of the parameters that reached a torch call.
+        results: of torch calls, weakly.
     """
 
     def __init__(self, duals: dict[int, Tensor], backend: str) -> None:
@@ -84,6 +86,7 @@ class Substitute(Decompose):
         self._duals = duals
         self._backend = backend
         self.seen: set[int] = set()
+        self.results: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -96,7 +99,9 @@ class Substitute(Decompose):
         args = tuple([self._swap(a, swapped) for a in args])
         kwargs = {k: self._swap(v, swapped) for k, v in kwargs.items()} if kwargs else {}
         result = self._call(func, args, kwargs)
-        if swapped and _holds_tensor(result):  # to read a shape or a dtype is not to use the parameter
+        tensors = list(_tensors(result))
+        self.results += map(weakref.ref, tensors)
+        if swapped and tensors:  # to read a shape or a dtype is not to use the parameter
             self.seen.update(swapped)
         return result
 
@@ -138,8 +143,12 @@ class Substitute(Decompose):
         return value
 
 
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(_holds_tensor(v) for v in value))
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors(v)
 
 
 def _has_dropout(args: Any, kwargs: dict[str, Any] | None) -> bool:

@@ -29,7 +29,7 @@ def fused(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], sign: fl
     Raises:
         RuntimeError: `backend` names one that cannot run here.
     """
-    if not backends.has_fused_losses(backends.choose(backend, args[0].device)):
+    if function not in _FUSED or not backends.has_fused_losses(backends.choose(backend, args[0].device)):
         return None
     defaults = _defaults(function)
     given = defaults | dict(zip(defaults, args, strict=False)) | kwargs  # the loss itself has taken them already

@@ -1,30 +1,36 @@
 """The quadratic model of a loss at the model's outputs: value, gradient g and Gauss-Newton products v ↦ H v.
 
-A `loss_fn` that returns `F.cross_entropy`, `F.mse_loss` or `F.binary_cross_entropy_with_logits` of the outputs, perhaps
-reshaped or sliced, is recognized and gets closed-form products. Every other loss gets autograd's double backward, on
-the loss alone.
+A `loss_fn` that returns `F.cross_entropy`, `F.nll_loss`, `F.mse_loss` or `F.binary_cross_entropy_with_logits` of the
+outputs, perhaps reshaped or sliced, is recognized and gets closed-form products. Every other loss gets autograd's
+double backward, on the loss alone, and where its Hessian is zero another curvature (see `missing_curvature`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from curveball_fused.backends.reference.closed_form_losses import (
-    CLOSED_FORMS,
-    Map,
-    Products,
-    Quadratic,
-    itself,
-    products,
-)
+from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS, Map, Products, products
 
 from .autograd_graph import nodes_of
 from .fused import fused
+from .missing_curvature import MissingCurvature
 from .recognition import RecognizedLoss, Recognizer
+
+# Of functions that torch differentiates once: by a word of the error, what to write in their place.
+_REPLACEMENTS = {
+    "cdist": "Instead of torch.cdist(a, b) write (a[:, None] - b).norm(dim=2).",
+    "pdist": "Instead of F.pdist(a) write (a[i] - a[j]).norm(dim=1) with i, j = torch.triu_indices(len(a), len(a), 1).",
+    "multi_margin": "Instead of F.multi_margin_loss: ((1 + o - o.gather(1, y[:, None])).relu() * (1 - "
+    "F.one_hot(y, o.shape[1]))).mean(), squared or F.softplus in place of relu for its curvature.",
+    "multilabel_margin": "Instead of F.multilabel_margin_loss use F.multilabel_soft_margin_loss.",
+    "ctc_loss": "Instead of F.ctc_loss: the sum over the alignments as a recursion in torch, see docs/losses.md.",
+}
 
 LossFn = Callable[[Tensor], Tensor]
 
@@ -36,26 +42,28 @@ class LossModel:
         loss_fn: maps the outputs to the scalar loss.
         outputs: the model's predictions, any shape and floating dtype, detached.
         sign: 1, or -1 where the loss is to be maximized.
-        params: parameters, which `loss_fn` must not use directly.
+        hidden: what depends on the parameters, and they themselves: the loss must use none of it, but for the outputs.
         backend: whose kernels compute the products, where it has them.
 
     Attributes:
         loss: 0-dim, the user's own value, detached.
+        size: Σ |g_i o_i| over the outputs o, 0-dim float64; None of a loss with a closed form.
 
     Raises:
         TypeError, RuntimeError: `loss_fn` returned something other than a scalar that depends on the outputs.
     """
 
     def __init__(
-        self, loss_fn: LossFn, outputs: Tensor, sign: float, params: Iterable[Tensor], backend: str = "auto"
+        self, loss_fn: LossFn, outputs: Tensor, sign: float, hidden: Iterable[Tensor], backend: str = "auto"
     ) -> None:
         self._leaf = outputs.detach().requires_grad_()
-        with torch.enable_grad(), Recognizer(self._leaf) as seen:
+        hidden = list(hidden)
+        with torch.enable_grad(), _requiring_gradients(hidden), Recognizer(self._leaf) as seen:
             returned = _in_place_explained(loss_fn, self._leaf)
         call = seen.recognized(returned)
         form = None if call is None else _closed_form(call, sign, backend)
         # What has a closed form is a scalar, and sees no other tensor that requires a gradient.
-        loss = _general(returned, params) if form is None else returned
+        loss = _general(returned, hidden) if form is None else returned
         if not loss.requires_grad:
             raise RuntimeError(
                 "loss_fn returned a value that does not depend on the outputs it was given: compute the loss from its "
@@ -66,7 +74,13 @@ class LossModel:
         self._steps: tuple[Map, ...] = ()
         if call is not None and form is not None:
             self._view, self._steps = call.view, call.steps
-        self._form: Products = form or products(_by_autograd(loss, self._leaf), sign)
+        self._is_nll = call is not None and call.function is F.nll_loss
+        self._by_autograd: MissingCurvature | None = None
+        if form is None:
+            self._by_autograd = _by_autograd(loss, self._leaf, sign)
+            form = self._by_autograd.products
+        self.size = None if self._by_autograd is None else self._by_autograd.size
+        self._form: Products = form
 
     def gradient(self) -> Tensor:
         """Return g, of the outputs' shape and dtype."""
@@ -84,6 +98,21 @@ class LossModel:
         """
         c, products_with = self._form.at(self._seen_by_loss(tangent))
         return self._of_outputs(c), lambda tangent: products_with(self._seen_by_loss(tangent))
+
+    def lacks_curvature(self, look: bool) -> bool:
+        """Return whether another curvature stands in the place of a Hessian that is zero, as far as known.
+
+        Args:
+            look: whether a value may be read, for it is not always known without. All products must have been asked for
+                then.
+        """
+        if self._by_autograd is None:
+            return False
+        return self._by_autograd.is_linear or (look and bool(self._by_autograd.is_missing))
+
+    def has_own_curvature(self) -> bool:
+        """Return whether the products are those of the loss's Hessian; reads a value, after all have been asked for."""
+        return not (self._is_nll or self.lacks_curvature(look=True))
 
     def _of_outputs(self, cotangent: Tensor) -> Tensor:
         """Return a cotangent of what the loss has seen as one of the outputs, in their dtype."""
@@ -110,12 +139,25 @@ def checked_loss(loss: Any) -> Tensor:
     return loss.reshape(())
 
 
-def _general(returned: Any, params: Iterable[Tensor]) -> Tensor:
+def _general(returned: Any, hidden: Iterable[Tensor]) -> Tensor:
     """Return a loss of unknown origin, checked."""
     with torch.enable_grad():
         loss = checked_loss(returned)
-    _refuse_parameters(loss, {id(p) for p in params})
+    _refuse_hidden(loss, hidden)
     return loss
+
+
+@contextmanager
+def _requiring_gradients(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let all of the tensors require gradients within the block, so that the graph of what uses them tells of it."""
+    without = [t for t in tensors if not t.requires_grad]
+    for t in without:
+        t.requires_grad_()
+    try:
+        yield
+    finally:
+        for t in without:
+            t.requires_grad_(False)
 
 
 def _in_place_explained(loss_fn: LossFn, outputs: Tensor) -> Tensor:
@@ -130,12 +172,15 @@ def _in_place_explained(loss_fn: LossFn, outputs: Tensor) -> Tensor:
         raise
 
 
-def _refuse_parameters(loss: Tensor, params: set[int]) -> None:
-    """Raise where the loss reaches a parameter other than through the outputs."""
-    if any(id(getattr(node, "variable", None)) in params for node in nodes_of(loss)):
+def _refuse_hidden(loss: Tensor, hidden: Iterable[Tensor]) -> None:
+    """Raise where the loss reaches a parameter, or what depends on one, other than through the outputs."""
+    ids, graphs = {id(t) for t in hidden}, {t.grad_fn for t in hidden} - {None}
+    if any(id(getattr(node, "variable", None)) in ids or node in graphs for node in nodes_of(loss)):
         raise RuntimeError(
-            "loss_fn uses a parameter of the optimizer directly, which the Gauss-Newton products would miss: use "
-            "weight_decay=, or let model_fn return what the loss needs of the parameters."
+            "loss_fn reads what depends on the parameters beside the outputs: a parameter, or what the model has kept "
+            "of its run. The Gauss-Newton products would miss it. Let model_fn return it with the outputs, as in "
+            "torch.cat([outputs.flatten(), extra.flatten()]), and loss_fn take it from there; for a penalty on "
+            "parameters use weight_decay=."
         )
 
 
@@ -148,22 +193,26 @@ def _closed_form(call: RecognizedLoss, sign: float, backend: str) -> Products | 
     return None if quadratic is None else products(quadratic, sign)
 
 
-def _by_autograd(loss: Tensor, outputs: Tensor) -> Quadratic:
-    """Return g and H v = ∂<g, v>/∂outputs, which is zero where the loss is (piecewise) linear."""
+def _by_autograd(loss: Tensor, outputs: Tensor, sign: float) -> MissingCurvature:
+    """Return the products with g and H v = ∂<g, v>/∂outputs, of sign · loss."""
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        (gradient,) = torch.autograd.grad(sign * loss, outputs, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
-        if not gradient.requires_grad:
-            return torch.zeros_like(v)
         try:
             (hv,) = torch.autograd.grad(gradient, outputs, v, retain_graph=True, materialize_grads=True)
         except (NotImplementedError, RuntimeError) as error:
             if "derivative" in str(error) or "differentiat" in str(error):
                 raise RuntimeError(
-                    f"the loss cannot be differentiated twice: {error}. Use a loss that can, for its curvature."
+                    f"the loss cannot be differentiated twice: {str(error).rstrip('.')}. {_replacement(str(error))}"
                 ) from error
             raise
         return hv
 
-    return gradient.detach(), itself, product
+    return MissingCurvature(outputs.detach(), gradient.detach(), product if gradient.requires_grad else None)
+
+
+def _replacement(error: str) -> str:
+    """Return what to do about a loss that cannot be differentiated twice."""
+    known = (advice for word, advice in _REPLACEMENTS.items() if word in error)
+    return next(known, "Use a loss that can, for its curvature.")

@@ -80,6 +80,31 @@ def test_equal_to_ordinary_steps(options: dict[str, Any]) -> None:
     both(60, **options)
 
 
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "without curvature": lambda out, y: F.relu(1 + out - out.gather(1, y[:, None])).mean(),
+    "not convex": lambda out, y: (out.softmax(1).gather(1, y[:, None]) - 2).sin().mean(),
+    "log-probabilities": F.nll_loss,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_equal_to_ordinary_steps_with_another_loss(name: str) -> None:
+    results = []
+    for as_graph in (False, True):
+        model = nn.Sequential(net(), nn.LogSoftmax(1))
+        optimizer = CurveBall(model.parameters(), lambd=0.1)
+        loss_fn = LOSSES[name]
+        torch.manual_seed(8)
+        step = make_graphed_step(optimizer, model, loss_fn, (X[0], Y[0])) if as_graph else None
+        losses = []
+        for i in range(12):
+            x, y = X[i % BATCHES], Y[i % BATCHES]
+            loss, _ = step(x, y) if step else optimizer.step(lambda: model(x), lambda out: loss_fn(out, y))
+            losses.append(loss)
+        results.append([*losses, *model.state_dict().values(), *optimizer.history().values()])
+    assert_equal(*results)
+
+
 def test_two_hundred_steps_with_a_rate_on_the_device() -> None:
     def change(step: int, optimizer: CurveBall) -> None:
         if step == 0:

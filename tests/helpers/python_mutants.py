@@ -95,6 +95,22 @@ QUADRATIC_MODEL = [
         "return entry is not None",
         "losses/test_loss_model.py::test_is_not_mistaken_for_another",
     ),
+    PythonMutant(
+        "shares_of_the_outputs_cancel_in_the_size_of_a_loss",
+        "losses/missing_curvature.py",
+        "(gradient * outputs).abs().sum(",
+        "(gradient * outputs).sum(",
+        "losses/test_missing_curvature.py::test_the_matrix_in_its_place",
+        "hinge and torch",
+    ),
+    PythonMutant(
+        "what_a_run_by_dual_numbers_has_kept_is_a_constant_to_the_loss",
+        "curvature/dual_numbers.py",
+        "if _is_dual(ref())]",
+        "if ref() is None]",
+        "losses/test_hidden_tensors.py::test_refused_by_every_method",
+        "forward",
+    ),
 ]
 
 AVERAGING = [

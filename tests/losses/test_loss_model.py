@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ PROBABILITIES = torch.rand(7, CLASSES, dtype=torch.float64).softmax(1)
 WEIGHT = torch.rand(CLASSES, dtype=torch.float64) + 0.5
 TARGET = torch.randn(7, CLASSES, dtype=torch.float64)
 LABELS = torch.rand(7, CLASSES, dtype=torch.float64)
+
+LOG_PROBABILITIES, IMAGE_LOG_PROBABILITIES = LOGITS.log_softmax(1), IMAGES.log_softmax(1)
 
 Case = tuple[Tensor, Callable[[Tensor], Tensor]]
 RECOGNIZED: dict[str, Case] = {
@@ -73,6 +76,16 @@ RECOGNIZED |= {
         lambda o: F.cross_entropy(o.permute(0, 2, 3, 1).flatten(0, 2), IMAGE_INDEX.flatten()),
     ),
 }
+NLL: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {
+    "plain": (LOG_PROBABILITIES, INDEX, {}),
+    "sum": (LOG_PROBABILITIES, INDEX, dict(reduction="sum")),
+    "weight": (LOG_PROBABILITIES, INDEX, dict(weight=WEIGHT)),
+    "ignore_index": (LOG_PROBABILITIES, INDEX, dict(ignore_index=2)),
+    "all": (LOG_PROBABILITIES, INDEX, dict(weight=WEIGHT, ignore_index=2, reduction="sum")),
+    "images": (IMAGE_LOG_PROBABILITIES, IMAGE_INDEX, dict(weight=WEIGHT, ignore_index=0)),
+    "one sample": (LOG_PROBABILITIES[0], INDEX[0], dict(weight=WEIGHT)),
+    "targets in bytes": (LOG_PROBABILITIES, INDEX.to(torch.uint8), {}),
+}
 
 
 def _zero_first(x: Tensor) -> Tensor:
@@ -86,8 +99,8 @@ GENERAL: dict[str, Case] = {
     "not applied to the outputs": (LOGITS, lambda o: F.cross_entropy(o * 2, INDEX)),
     "huber": (LOGITS, lambda o: F.huber_loss(o, TARGET)),
     "exponential": (LOGITS, lambda o: torch.exp(-o * TARGET).mean()),
-    "linear": (LOGITS, lambda o: (o * TARGET).sum()),
-    "absolute": (LOGITS, lambda o: (o - TARGET).abs().mean()),
+    "nll of what is not the outputs": (LOGITS, lambda o: F.nll_loss(o.log_softmax(1), INDEX)),
+    "nll of probabilities": (PROBABILITIES, lambda o: F.nll_loss(o.log(), INDEX)),
     "mse of a vector of one": (LOGITS, lambda o: F.mse_loss(o, TARGET).view(1)),
     "reduction none": (LOGITS, lambda o: F.cross_entropy(o, INDEX, reduction="none").mean()),
     "target that depends on the outputs": (LOGITS, lambda o: F.mse_loss(o[:3], o[3:6])),
@@ -133,6 +146,28 @@ def test_against_the_hessian(name: str, sign: float) -> None:
     assert c.shape == model.gradient().shape == outputs.shape and products(jr).dtype == torch.float64
 
 
+@pytest.mark.usefixtures("no_double_backward")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("name", list(NLL))
+def test_nll_loss_has_its_own_gradient_and_the_curvature_of_cross_entropy(name: str, sign: float) -> None:
+    outputs, target, options = NLL[name]
+    jz, jr = torch.randn_like(outputs), torch.randn_like(outputs)
+    nll = LossModel(lambda o: F.nll_loss(o, target, **options), outputs, sign, [])
+    cross_entropy = LossModel(lambda o: F.cross_entropy(o, target, **options), outputs, sign, [])
+    leaf = outputs.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(sign * F.nll_loss(leaf, target, **options), leaf)
+    c, products = nll.cotangent(jz)
+    expected_c, expected_products = cross_entropy.cotangent(jz)
+    torch.testing.assert_close(nll.loss, cross_entropy.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(nll.gradient(), gradient, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(c - gradient, expected_c - cross_entropy.gradient(), rtol=1e-11, atol=1e-12)
+    ours, expected = products(jr), expected_products(jr)
+    curvature = [1, 3, 4]
+    torch.testing.assert_close(ours[curvature], expected[curvature], rtol=1e-11, atol=1e-12)
+    along = torch.stack(((gradient * jz).sum(), (gradient * jr).sum()))
+    torch.testing.assert_close(ours[[0, 2]], along, rtol=1e-11, atol=1e-12)
+
+
 @pytest.fixture
 def no_double_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
@@ -154,7 +189,7 @@ def test_the_fused_kernels_serve_the_usual_calls(monkeypatch: pytest.MonkeyPatch
     for name, (outputs, loss_fn) in RECOGNIZED.items():
         monkeypatch.setattr(backends, "has_fused_losses", lambda chosen: True)
         monkeypatch.setattr(losses, "products", lambda *_, name=name: served.add(name))
-        monkeypatch.setattr(losses, "_by_autograd", lambda *_: None)
+        monkeypatch.setattr(losses, "_by_autograd", Mock())
         LossModel(loss_fn, outputs, 1.0, [])
     not_fused = ("probabilities", "cross entropy mean images", "cross entropy sum images", "one sample")
     assert {name for name in served if not any(words in name for words in not_fused)} == {

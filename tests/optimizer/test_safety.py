@@ -47,6 +47,19 @@ def test_not_convex_loss_goes_down() -> None:
     assert losses[-1] == pytest.approx(-0.5, abs=1e-3)
 
 
+def test_not_convex_loss_does_not_explode() -> None:
+    """On inputs of size 10 a step of rate 1/λ is far too long, and the curvature along it negative."""
+    x = 10 * torch.randn(60, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3)).double()
+    optimizer, losses = CurveBall(net.parameters()), []
+    for _ in range(100):
+        loss, _ = optimizer.step(lambda: net(x), lambda out: F.triplet_margin_loss(out[:20], out[20:40], out[40:]))
+        losses.append(float(loss))
+    assert optimizer.stats()["safe_steps"] > 0
+    assert losses[-1] < losses[0] and max(losses) < 100 * losses[0]
+
+
 def test_autocast_around_the_step_looks_at_the_new_weights() -> None:
     """Autocast caches half-precision copies of the weights, which the update makes stale."""
     torch.manual_seed(0)

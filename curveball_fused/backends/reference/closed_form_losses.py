@@ -109,11 +109,7 @@ def cross_entropy(
         denominator = None
         g = p * s - t
     else:
-        index = target.long().unsqueeze(dim)
-        kept = index != ignore_index
-        index = index.where(kept, 0)
-        # The class weight of the target; 0 where the target is ignored.
-        own = kept.to(x.dtype) if weight is None else w.view(-1)[index] * kept
+        index, kept, own = _counted(target, weight, ignore_index, x, dim)
         denominator, scale = own.sum(), 1.0
         s, smooth = own, torch.zeros_like(own)
         if label_smoothing:
@@ -125,6 +121,60 @@ def cross_entropy(
         g = g.mul_(scale) if denominator is None else g.div_(denominator)
     h = p * s
     return g, lambda v: v - (p * v).sum(dim, keepdim=True), lambda v: h * v
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Quadratic | None:
+    """Return the closed form of L = -1/D Σ_n s_n input_n,target, for inputs that are log-probabilities.
+
+    As such they are logits of themselves, for which the same loss is `cross_entropy`, whose curvature this is: with
+    p = softmax(input), H v = s/D p (v - <p, v>). JᵀHJ is the same as for the logits that they were made of. The
+    gradient, g = -s/D at the targets, is this loss's own, so that it is right for any other input, too.
+
+    Args:
+        input: log-probabilities, `[C]` or `[N, C, ...]`.
+        target: classes.
+        weight: of the classes, `[C]`, or None.
+        size_average: torch's former option; a value has no closed form.
+        ignore_index: the target of rows that do not count.
+        reduce: torch's former option; a value has no closed form.
+        reduction: "mean" or "sum"; "none" has no closed form.
+
+    Returns:
+        g, the identity, as <p, v> is zero of log-probabilities' tangents but for rounding, and v ↦ H v; or None.
+    """
+    if size_average is not None or reduce is not None or reduction not in ("mean", "sum"):
+        return None
+    dim = 0 if input.dim() == 1 else 1
+    x = at_least_float32(input.detach())
+    index, _, s = _counted(target, weight, ignore_index, x, dim)
+    if reduction == "mean":
+        s = s / s.sum()
+    p = torch.softmax(x, dim)
+    h = p * s
+    g = torch.zeros_like(x).scatter_(dim, index, -s)
+    return g, itself, lambda v: h * (v - (p * v).sum(dim, keepdim=True))
+
+
+def _counted(
+    target: Tensor, weight: Tensor | None, ignore_index: int, x: Tensor, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the targets as indices along `dim`, which of them are not ignored, and the weights of their classes.
+
+    An ignored target has index and weight 0.
+    """
+    index = target.long().unsqueeze(dim)
+    kept = index != ignore_index
+    index = index.where(kept, 0)
+    own = kept.to(x.dtype) if weight is None else weight.detach().to(x.dtype)[index] * kept
+    return index, kept, own
 
 
 def mse_loss(
@@ -183,6 +233,7 @@ def binary_cross_entropy_with_logits(
 
 CLOSED_FORMS: dict[Any, Callable[..., Quadratic | None]] = {
     F.cross_entropy: cross_entropy,
+    F.nll_loss: nll_loss,
     F.mse_loss: mse_loss,
     F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
 }
