@@ -78,7 +78,7 @@ class LossModel:
         self._by_autograd: MissingCurvature | None = None
         if form is None:
             self._by_autograd = _by_autograd(loss, self._leaf, sign)
-            form = self._by_autograd.products
+            form = self._by_autograd.products()
         self.size = None if self._by_autograd is None else self._by_autograd.size
         self._form: Products = form
 

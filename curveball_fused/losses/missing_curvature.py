@@ -29,16 +29,18 @@ class MissingCurvature:
         size: S, 0-dim float64.
         is_linear: whether there is no `product`.
         is_missing: whether the Hessian was zero, 0-dim bool; None before all products are known.
-        products: for a step; bit for bit those of the Hessian where that is not zero.
     """
 
     def __init__(self, outputs: Tensor, gradient: Tensor, product: Map | None) -> None:
         self.is_linear = product is None
         self.is_missing: Tensor | None = None
-        self.products = Products(lambda: gradient, self._at)
         self._gradient = gradient
         self._product = product or torch.zeros_like
         self.size = (gradient * outputs).abs().sum(dtype=torch.float64)
+
+    def products(self) -> Products:
+        """Return the products that a step needs; bit for bit those of the Hessian where that is not zero."""
+        return Products(lambda: self._gradient, self._at)
 
     def _at(self, v: Tensor) -> tuple[Tensor, Map]:
         gradient = self._gradient
