@@ -207,6 +207,14 @@ def attention_for_cpu() -> bool:
     return len(grads) == 3 and results[0].shape == q.shape
 
 
+def hooks_set_aside() -> bool:
+    leaf = torch.ones(2, requires_grad=True)
+    leaf.register_hook(lambda g: 10 * g)
+    with private.gradient_hooks_set_aside([leaf]):
+        aside = torch.autograd.grad(leaf.sum(), leaf)[0]
+    return float(aside[0]) == 1 and float(torch.autograd.grad(leaf.sum(), leaf)[0][0]) == 10
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "DisableTorchFunction": functions_disabled,
     "OpOverload": lambda: isinstance(torch.ops.aten.sin.default, private.OpOverload),
@@ -223,6 +231,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "flash_attention_for_cpu_backward": attention_for_cpu,
     "foreach_mul": lambda: torch.equal(private.foreach_mul([X], torch.tensor(2.0))[0], 2 * X),
     "forward_grad_enabled": forward_grad_switched,
+    "gradient_hooks_set_aside": hooks_set_aside,
     "has_gradient_hooks": hooked,
     "has_saved_tensor_hooks": saved_tensors_hooked,
     "in_functorch_transform": in_transform,

@@ -79,8 +79,8 @@ def test_no_host_read(
         with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
             return net(x)
 
-    if loss is with_an_unknown_loss:  # of which a first step finds out whether it has any curvature
-        optimizer.step(model_fn, lambda out: loss(out, y))
+    # In the first step the guard reads what it has compared, and whether the loss has any curvature.
+    optimizer.step(model_fn, lambda out: loss(out, y))
     with NoHostReads(CPU):
         for _ in range(5):
             optimizer.step(model_fn, lambda out: loss(out, y))
@@ -92,6 +92,8 @@ def test_no_host_read(
 def test_a_part_for_the_curvature_needs_no_host_read() -> None:
     net, x, y = small()
     optimizer = CurveBall(net.parameters(), average=0.5)
+    part = (lambda: net(x[:4]), lambda out: F.cross_entropy(out, y[:4]))
+    optimizer.step(lambda: net(x), lambda out: F.cross_entropy(out, y), curvature_batch=part)
     with NoHostReads(CPU):
         for _ in range(3):
             part = (lambda: net(x[:4]), lambda out: F.cross_entropy(out, y[:4]))
