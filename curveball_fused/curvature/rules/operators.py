@@ -79,12 +79,12 @@ class Part:
     """
 
     def __init__(self, base: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> None:
-        self._base = base.shape, base.stride(), base.dtype, base.device
+        self._of_base = base.shape, base.stride(), base.dtype, base.device
         self._place = size, stride, offset - base.storage_offset()
 
     def laid_out(self, tangent: Tensor | None) -> Tensor:
         """Return a copy, zero for None, that lies in memory as the base does."""
-        shape, stride, dtype, device = self._base
+        shape, stride, dtype, device = self._of_base
         copy = torch.empty_strided(shape, stride, dtype=dtype, device=device)
         return copy.zero_() if tangent is None else copy.copy_(tangent)
 
