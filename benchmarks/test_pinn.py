@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from curveball_fused import CurveBall
 BAR = 2.6  # over Adam; the fewest multiply-adds of an exact step are 7/3
 POINTS, ROUNDS = 2048, 15
 WIDTHS = (2, 64, 64, 48, 48, 1)
-METHODS = ("linearize_operators", "double_backward")
+METHODS = ("linearize_operators", "forward", "double_backward")
 
 
 def poisson() -> tuple[nn.Module, Callable[[], Tensor]]:
     """A net u, and what -Δu = f and u = 0 on the boundary leave of it."""
     torch.manual_seed(0)
-    layers = [module for a, b in zip(WIDTHS, WIDTHS[1:], strict=False) for module in (nn.Linear(a, b), nn.Tanh())]
+    layers = [module for a, b in pairwise(WIDTHS) for module in (nn.Linear(a, b), nn.Tanh())]
     net = nn.Sequential(*layers[:-1]).double()
     x = torch.rand(POINTS, 2, dtype=torch.float64, requires_grad=True)
     boundary = torch.rand(POINTS // 8, 2, dtype=torch.float64)
@@ -78,7 +79,7 @@ def test_step_of_a_physics_informed_net(
         for name, timing in timings.items()
     ]
     note = (
-        f"Poisson's equation by a tanh net {'-'.join(map(str, WIDTHS))}, {POINTS} points and {POINTS // 8} on the boundary, "
+        f"Poisson's equation by a tanh net {'-'.join(map(str, WIDTHS))}, {POINTS} points, {POINTS // 8} on the boundary, "
         f"float64, 1 thread. Adam: fused; zero_grad, forward, backward, step. {ROUNDS} rounds of {INTERVAL} steps."
     )
     report.add("step, physics-informed net", note, rows)
