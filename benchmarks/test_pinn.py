@@ -79,7 +79,7 @@ def test_step_of_a_physics_informed_net(
         for name, timing in timings.items()
     ]
     note = (
-        f"Poisson's equation by a tanh net {'-'.join(map(str, WIDTHS))}, {POINTS} points, {POINTS // 8} on the boundary, "
+        f"Poisson's equation, tanh net {'-'.join(map(str, WIDTHS))}, {POINTS} points, {POINTS // 8} on the boundary, "
         f"float64, 1 thread. Adam: fused; zero_grad, forward, backward, step. {ROUNDS} rounds of {INTERVAL} steps."
     )
     report.add("step, physics-informed net", note, rows)

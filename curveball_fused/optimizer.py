@@ -55,7 +55,8 @@ class CurveBall(Optimizer):
         maximize: whether to climb (default: False).
         curvature: how Jacobian products are computed: "linearize" (the model runs once), "linearize_operators"
             (likewise, for models that differentiate inside), "forward" (dual numbers; slower, and the memory of SGD),
-            "double_backward" (any model that autograd can differentiate twice), or "auto": the first of these that can follow the model (default: "auto").
+            "double_backward" (any model that autograd can differentiate twice), or "auto": the first of these that
+            can follow the model (default: "auto").
         compile: whether torch.compile runs the model and its Jacobian products: fastest on nets with batch norm, after
             a first step that compiles for up to minutes. For models that torch.compile can follow as one graph; an
             error otherwise (default: False).
