@@ -216,7 +216,7 @@ def test_nothing_left_to_fall_back_to() -> None:
 def test_scripted_module_is_refused() -> None:
     inner, outer = nn.Linear(3, 3), nn.Linear(3, 2)
     scripted = torch.jit.script(inner)
-    optimizer = CurveBall([*outer.parameters(), *inner.parameters()])
+    optimizer = CurveBall([*outer.parameters(), *inner.parameters()], curvature="forward")
     before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
     with pytest.raises(RuntimeError, match="tangent of a parameter was lost"):
         optimizer.step(lambda: outer(scripted(torch.ones(2, 3))), lambda out: out.square().mean())
@@ -227,7 +227,7 @@ def test_scripted_module_is_refused() -> None:
 def test_reading_a_dtype_is_not_using_a_parameter() -> None:
     inner, outer = nn.Linear(3, 3), nn.Linear(3, 2)
     scripted = torch.jit.script(inner)
-    optimizer = CurveBall([*outer.parameters(), *inner.parameters()])
+    optimizer = CurveBall([*outer.parameters(), *inner.parameters()], curvature="forward")
 
     def model() -> Tensor:
         weight = inner.weight
