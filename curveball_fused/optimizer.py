@@ -52,9 +52,10 @@ class CurveBall(Optimizer):
             best with `average` (default: 1).
         weight_decay: decoupled: w shrinks by lr·weight_decay per step; at least 0; per group (default: 0.0).
         maximize: whether to climb (default: False).
-        curvature: how Jacobian products are computed: "linearize" (the model runs once), "forward" (dual numbers;
-            slower, and the memory of SGD), "double_backward" (any model that autograd can differentiate twice), or
-            "auto": the first of these that can follow the model (default: "auto").
+        curvature: how Jacobian products are computed: "linearize" (the model runs once), "linearize_operators"
+            (likewise, for models that differentiate inside), "forward" (dual numbers; slower, and the memory of SGD),
+            "double_backward" (any model that autograd can differentiate twice), or "auto": the first of these that
+            can follow the model (default: "auto").
         compile: whether torch.compile runs the model and its Jacobian products: fastest on nets with batch norm, after
             a first step that compiles for up to minutes. For models that torch.compile can follow as one graph; an
             error otherwise (default: False).

@@ -1,8 +1,9 @@
 """The methods of linearizing a model, and the order in which they are tried.
 
-"linearize" runs the model once and keeps what both products read. "forward" takes an ordinary backward pass for Jᵀu and
-passes of dual numbers for Jv, which follow almost any model. "double_backward" differentiates the backward pass, which
-is linear in its cotangent. "compiled", for `compile=True`, has torch.compile do all of it.
+"linearize" runs the model once and keeps what both products read; "linearize_operators" does so for models that
+differentiate inside. "forward" takes an ordinary backward pass for Jᵀu and passes of dual numbers for Jv, which follow
+almost any model. "double_backward" differentiates the backward pass, which is linear in its cotangent. "compiled", for
+`compile=True`, has torch.compile do all of it.
 """
 
 from __future__ import annotations

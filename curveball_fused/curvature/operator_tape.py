@@ -1,9 +1,9 @@
-"""A tape of operators: it follows what the engine of autograd, or a transform of torch.func, computes within the model.
+"""A tape of operators: it follows what autograd's engine, or a transform of torch.func, computes within the model.
 
-`Tape` sees the torch functions that a model calls. A gradient that the model takes of its own results, as physics-informed
-nets, forces, penalties on gradients and meta-learning do, is computed by autograd's engine, out of its sight. Each of
-the operators that functions and engine come down to is seen here, at a price in Python for each, and without the
-fused tangents of whole functions.
+`Tape` sees the torch functions that a model calls. A gradient that the model takes of its own results, as
+physics-informed nets, forces, penalties on gradients and meta-learning do, is computed by autograd's engine, out of its
+sight. What functions and engine come down to are operators, each of which is seen here: at a price in Python, and
+without the fused tangents of whole functions.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _MOVES_STATISTICS = frozenset((aten.native_batch_norm.default, aten.cudnn_batch_
 class OperatorTape:
     """Record the maps of operators while the model runs, gradients enabled, within a `with` statement.
 
-    A tensor is known by the node of autograd's graph whose result it is, whatever object it is: autograd makes new ones of
-    what it has saved. What requires a gradient is a leaf, known, or refused. The tape keeps the nodes, and with them what
-    they hold, until the step ends.
+    A tensor is known by the node of autograd's graph whose result it is, whatever object it is: autograd makes new ones
+    of what it has saved. What requires a gradient is a leaf, known, or refused. The tape keeps the nodes, and with them
+    what they hold, until the step ends.
 
     Args:
         params: the parameters, whose tangents the maps begin with.
@@ -154,7 +154,7 @@ class OperatorTape:
         at = self._slot(base)
         if at is None:
             return None
-        part = Part(base, view.shape, view.stride(), view.storage_offset())
+        part = Part(base, view.shape, view.stride(), int(view.storage_offset()))
         return self._maps.add("a view", lambda tangents: part.of(part.laid_out(tangents[at])), (at,), view)
 
     def _settle(self) -> None:
@@ -193,11 +193,11 @@ class OperatorTape:
     def _settle_whole(self, whole: _Whole, written: int) -> None:
         """Record what has become of a tensor, by writing to a view of it."""
         base, at, view = whole
-        part = Part(base, view.shape, view.stride(), view.storage_offset())
+        part = Part(base, view.shape, view.stride(), int(view.storage_offset()))
 
         def tangent_map(tangents: Tangents) -> Tensor:
             tangent = part.laid_out(None if at is None else tangents[at])
-            part.of(tangent).copy_(tangents[written])
+            part.of(tangent).copy_(tangents[written])  # type: ignore[arg-type]
             return tangent
 
         self._nodes[base.grad_fn, base.output_nr] = self._maps.add(
@@ -207,7 +207,7 @@ class OperatorTape:
     def _maps_of(self, call: _Call) -> Sequence[Map]:
         ctx = OperatorContext(call.slots, call.result)
         rule = RULES.get(call.func)
-        maps = NotImplemented
+        maps: Any = NotImplemented
         # Other rules take derivatives for numbers, which complex ones need not have.
         if rule is not None and (
             call.func in LINEAR or not any(t.is_complex() for t in tensors((*call.args, call.result)))
@@ -242,7 +242,7 @@ class _Operators(OperatorMode):
     """Hand operators to the tape."""
 
     def __init__(self, tape: OperatorTape) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tape = tape
 
     def __torch_dispatch__(
@@ -294,7 +294,7 @@ def _by_dual_numbers(call: _Call, ctx: OperatorContext) -> Sequence[Map]:
         ctx.save(tensor)
 
     def map_of(index: int | None) -> Map:
-        def pick(result: Any) -> Tensor:
+        def pick(result: Any) -> Any:
             return result if index is None else result[index]
 
         def tangent_map(tangents: Tangents) -> Tensor:
@@ -310,7 +310,7 @@ def _by_dual_numbers(call: _Call, ctx: OperatorContext) -> Sequence[Map]:
                 return _by_double_backward(lambda *a, **k: pick(func(*a, **k)), args, kwargs, slots, tangents)
             if tangent is None:
                 raise TypeError("its forward mode gives no tangent")
-            return tangent
+            return tangent  # type: ignore[no-any-return]
 
         return tangent_map
 
@@ -336,7 +336,7 @@ def _by_double_backward(
     result = func(*map_nested(leaf, args), **map_nested(leaf, kwargs))
     u = torch.zeros_like(result, requires_grad=True)
     gradients = torch.autograd.grad(result, list(leaves.values()), u, create_graph=True, allow_unused=True)
-    pairs = [(g, tangents[slots[key]]) for key, g in zip(leaves, gradients, strict=True) if g is not None]
+    pairs = [(g, tangents[slots[key]]) for key, g in zip(leaves, gradients, strict=True) if g is not None]  # type: ignore[index]
     return torch.autograd.grad([g for g, _ in pairs], u, [t for _, t in pairs])[0]
 
 
@@ -348,7 +348,7 @@ def _is_random(func: OpOverload) -> bool:
 
 @functools.cache
 def _name(func: OpOverload) -> str:
-    return func.name()
+    return str(func.name())
 
 
 @functools.cache

@@ -28,7 +28,8 @@ from .torch_modes import Decompose
 _MOVES_STATISTICS = frozenset(("batch_norm", "instance_norm"))
 # What is read off a tensor without being computed from its elements.
 _READS = frozenset("__get__ size dim stride numel is_contiguous is_floating_point __len__ get_device".split())
-_DIFFERENTIATES = frozenset((torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward))
+# What computes gradients out of the tape's sight, or changes them where only Jᵀu sees it.
+_OUT_OF_SIGHT = frozenset((torch.autograd.grad, torch.Tensor.backward, torch.Tensor.register_hook))
 
 
 # How the tape handles a call.
@@ -90,6 +91,10 @@ class Tape(Decompose):
         inputs = tensors((args, list(kwargs.values())))
         if not any(t.requires_grad for t in inputs):
             return func(*args, **kwargs)
+        if func is torch.autograd.grad and not _creates_graph(*args, **kwargs):
+            return func(*args, **kwargs)  # a constant, to autograd too
+        if in_functorch_transform():  # its tensors stand for others, which are parameters perhaps
+            return self._refuse(func, "a transform of torch.func", partial(func, *args, **kwargs))
         ctx = RuleContext({id(t): self.tangent_index(t) for t in inputs}, self._backend)
         if not any(slot is not None for slot in ctx.slots.values()):
             result = func(*args, **kwargs)
@@ -239,11 +244,16 @@ class Tape(Decompose):
 
 def _refusal(func: Any) -> str:
     """Return why a function cannot be called within the model, or an empty string."""
-    if in_functorch_transform():
-        return "a transform of torch.func"
     if has_saved_tensor_hooks():
         return "gradient checkpointing, or other hooks on saved tensors"
-    return f"{func.__name__} inside the model" if func in _DIFFERENTIATES else ""
+    return f"{func.__name__} inside the model" if func in _OUT_OF_SIGHT else ""
+
+
+def _creates_graph(
+    outputs: Any, inputs: Any, grad_outputs: Any = None, retain_graph: Any = None, create_graph: bool = False, **_: Any
+) -> bool:
+    """Return whether a call of `torch.autograd.grad` makes gradients that can be differentiated."""
+    return create_graph
 
 
 def _under_autocast(tangent_map: Map, device_type: str) -> Map:

@@ -1,7 +1,7 @@
 """Rules for operators: what autograd makes of torch functions, and what its backward passes are composed of.
 
-A rule is given an `OperatorContext` and the arguments of a call that has been made, and returns the map of its result, or
-the maps of its results; or `NotImplemented`, for a case that it leaves to torch's dual numbers.
+A rule is given an `OperatorContext` and the arguments of a call that has been made, and returns the map of its result,
+or the maps of its results; or `NotImplemented`, for a case that it leaves to torch's dual numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class OperatorContext(RuleContext):
 
     @override
     def save(self, value: Any) -> Any:
-        """Return a tensor for the map to read, writing to which later is an error; what is none is returned as it is."""
+        """Return a value for the map to read: a tensor, writing to which later is an error, or what is none."""
         # With its graph: below autograd, where operators run, a detached tensor would count its own writes only.
         if isinstance(value, Tensor):
             self.saved.append((value, version_of(value)))
@@ -65,7 +65,7 @@ def structural(function: Callable[..., Any], ctx: OperatorContext, input: Tensor
 
 
 def view(ctx: OperatorContext, input: Tensor, *_: Any) -> Any:
-    """A tangent need not lie in memory as its tensor does."""
+    """Reshape: a tangent need not lie in memory as its tensor does."""
     at, shape = ctx.tangent_index(input), ctx.result.shape
     return lambda tangents: tangents[at].reshape(shape)
 
@@ -79,12 +79,12 @@ class Part:
     """
 
     def __init__(self, base: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> None:
-        self._layout = base.shape, base.stride(), base.dtype, base.device
+        self._of_base = base.shape, base.stride(), base.dtype, base.device
         self._place = size, stride, offset - base.storage_offset()
 
     def laid_out(self, tangent: Tensor | None) -> Tensor:
         """Return a copy, zero for None, that lies in memory as the base does."""
-        shape, stride, dtype, device = self._layout
+        shape, stride, dtype, device = self._of_base
         copy = torch.empty_strided(shape, stride, dtype=dtype, device=device)
         return copy.zero_() if tangent is None else copy.copy_(tangent)
 
@@ -96,7 +96,7 @@ class Part:
 def as_strided(
     ctx: OperatorContext, input: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> Any:
-    """A view of what must lie in memory as it does."""
+    """View what must lie in memory as its tensor does."""
     if any(step == 0 for step in input.stride()):
         return NotImplemented
     at, part = ctx.tangent_index(input), Part(input, size, stride, ctx.result.storage_offset())
@@ -153,7 +153,7 @@ def product(ctx: OperatorContext, a: Tensor, b: Tensor) -> Any:
     def tangent_map(tangents: Tangents) -> Tensor:
         da, db = tangent_at(tangents, at_a), tangent_at(tangents, at_b)
         if da is None:
-            return a * db
+            return a * db  # type: ignore[operator]
         return da * b if db is None else (da * b).addcmul_(a, db)
 
     return tangent_map
@@ -168,7 +168,7 @@ def quotient(ctx: OperatorContext, a: Tensor, b: Tensor) -> Any:
     def tangent_map(tangents: Tangents) -> Tensor:
         da, db = tangent_at(tangents, at_a), tangent_at(tangents, at_b)
         if db is None:
-            return da / b  # type: ignore[operator]
+            return da / b  # type: ignore[arg-type,operator]
         return (-y() * db if da is None else torch.addcmul(da, y(), db, value=-1)) / b
 
     return tangent_map
@@ -203,10 +203,10 @@ def tanh_backward(ctx: OperatorContext, g: Tensor, y: Tensor) -> Any:
     def tangent_map(tangents: Tangents) -> Tensor:
         dg, dy = tangent_at(tangents, at_g), tangent_at(tangents, at_y)
         if dy is None:
-            return aten.tanh_backward(dg, y)
+            return aten.tanh_backward(dg, y)  # type: ignore[no-any-return]
         if dg is None:
             return (factor() * dy).mul_(-2)
-        return aten.tanh_backward(dg, y).addcmul_(factor(), dy, value=-2)
+        return aten.tanh_backward(dg, y).addcmul_(factor(), dy, value=-2)  # type: ignore[no-any-return]
 
     return tangent_map
 
@@ -233,7 +233,7 @@ def elementwise_backward(
     def tangent_map(tangents: Tangents) -> Tensor:
         dg, dx = tangent_at(tangents, at_g), tangent_at(tangents, at_x)
         if dg is None:
-            return factor() * dx
+            return factor() * dx  # type: ignore[operator]
         tangent = function(dg, x, *args, **kwargs)
         return tangent if dx is None else tangent.addcmul_(factor(), dx)
 
@@ -246,7 +246,7 @@ def _derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         derivative = fwAD.unpack_dual(function(fwAD.make_dual(x, torch.ones_like(x)))).tangent
     if derivative is None:
         raise TypeError("its forward mode gives no tangent")
-    return derivative
+    return derivative  # type: ignore[no-any-return]
 
 
 def masked_gradient(function: Callable[..., Tensor], ctx: OperatorContext, g: Tensor, *args: Any) -> Any:
@@ -262,7 +262,7 @@ def masked_fill(ctx: OperatorContext, input: Tensor, mask: Tensor, value: Any) -
     if at is None or ctx.tangent_index(value) is not None:
         return NotImplemented
     m = ctx.save(mask)
-    return lambda tangents: tangents[at].expand(shape).masked_fill(m, 0)  # type: ignore[union-attr]
+    return lambda tangents: tangents[at].expand(shape).masked_fill(m, 0)
 
 
 def embedding(
@@ -280,8 +280,8 @@ def embedding(
     padded = None if padding_idx < 0 else (index == padding_idx).unsqueeze(-1)
 
     def tangent_map(tangents: Tangents) -> Tensor:
-        tangent = aten.embedding(tangents[at], index)
-        return tangent if padded is None else tangent.masked_fill_(padded, 0)
+        tangent = aten.embedding(tangents[at], index)  # type: ignore[index]
+        return tangent if padded is None else tangent.masked_fill_(padded, 0)  # type: ignore[no-any-return]
 
     return tangent_map
 
@@ -307,7 +307,7 @@ def copy(ctx: OperatorContext, _: Tensor, source: Tensor, non_blocking: bool = F
 
 
 def concatenation(function: Callable[..., Tensor], ctx: OperatorContext, parts: Sequence[Tensor], dim: int = 0) -> Any:
-    """A part that is constant has the tangent zero."""
+    """Concatenate; a part that is constant has the tangent zero."""
     places, constants = [ctx.tangent_index(part) for part in parts], [part.detach() for part in parts]
 
     def tangent_map(tangents: Tangents) -> Tensor:
@@ -327,9 +327,9 @@ def convolution(ctx: OperatorContext, x: Tensor, weight: Tensor, bias: Tensor | 
         if dx is None and dw is None:
             return db.view(-1, *[1] * (w.dim() - 2)).expand(shape)  # type: ignore[union-attr]
         if dw is None:
-            return aten.convolution(dx, w, db, *args)
+            return aten.convolution(dx, w, db, *args)  # type: ignore[no-any-return]
         tangent = aten.convolution(x, dw, db, *args)
-        return tangent if dx is None else tangent.add_(aten.convolution(dx, w, None, *args))
+        return tangent if dx is None else tangent.add_(aten.convolution(dx, w, None, *args))  # type: ignore[no-any-return]
 
     return tangent_map
 
@@ -337,7 +337,7 @@ def convolution(ctx: OperatorContext, x: Tensor, weight: Tensor, bias: Tensor | 
 def convolution_backward(
     ctx: OperatorContext, g: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, *args: Any
 ) -> Any:
-    """The gradients of x, W and b, which are linear in g, and in W, in x, in neither."""
+    """Return the maps of the gradients of x, W and b, which are linear in g, and in W, in x, in neither."""
     own, places = [ctx.save(t) for t in (g, x, weight)], [ctx.tangent_index(t) for t in (g, x, weight)]
     args, results = snapshot(args[:-1]), ctx.result
 
@@ -374,7 +374,7 @@ LINEAR: dict[OpOverload, OperatorRule] = {
         aten.avg_pool2d_backward.default,
     )
 }  # fmt: skip
-LINEAR |= {operator: view for operator in (aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default)}
+LINEAR |= dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default), view)
 LINEAR |= {aten.mm.default: partial(matrix_product, torch.mm), aten.bmm.default: partial(matrix_product, torch.bmm)}
 LINEAR |= {aten.addmm.default: affine, aten.mul.Tensor: product, aten.copy.default: copy}
 LINEAR |= {aten.as_strided.default: as_strided}
