@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 from torch._compile import _disable_dynamo as disable_dynamo  # unlike torch.compiler.disable, does not import Dynamo
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
@@ -35,6 +36,7 @@ __all__ = [
     "flash_attention_for_cpu",
     "flash_attention_for_cpu_backward",
     "foreach_mul",
+    "forget_cached_parametrizations",
     "forward_grad_enabled",
     "has_gradient_hooks",
     "has_saved_tensor_hooks",
@@ -46,6 +48,7 @@ __all__ = [
     "schema_of",
     "set_forward_grad_enabled",
     "softmax_backward",
+    "storage_identity",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -78,6 +81,16 @@ schema_of: Any = attrgetter("_schema")  # of an operator
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the module's own buffers by name; the dictionary itself, to be changed."""
     return module._buffers
+
+
+def storage_identity(tensor: Tensor) -> int:
+    """Return what tensors over one memory have in common, whatever becomes of its place and size."""
+    return tensor.untyped_storage()._cdata
+
+
+def forget_cached_parametrizations() -> None:
+    """Empty what `torch.nn.utils.parametrize.cached` keeps, inside of its block."""
+    parametrize._cache.clear()
 
 
 def dual_level() -> AbstractContextManager[None]:

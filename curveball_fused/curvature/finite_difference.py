@@ -39,19 +39,23 @@ class Backward:
 
 def difference(
     model_fn: ModelFn, params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
-) -> tuple[Backward, Tensor]:
+) -> tuple[Backward, Tensor] | None:
     """Return the model's `Backward`, and Jz ≈ (f(w + εz) - f(w)) / ε, of the outputs' shape.
+
+    None for a model that writes to its parameters, as the difference would see what becomes of εz there.
 
     One forward pass for Jz, where dual numbers or a tape take the work of two. Both runs see the same dropout masks; of
     the second nothing is left in generators and buffers. w itself is put aside and back, so that it is exactly as it
     was.
     """
-    scratch_replay = Replay(params, params[0].device)
-    try:
-        with _moved(params, z):
+    with _moved(params, z):
+        scratch_replay = Replay(params, params[0].device)
+        try:
             nearby = scratch_replay.first(lambda: evaluate(model_fn))
-    finally:
-        scratch_replay.rewind()
+            if scratch_replay.wrote_parameters:
+                return None
+        finally:
+            scratch_replay.rewind()
     linear = Backward(model_fn, params, replay)
     return linear, (at_least_float32(nearby) - at_least_float32(linear.outputs)) / DIFFERENCE
 

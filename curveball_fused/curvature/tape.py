@@ -165,10 +165,10 @@ class Tape(Decompose):
         """
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor:
-            if known[2] != version_of(tensor):
-                return self._unknown(tensor, "a tensor that was written to")
-            if known[1] < self._parameters:
+            if known[1] < self._parameters:  # of which a write leaves other weights, and the same tangent
                 self.seen.add(id(tensor))
+            elif known[2] != version_of(tensor):
+                return self._unknown(tensor, "a tensor that was written to")
             return known[1]
         if tensor.requires_grad and not tensor.is_leaf:
             constant = self._constant.get(id(tensor))
