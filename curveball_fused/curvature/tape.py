@@ -18,6 +18,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from curveball_fused._torch_private import dual_level, has_saved_tensor_hooks, in_functorch_transform, version_of
+from curveball_fused.replay.control_flow import AS_WRITTEN
 from curveball_fused.replay.generators import positions
 
 from .arguments import map_nested
@@ -91,6 +92,8 @@ class Tape(Decompose):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in AS_WRITTEN:
+            return self._as_written(func, args, kwargs)
         if not torch.is_grad_enabled() or (getattr(func, "__name__", "") in _READS and func not in RULES):
             return func(*args, **kwargs)
         inputs = tensors((args, list(kwargs.values())))

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from curveball_fused._torch_private import base_of, forward_grad_enabled, set_forward_grad_enabled
+from curveball_fused.replay.control_flow import AS_WRITTEN
 
 from .dual_rules import RULES
 
@@ -54,8 +55,14 @@ class Decompose(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in AS_WRITTEN:
+            return self._as_written(func, args, kwargs)
         with self._kernels(func, args, kwargs):
             return func(*args, **(kwargs or {}))
+
+    def _as_written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        with self:
+            return AS_WRITTEN[func](*args, **(kwargs or {}))
 
     def _kernels(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> AbstractContextManager[Any]:
         name = getattr(func, "__name__", "")
@@ -83,6 +90,8 @@ class Substitute(Decompose):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in AS_WRITTEN:
+            return self._as_written(func, args, kwargs)
         if not torch.is_grad_enabled():
             return self._constant(func, args, kwargs or {})
         if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ in _OWN_ATTRIBUTES:
@@ -150,7 +159,10 @@ def plain_recurrence(device_type: str) -> Iterator[None]:
 
 
 def force_eager() -> AbstractContextManager[Any]:
-    """Run `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch."""
+    """Run `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch.
+
+    So do torch's control-flow operators, which compile themselves; the modes above and `Replay` see to that.
+    """
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

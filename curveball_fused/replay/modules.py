@@ -93,7 +93,8 @@ class _Snapshot(NamedTuple):
 
     def put_back(self) -> None:
         """Let the module hold it again."""
-        buffers_of(self.module).update(self.buffers)
+        for name, buffer in self.buffers.items():
+            buffers_of(self.module)[name] = buffer
         attributes = vars(self.module)
         for name in attributes.keys() - self.attributes.keys() - _OF_EVERY_MODULE:
             del attributes[name]

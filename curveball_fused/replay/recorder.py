@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from curveball_fused._torch_private import DisableTorchFunction, OpOverload, OpOverloadPacket, schema_of
 
+from .control_flow import AS_WRITTEN
 from .memory import Memory
 
 # These write to their running statistics, although neither their names nor, for some, their schemas say so.
@@ -47,6 +48,9 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in AS_WRITTEN:
+            with self:
+                return AS_WRITTEN[func](*args, **kwargs)
         if "generator" in kwargs and isinstance(kwargs["generator"], torch.Generator):
             self._save_generator(kwargs["generator"])
         written = _written(func, args, kwargs)

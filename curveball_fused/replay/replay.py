@@ -124,6 +124,8 @@ class Replay:
             if threading.get_ident() == thread:
                 _refuse_wrapper(module)
                 self._modules.on_call(module)
+                if isinstance(module, torch.jit.ScriptModule):  # inside, nobody sees what is written to
+                    self._memory.before_write(list(module.buffers()))
 
         hook = register_module_forward_pre_hook(on_call)
         try:
