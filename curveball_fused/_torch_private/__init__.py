@@ -43,6 +43,7 @@ __all__ = [
     "in_functorch_transform",
     "is_functorch_wrapped",
     "mark_as_stepped",
+    "run_backward",
     "safe_softmax",
     "scaled_optimizers",
     "schema_of",
@@ -65,6 +66,8 @@ checks_errors = torch.ops.aten._linalg_check_errors
 copies_to = torch.ops.aten._to_copy
 flash_attention_for_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_attention_for_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+run_backward = torch.autograd.graph._engine_run_backward  # torch.autograd.grad, which modes cannot see
 
 # What is switched on.
 in_functorch_transform = torch._C._are_functorch_transforms_active

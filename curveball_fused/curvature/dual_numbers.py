@@ -17,6 +17,7 @@ from .linear_map import (
     ModelFn,
     checked_outputs,
     dense_gradients,
+    gradients,
     in_own_memory,
     independent_outputs,
     lost_tangent,
@@ -63,7 +64,7 @@ class DualNumbers(LinearMap):
             outputs = checked_outputs(self._replay.again(self._model_fn))
         if not outputs.requires_grad:
             raise independent_outputs()
-        gradients = torch.autograd.grad(outputs, self._params, cotangent, allow_unused=True)
-        if any(g is not None and id(p) not in self._seen for p, g in zip(self._params, gradients, strict=True)):
+        pulled = gradients([outputs], self._params, [cotangent])
+        if any(g is not None and id(p) not in self._seen for p, g in zip(self._params, pulled, strict=True)):
             raise lost_tangent()
-        return dense_gradients(self._params, gradients)
+        return dense_gradients(self._params, pulled)

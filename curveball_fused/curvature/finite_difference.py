@@ -11,7 +11,8 @@ from torch import Tensor
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.replay import Replay
 
-from .linear_map import ModelFn, checked_outputs, dense_gradients, evaluate, in_own_memory, independent_outputs
+from .linear_map import ModelFn, checked_outputs, dense_gradients, evaluate, gradients, in_own_memory, independent_outputs
+from .torch_modes import Decompose
 
 DIFFERENCE = 0.1  # of z, for its tangent: enough to stand out of rounding, also of reduced-precision multiplication
 
@@ -25,7 +26,7 @@ class Backward:
 
     def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
         self._params = params
-        with torch.enable_grad():
+        with torch.enable_grad(), Decompose(every_call=False):  # as `evaluate`, whose masks must be the same
             self._outputs = checked_outputs(replay.first(model_fn))
         if not self._outputs.requires_grad:
             raise independent_outputs()
@@ -33,8 +34,8 @@ class Backward:
 
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         """Return `Jᵀ u`, in the parameters' shapes and dtypes; it may be called once."""
-        gradients = torch.autograd.grad(self._outputs, self._params, cotangent, allow_unused=True)
-        return dense_gradients(self._params, gradients)
+        pulled = gradients([self._outputs], self._params, [cotangent])
+        return dense_gradients(self._params, pulled)
 
 
 def difference(

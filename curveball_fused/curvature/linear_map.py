@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from curveball_fused._torch_private import run_backward
+
 from .torch_modes import Decompose
 
 ModelFn = Callable[[], Tensor]
@@ -32,6 +34,34 @@ class LinearMap(Pullback, Protocol):
 
 class MethodUnsupported(Exception):
     """One method cannot differentiate the model; the message says which, and why."""
+
+
+def gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    every_call: bool = False,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return what `torch.autograd.grad` returns, None for unused inputs.
+
+    What checkpoints compute again in the backward pass is computed by the kernels of the forward pass.
+
+    Args:
+        outputs: of a run of the model, or of another backward pass.
+        inputs: with respect to which they are differentiated.
+        cotangents: of the outputs, and of their shapes.
+        every_call: as it was given to `Decompose` for the forward pass.
+        retain_graph: keep the graph for another backward pass.
+        create_graph: make a graph of this one.
+    """
+    with Decompose(every_call):
+        results: tuple[Tensor | None, ...] = run_backward(
+            tuple(outputs), tuple(cotangents), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+        )
+    return results
 
 
 def evaluate(model_fn: ModelFn) -> Tensor:
