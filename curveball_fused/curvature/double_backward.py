@@ -14,7 +14,15 @@ from typing_extensions import override
 
 from curveball_fused.replay import Replay
 
-from .linear_map import LinearMap, ModelFn, checked_outputs, dense_gradients, gradients, in_own_memory, independent_outputs
+from .linear_map import (
+    LinearMap,
+    ModelFn,
+    checked_outputs,
+    dense_gradients,
+    gradients,
+    in_own_memory,
+    independent_outputs,
+)
 from .torch_modes import Decompose
 
 
@@ -40,7 +48,9 @@ class DoubleBackward(LinearMap):
     @override
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         directions = [tangents[i].to(self._params[i].dtype) for i in self._used]
-        (tangent,) = gradients(self._transpose, [self._cotangent], directions, every_call=True, retain_graph=True)
+        (tangent,) = gradients(
+            self._transpose, [self._cotangent], directions, every_call=True, allow_unused=False, retain_graph=True
+        )
         assert tangent is not None
         return in_own_memory(self._outputs.detach(), self._params), tangent
 

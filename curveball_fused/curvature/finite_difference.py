@@ -11,7 +11,15 @@ from torch import Tensor
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.replay import Replay
 
-from .linear_map import ModelFn, checked_outputs, dense_gradients, evaluate, gradients, in_own_memory, independent_outputs
+from .linear_map import (
+    ModelFn,
+    checked_outputs,
+    dense_gradients,
+    evaluate,
+    gradients,
+    in_own_memory,
+    independent_outputs,
+)
 from .torch_modes import Decompose
 
 DIFFERENCE = 0.1  # of z, for its tangent: enough to stand out of rounding, also of reduced-precision multiplication

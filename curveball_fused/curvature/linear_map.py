@@ -42,25 +42,34 @@ def gradients(
     cotangents: Sequence[Tensor],
     *,
     every_call: bool = False,
+    allow_unused: bool = True,
     retain_graph: bool = False,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Return what `torch.autograd.grad` returns, None for unused inputs.
+    """Return what `torch.autograd.grad` returns.
 
-    What checkpoints compute again in the backward pass is computed by the kernels of the forward pass.
+    What checkpoints compute again in the backward pass is computed by the kernels of the forward pass. `RuntimeError` is
+    raised for checkpoints that have no such graph, and by torch.
 
     Args:
         outputs: of a run of the model, or of another backward pass.
         inputs: with respect to which they are differentiated.
         cotangents: of the outputs, and of their shapes.
         every_call: as it was given to `Decompose` for the forward pass.
+        allow_unused: return None for inputs that were not used, instead of raising an error.
         retain_graph: keep the graph for another backward pass.
         create_graph: make a graph of this one.
     """
-    with Decompose(every_call):
-        results: tuple[Tensor | None, ...] = run_backward(
-            tuple(outputs), tuple(cotangents), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
-        )
+    flags = (retain_graph, create_graph, tuple(inputs), allow_unused)
+    try:
+        with Decompose(every_call):
+            results: tuple[Tensor | None, ...] = run_backward(
+                tuple(outputs), tuple(cotangents), *flags, accumulate_grad=False
+            )
+    except RuntimeError as error:
+        if "use_reentrant=True" in str(error):
+            raise reentrant_checkpoint() from error
+        raise
     return results
 
 
@@ -104,6 +113,14 @@ def independent_outputs() -> RuntimeError:
     return RuntimeError(
         "the output of model_fn does not depend on any parameter of this optimizer: pass the parameters of the model "
         "that model_fn calls, and don't detach its output or run it under torch.no_grad()."
+    )
+
+
+def reentrant_checkpoint() -> RuntimeError:
+    """Return the error for a model with checkpoints that no method can differentiate."""
+    return RuntimeError(
+        "model_fn uses reentrant gradient checkpointing, through which a step cannot go: call "
+        "torch.utils.checkpoint.checkpoint with use_reentrant=False."
     )
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import walk_tb
 
 from torch import Tensor
+from torch.utils import checkpoint
 
 from curveball_fused.replay import Replay
 
 from .double_backward import DoubleBackward
 from .dual_numbers import DualNumbers
-from .linear_map import LinearMap, MethodUnsupported, ModelFn, evaluate
+from .linear_map import LinearMap, MethodUnsupported, ModelFn, evaluate, reentrant_checkpoint
 from .linearized import Linearized
 from .tape import TapeUnsupported
 from .torch_modes import ForwardModeUnsupported, announce, first_line
@@ -140,6 +142,13 @@ def linearize(
     raise ValueError("no method was given.")
 
 
+def _is_of_reentrant_checkpoint(error: BaseException) -> bool:
+    """Return whether an error is about a call of `torch.utils.checkpoint.checkpoint`, of its older kind."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    inside = any(f.f_code.co_filename == checkpoint.__file__ and f.f_locals.get("use_reentrant") for f in frames)
+    return inside or "use_reentrant=True" in str(error)
+
+
 @contextmanager
 def _refusals_named(method: Method) -> Iterator[None]:
     """Turn what a method raises for a model that it cannot follow into `MethodUnsupported`."""
@@ -148,7 +157,10 @@ def _refusals_named(method: Method) -> Iterator[None]:
     except (TapeUnsupported, NotImplementedError, RuntimeError) as error:
         text = str(error)
         known = isinstance(error, (TapeUnsupported, ForwardModeUnsupported))
-        if not known and not any(words in text for words in method.missing_derivative):
+        missing = known or any(words in text for words in method.missing_derivative)
+        if not missing:
             raise
+        if _is_of_reentrant_checkpoint(error):
+            raise reentrant_checkpoint() from error
         reason = first_line(error)
         raise MethodUnsupported(f'curvature="{method.name}" cannot follow this model: {reason}') from error

@@ -183,6 +183,8 @@ class Tape(Decompose):
 
     def _unknown(self, tensor: Tensor, reason: str) -> int:
         """Refuse a tensor; where there is an observer, return its slot, as it is known from now on."""
+        if tensor.grad_fn is not None and tensor.grad_fn.name() == "CheckpointFunctionBackward":
+            reason = "gradient checkpointing with use_reentrant=True"
         if self._observer is None:
             raise TapeUnsupported(reason)
         self._observer.on_unknown(tensor, reason)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -22,6 +23,7 @@ _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_fo
 RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 # In these a dual number differs from its parameter.
 _OWN_ATTRIBUTES = frozenset(("requires_grad", "is_leaf", "grad_fn", "grad"))
+_GIVES_PLACE = frozenset(("__set__", "set_"))  # the former in `parameter.data = values`
 announced: set[str] = set()  # what has been warned of in this process
 
 
@@ -92,6 +94,8 @@ class Substitute(Decompose):
     ) -> Any:
         if func in AS_WRITTEN:
             return self._as_written(func, args, kwargs)
+        if getattr(func, "__name__", "") in _GIVES_PLACE and id(args[0]) in self._duals:
+            return self._replace(func, args, kwargs or {})
         if not torch.is_grad_enabled():
             return self._constant(func, args, kwargs or {})
         if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ in _OWN_ATTRIBUTES:
@@ -122,6 +126,14 @@ class Substitute(Decompose):
             raise ForwardModeUnsupported("a custom autograd.Function uses a parameter inside its forward")
         with set_forward_grad_enabled(False):
             return func(*args, **kwargs)
+
+    def _replace(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call what gives a parameter other memory, and the same to its dual number."""
+        with torch.no_grad():
+            result = func(*args, **kwargs)
+            tangent = fwAD.unpack_dual(self._duals[id(args[0])]).tangent
+        self._duals[id(args[0])] = fwAD.make_dual(args[0].detach(), tangent)
+        return result
 
     def _swap(self, value: Any, swapped: list[int]) -> Any:
         if isinstance(value, Tensor):

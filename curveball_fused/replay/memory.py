@@ -66,7 +66,9 @@ class Memory:
             memories = {storage_identity(before.alias), storage_identity(before.tensor)}
             if key not in self._after or memories & self._touched:
                 # A tensor that has been moved, and its former place, which others may show.
-                shown = [before.alias, before.tensor] if _place(before.tensor) != _place(before.alias) else [before.tensor]
+                shown = (
+                    [before.alias, before.tensor] if _place(before.tensor) != _place(before.alias) else [before.tensor]
+                )
                 self._after[key] = [_Record.of(t, known=_place(t) in places) for t in shown]
                 places.update(map(_place, shown))
         self._touched.clear()
@@ -75,17 +77,15 @@ class Memory:
     def rewind(self) -> None:
         """Put back what was there before the run."""
         self._params_by_memory = None
-        with torch.no_grad():
-            # The last saved first: of two views of one memory, the one that was saved first holds the older values.
-            for record in reversed(self._before.values()):
-                record.put_back()
+        # The last saved first: of two views of one memory, the one that was saved first holds the older values.
+        for record in reversed(self._before.values()):
+            record.put_back()
 
     def finish(self) -> None:
         """Put back what the run has left."""
-        with torch.no_grad():
-            for records in self._after.values():
-                for record in records:
-                    record.put_back()
+        for records in self._after.values():
+            for record in records:
+                record.put_back()
 
     def written_parameters(self) -> Snapshot:
         """Return the parameters that a run has written to, as they are now."""
@@ -144,9 +144,7 @@ class _Place(NamedTuple):
 
 
 def _place(tensor: Tensor) -> _Place:
-    return _Place(
-        storage_identity(tensor), tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype
-    )
+    return _Place(storage_identity(tensor), tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype)
 
 
 class _Record(NamedTuple):
@@ -173,6 +171,7 @@ class _Record(NamedTuple):
         return _Record(tensor, alias, nbytes, None if known or is_freed else alias.clone())
 
     def put_back(self) -> None:
+        """Give the tensor its place and the place its value, without gradients."""
         memory = self.alias.untyped_storage()
         if memory.nbytes() != self.nbytes:
             memory.resize_(self.nbytes)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from curveball_fused._torch_private import forget_cached_parametrizations
+from curveball_fused._torch_private import DisableTorchFunction, forget_cached_parametrizations
 
 from .generators import generators
 from .memory import Memory
@@ -58,7 +58,8 @@ class Replay:
         with self._watching_modules(), self._recorder():
             result = function()
         # At once: a backward pass that computes activations again may move it.
-        self._memory.mark()
+        with DisableTorchFunction():
+            self._memory.mark()
         self._modules.mark()
         return result
 
@@ -84,14 +85,16 @@ class Replay:
         """Put back what the runs changed: the state before the first run."""
         forget_cached_parametrizations()
         self._modules.rewind()
-        self._memory.rewind()
+        with DisableTorchFunction(), torch.no_grad():  # a method's modes may be active
+            self._memory.rewind()
         self._generators.rewind()
 
     def finish(self) -> None:
         """Leave the state as the first run left it, however many runs followed."""
         forget_cached_parametrizations()
         self._modules.finish()
-        self._memory.finish()
+        with DisableTorchFunction(), torch.no_grad():
+            self._memory.finish()
         self._generators.finish()
 
     @property
