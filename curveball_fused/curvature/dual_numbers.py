@@ -9,7 +9,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from typing_extensions import override
 
-from curveball_fused._torch_private import dual_level
+from curveball_fused._torch_private import DisableTorchFunction, dual_level
 from curveball_fused.replay import Replay
 
 from .linear_map import (
@@ -45,12 +45,17 @@ class DualNumbers(LinearMap):
         # Gradients stay enabled, although none is recorded, so that a `no_grad` block of the model can be told: what
         # it computes is constant to the backward pass and must be so here.
         with torch.enable_grad(), dual_level():
-            duals = {
-                id(p): fwAD.make_dual(p.detach(), t.to(p.dtype)) for p, t in zip(self._params, tangents, strict=True)
-            }
+            duals: dict[int, Tensor] = {}
             substitute = Substitute(duals, self._backend)
+
+            def model() -> Tensor:
+                with DisableTorchFunction():  # here, as `again` may give a parameter its former place
+                    for p, t in zip(self._params, tangents, strict=True):
+                        duals[id(p)] = fwAD.make_dual(p.detach(), t.to(p.dtype))
+                return self._model_fn()
+
             with substitute:
-                outputs = checked_outputs(self._run(self._model_fn))
+                outputs = checked_outputs(self._run(model))
             self._run = self._replay.again
             self._seen |= substitute.seen | ({id(outputs)} & duals.keys())
             primal, tangent = fwAD.unpack_dual(duals.get(id(outputs), outputs))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from curveball_fused._torch_private import base_of, is_functorch_wrapped, storage_identity
+from curveball_fused._torch_private import base_of, is_functorch_wrapped, storage_identity, version_of
 
 
 class Memory:
@@ -31,6 +31,18 @@ class Memory:
         self._before: dict[int, _Record] = {}  # by the identity of the tensors
         self._after: dict[int, list[_Record]] = {}
         self._touched: set[int] = set()  # memories that the run has written to
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # and aliases at their places before the run
+        self._versions: list[int] = []
+
+    def begin(self) -> None:
+        """Note the versions of the parameters, of which each write makes a new one."""
+        self._versions = [version_of(p) for p in self._params]
+
+    def watch_buffers(self, buffers: Iterable[Tensor | None]) -> None:
+        """Note the places of buffers, as no torch function is called by `buffer.set_`."""
+        for buffer in _with_memory(buffers):
+            if id(buffer) not in self._buffers:
+                self._buffers[id(buffer)] = (buffer, buffer.detach())
 
     def before_write(self, values: Iterable[Any]) -> None:
         """Keep what the tensors among `values` show, which a call may be about to change."""
@@ -60,7 +72,19 @@ class Memory:
         self._after[id(tensor)] = [_Record.of(tensor)]
 
     def mark(self) -> None:
-        """Note what the run has left where it wrote."""
+        """Note what the run has left where it wrote; `RuntimeError` is raised for a write that nobody has seen."""
+        for p, version in zip(self._params, self._versions, strict=True):
+            # Views of one tensor have one version.
+            if version_of(p) != version and id(p) not in self._written_params and not self._is_written_beside(p):
+                raise RuntimeError(
+                    f"model_fn writes to a parameter of shape {tuple(p.shape)} by what is no torch function, as "
+                    "`parameter.set_` and scripted modules do, so the write cannot be repeated: write to "
+                    "`parameter.data` instead."
+                )
+        for buffer, alias in self._buffers.values():
+            if storage_identity(buffer) != storage_identity(alias) or buffer.size() != alias.size():
+                self._before.setdefault(id(buffer), _Record.of(alias)._replace(tensor=buffer))
+        self._buffers.clear()
         places: set[_Place] = set()
         for key, before in self._before.items():
             memories = {storage_identity(before.alias), storage_identity(before.tensor)}
@@ -103,6 +127,10 @@ class Memory:
             for p in _with_memory(self._params):
                 self._params_by_memory.setdefault(storage_identity(p), []).append(p)
         return [p for p in self._params_by_memory.get(storage_identity(tensor), ()) if _overlap(p, tensor)]
+
+    def _is_written_beside(self, param: Tensor) -> bool:
+        """Return whether a tensor over the memory of a parameter has been written to."""
+        return any(storage_identity(t) in self._external for t in _with_memory([param]))
 
     def _is_external(self, tensor: Tensor) -> bool:
         memory = storage_identity(tensor)
@@ -167,7 +195,7 @@ class _Record(NamedTuple):
         """Return what a tensor shows now; without the value, where that is known."""
         alias = tensor.detach()
         nbytes = alias.untyped_storage().nbytes()
-        is_freed = nbytes == 0 and alias.numel() > 0
+        is_freed = nbytes < _extent(alias)[1]
         return _Record(tensor, alias, nbytes, None if known or is_freed else alias.clone())
 
     def put_back(self) -> None:

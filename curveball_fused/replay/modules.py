@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -28,12 +28,14 @@ class Modules:
         self._after: dict[int, _Snapshot] = {}
         self._called: set[int] = set()  # in this run
 
-    def on_call(self, module: nn.Module) -> None:
-        """Keep the state of a module that is about to be called."""
-        if id(module) not in self._called:
-            self._called.add(id(module))
-            if id(module) not in self._before:
-                self._before[id(module)] = _Snapshot.of(module)
+    def on_call(self, module: nn.Module) -> Iterable[Tensor | None]:
+        """Keep the state of a module that is about to be called; return its buffers, when it is first called."""
+        if id(module) in self._called:
+            return ()
+        self._called.add(id(module))
+        if id(module) not in self._before:
+            self._before[id(module)] = _Snapshot.of(module)
+        return self._before[id(module)].buffers.values()
 
     def mark(self) -> None:
         """Note what the run has left where it has changed something."""

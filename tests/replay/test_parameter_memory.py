@@ -68,7 +68,6 @@ WRITES: dict[str, Write] = {
     "numpy": through_numpy,
     "vector": lambda w: vector_to_parameters(parameters_to_vector([w]).detach() * MASK.flatten(), [w]),
     "operator": lambda w: torch.ops.aten.mul_.Tensor(w.data, MASK),
-    "set": no_grad(lambda w: w.set_(w * MASK)),
     "decay": lambda w: w.data.mul_(0.9),
     "no_grad decay": no_grad(lambda w: w.mul_(0.9)),
     "new decayed data": assign(lambda w: 0.9 * w),
@@ -110,6 +109,13 @@ def test_a_mask_on_the_weight_is_a_mask_on_its_update_where_it_is_used_so(method
 
     net = assert_like_oracle(lambda: Masked(True), lambda net: net(X), targets(4, 3), method, steps=1)
     assert (net.layer.weight != 0).all()  # the update is of all of it, and the next run masks it
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_write_that_nobody_sees_is_refused(method: str) -> None:
+    net = Writing(no_grad(lambda w: w.set_(w * MASK))).double()
+    with pytest.raises(RuntimeError, match=r"`parameter.set_`.*write to `parameter.data` instead"):
+        CurveBall(net.parameters(), curvature=method).step(lambda: net(X), targets(4, 3))
 
 
 @pytest.mark.parametrize("method", METHODS)
