@@ -88,7 +88,8 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 def storage_identity(tensor: Tensor) -> int:
     """Return what tensors over one memory have in common, whatever becomes of its place and size."""
-    return tensor.untyped_storage()._cdata
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
 
 
 def forget_cached_parametrizations() -> None:

@@ -41,8 +41,9 @@ class Memory:
     def watch_buffers(self, buffers: Iterable[Tensor | None]) -> None:
         """Note the places of buffers, as no torch function is called by `buffer.set_`."""
         for buffer in _with_memory(buffers):
-            if id(buffer) not in self._buffers:
-                self._buffers[id(buffer)] = (buffer, buffer.detach())
+            alias = buffer.detach()
+            if id(buffer) not in self._buffers and not _is_traced(buffer, alias):
+                self._buffers[id(buffer)] = (buffer, alias)
 
     def before_write(self, values: Iterable[Any]) -> None:
         """Keep what the tensors among `values` show, which a call may be about to change."""
@@ -81,10 +82,7 @@ class Memory:
                     "`parameter.set_` and scripted modules do, so the write cannot be repeated: write to "
                     "`parameter.data` instead."
                 )
-        for buffer, alias in self._buffers.values():
-            if storage_identity(buffer) != storage_identity(alias) or buffer.size() != alias.size():
-                self._before.setdefault(id(buffer), _Record.of(alias)._replace(tensor=buffer))
-        self._buffers.clear()
+        self._save_moved_buffers()
         places: set[_Place] = set()
         for key, before in self._before.items():
             memories = {storage_identity(before.alias), storage_identity(before.tensor)}
@@ -101,6 +99,7 @@ class Memory:
     def rewind(self) -> None:
         """Put back what was there before the run."""
         self._params_by_memory = None
+        self._save_moved_buffers()  # of a run that has failed
         # The last saved first: of two views of one memory, the one that was saved first holds the older values.
         for record in reversed(self._before.values()):
             record.put_back()
@@ -128,6 +127,12 @@ class Memory:
                 self._params_by_memory.setdefault(storage_identity(p), []).append(p)
         return [p for p in self._params_by_memory.get(storage_identity(tensor), ()) if _overlap(p, tensor)]
 
+    def _save_moved_buffers(self) -> None:
+        for buffer, alias in self._buffers.values():
+            if storage_identity(buffer) != storage_identity(alias) or buffer.size() != alias.size():
+                self._before.setdefault(id(buffer), _Record.of(alias)._replace(tensor=buffer))
+        self._buffers.clear()
+
     def _is_written_beside(self, param: Tensor) -> bool:
         """Return whether a tensor over the memory of a parameter has been written to."""
         return any(storage_identity(t) in self._external for t in _with_memory([param]))
@@ -145,8 +150,10 @@ class Memory:
     def _save(self, tensor: Tensor) -> None:
         if id(tensor) not in self._before:
             place = _place(tensor)
-            self._before[id(tensor)] = _Record.of(tensor, known=place in self._places)
-            self._places.add(place)
+            record = _Record.of(tensor, known=place in self._places)
+            if not _is_traced(tensor, record.alias):
+                self._before[id(tensor)] = record
+                self._places.add(place)
 
 
 class Snapshot(NamedTuple):
@@ -207,6 +214,11 @@ class _Record(NamedTuple):
             self.tensor.data = self.alias
         if self.value is not None:
             self.alias.copy_(self.value)
+
+
+def _is_traced(tensor: Tensor, alias: Tensor) -> bool:
+    """Return whether the alias is none, since a graph is traced at this moment, in which nothing is written to."""
+    return storage_identity(alias) != storage_identity(tensor)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -129,6 +129,8 @@ def test_a_cache_of_parametrizations_does_not_outlive_a_run(name: str, where: st
     """The weights and figures are those without a cache; spectral norm moves its vectors with each read, so not its."""
     if name == "spectral norm" and where != "inside":
         pytest.skip("a cached read is another function")
+    if name == "weight norm" and method == "forward":
+        pytest.skip("torch has no forward mode for it")
     torch.manual_seed(0)
     net = Cached(PARAMETRIZED[name](), where == "inside").double()
     twin = copy.deepcopy(net)
@@ -153,7 +155,7 @@ def test_a_cache_of_parametrizations_does_not_outlive_a_run(name: str, where: st
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("method", ["auto", "forward", "double_backward"])
+@pytest.mark.parametrize("method", ["auto", "double_backward"])
 def test_weight_norm_of_the_older_kind(method: str) -> None:
     """It keeps the weight that it has computed as an attribute of the module."""
 
