@@ -1,7 +1,7 @@
 """Torch's control-flow operators as what they are written as: an `if`, a loop.
 
-Called eagerly, `torch.cond` and its like compile themselves. As `torch.compile` is switched off while a model runs, they
-would lose the gradient of what their branches read beside their arguments, and no mode would see inside.
+Called eagerly, `torch.cond` and its like compile themselves. As `torch.compile` is switched off while a model runs,
+they would lose the gradient of what their branches read beside their arguments, and no mode would see inside.
 """
 
 from __future__ import annotations

@@ -172,9 +172,9 @@ class _Place(NamedTuple):
     """Which part of which memory a tensor shows, and as what."""
 
     memory: int
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
+    offset: Any
+    size: tuple[Any, ...]
+    stride: tuple[Any, ...]
     dtype: torch.dtype
 
 
@@ -227,7 +227,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return first < other_end and other < end
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
+def _extent(tensor: Tensor) -> tuple[Any, Any]:
     """Return the first byte that a tensor shows, and the one after the last."""
     if tensor.numel() == 0:
         return 0, 0

@@ -1,4 +1,4 @@
-"""Watch a run of the model: which tensors its torch functions are about to write to, which generators they draw from."""
+"""Watch a run of the model: which tensors its torch functions write to, and which generators they draw from."""
 
 from __future__ import annotations
 

@@ -136,7 +136,9 @@ def test_memory_that_is_freed_between_the_runs(method: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("observer", [MovingAveragePerChannelMinMaxObserver, PerChannelMinMaxObserver, HistogramObserver])
+@pytest.mark.parametrize(
+    "observer", [MovingAveragePerChannelMinMaxObserver, PerChannelMinMaxObserver, HistogramObserver]
+)
 @pytest.mark.parametrize("method", ["auto", "double_backward"])
 def test_observers_move_as_in_one_run(observer: type, method: str) -> None:
     per_channel = observer is not HistogramObserver

@@ -53,7 +53,7 @@ def functionalized(net: nn.Module, x: Tensor) -> Tensor:
 
 def sparse(net: nn.Module, x: Tensor) -> Tensor:
     eye = torch.eye(4, dtype=x.dtype)
-    return net(eye.to_sparse().mul_(2) @ x) + eye.to_sparse_csr() @ net(x)
+    return net(eye.to_sparse().mul_(2) @ x + eye.to_sparse_csr() @ x)
 
 
 def nested(net: nn.Module, x: Tensor) -> Tensor:
@@ -95,9 +95,7 @@ FUNCTIONS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_model_that_makes_such_tensors(name: str, method: str) -> None:
-    assert_like_oracle(
-        lambda: nn.Linear(5, 3), lambda net: FUNCTIONS[name](net, X), targets(4, 3), method, steps=2
-    )
+    assert_like_oracle(lambda: nn.Linear(5, 3), lambda net: FUNCTIONS[name](net, X), targets(4, 3), method, steps=2)
 
 
 def test_linearize_inside_of_a_model_is_right_or_refused_by_name() -> None:
