@@ -48,8 +48,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return what `torch.autograd.grad` returns.
 
-    What checkpoints compute again in the backward pass is computed by the kernels of the forward pass. `RuntimeError` is
-    raised for checkpoints that have no such graph, and by torch.
+    What checkpoints compute again in the backward pass is computed by the kernels of the forward pass.
 
     Args:
         outputs: of a run of the model, or of another backward pass.
@@ -59,6 +58,12 @@ def gradients(
         allow_unused: return None for inputs that were not used, instead of raising an error.
         retain_graph: keep the graph for another backward pass.
         create_graph: make a graph of this one.
+
+    Returns:
+        The gradients, in the shapes of the inputs.
+
+    Raises:
+        reentrant_checkpoint: the outputs come from checkpoints without a graph.
     """
     flags = (retain_graph, create_graph, tuple(inputs), allow_unused)
     try:
@@ -67,9 +72,9 @@ def gradients(
                 tuple(outputs), tuple(cotangents), *flags, accumulate_grad=False
             )
     except RuntimeError as error:
-        if "use_reentrant=True" in str(error):
-            raise reentrant_checkpoint() from error
-        raise
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise reentrant_checkpoint() from error
     return results
 
 

@@ -171,10 +171,8 @@ def plain_recurrence(device_type: str) -> Iterator[None]:
 
 
 def force_eager() -> AbstractContextManager[Any]:
-    """Run `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch.
-
-    So do torch's control-flow operators, which compile themselves; the modes above and `Replay` see to that.
-    """
+    """Run `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch."""
+    # Control-flow operators, which compile themselves, would fail; modes and `Replay` run those as written, too.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

@@ -31,7 +31,7 @@ class Memory:
         self._before: dict[int, _Record] = {}  # by the identity of the tensors
         self._after: dict[int, list[_Record]] = {}
         self._touched: set[int] = set()  # memories that the run has written to
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # and aliases at their places before the run
+        self._watched: dict[int, tuple[Tensor, Tensor]] = {}  # and aliases at their places before the run
         self._versions: list[int] = []
 
     def begin(self) -> None:
@@ -42,8 +42,8 @@ class Memory:
         """Note the places of buffers, as no torch function is called by `buffer.set_`."""
         for buffer in _with_memory(buffers):
             alias = buffer.detach()
-            if id(buffer) not in self._buffers and not _is_traced(buffer, alias):
-                self._buffers[id(buffer)] = (buffer, alias)
+            if id(buffer) not in self._watched and not _is_traced(buffer, alias):
+                self._watched[id(buffer)] = (buffer, alias)
 
     def before_write(self, values: Iterable[Any]) -> None:
         """Keep what the tensors among `values` show, which a call may be about to change."""
@@ -128,10 +128,10 @@ class Memory:
         return [p for p in self._params_by_memory.get(storage_identity(tensor), ()) if _overlap(p, tensor)]
 
     def _save_moved_buffers(self) -> None:
-        for buffer, alias in self._buffers.values():
+        for buffer, alias in self._watched.values():
             if storage_identity(buffer) != storage_identity(alias) or buffer.size() != alias.size():
                 self._before.setdefault(id(buffer), _Record.of(alias)._replace(tensor=buffer))
-        self._buffers.clear()
+        self._watched.clear()
 
     def _is_written_beside(self, param: Tensor) -> bool:
         """Return whether a tensor over the memory of a parameter has been written to."""
@@ -224,7 +224,7 @@ def _is_traced(tensor: Tensor, alias: Tensor) -> bool:
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors of one memory may show the same elements."""
     (first, end), (other, other_end) = _extent(a), _extent(b)
-    return first < other_end and other < end
+    return bool(first < other_end and other < end)
 
 
 def _extent(tensor: Tensor) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""What gradient checkpoints compute again in a backward pass is by the kernels, and with the numbers, of the first run."""
+"""What gradient checkpoints compute again is by the kernels, and with the numbers, of the first run."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_a_write_after_the_use_is_right_or_refused(write: Write, method: str) ->
         assert_like_oracle(lambda: WritesLate(write, saved=False), lambda net: net(X), targets(4, 3), method)
     net = WritesLate(write, saved=True).double()
     before = [p.detach().clone() for p in net.parameters()]
-    with pytest.raises(RuntimeError, match="written to after it was used|modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"written to after it was used|modified by an inplace operation"):
         CurveBall(net.parameters(), curvature=method).step(lambda: net(X), targets(4, 3))
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
