@@ -63,6 +63,7 @@ def gradients(
         The gradients, in the shapes of the inputs.
 
     Raises:
+        RuntimeError: of torch.
         reentrant_checkpoint: the outputs come from checkpoints without a graph.
     """
     flags = (retain_graph, create_graph, tuple(inputs), allow_unused)
