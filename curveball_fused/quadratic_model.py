@@ -318,9 +318,12 @@ def _measure_between_solves(
     full_gradient: FullGradient | None,
 ) -> QuadraticTerms:
     """Measure without Jr: the curvature along r by ratios of the last systems."""
+    measured = None
     # Double backward sees more than a moved parameter would change, and in half precision a difference drowns.
     if context.precise and context.compute_dtype is None and method.name != "double_backward":
-        backward, jz = difference(model_fn, context.params, context.z, replay)
+        measured = difference(model_fn, context.params, context.z, replay)
+    if measured is not None:
+        backward, jz = measured
         outputs = backward.outputs
         compute_dtype = _half_precision({outputs.dtype, *replay.dtypes}, context.params)
         linear = context.wide(backward, outputs, compute_dtype)

@@ -115,17 +115,15 @@ def run_step(
             terms = _measure(context, inputs, replay, previous_system)  # (1-4)  r = Jᵀ(H Jz + g)
             system, scalars = _solve(terms, inputs, shared, settings)  # (5-7)  [β, -ρ] = A⁺ b
             scalars = _bounded(scalars, shared["scalars"], terms.loss_size, settings)
+            replay.finish()  # before the update, which is of the weights that the model has left
             scalars = _update(context, groups, terms, scalars)  # (8)  z ← ρz - βΔ;  w ← w + lr z
             _remember(optimizer, inputs, shared, terms, system, scalars)
         except BaseException:
             replay.rewind()
             raise
         torch.clear_autocast_cache()  # for the run at the new weights, and for whatever follows in the same autocast
-        try:
-            if kind.adapt_damping:
-                shared["scalars"] = _adapt_damping(inputs, terms.method, scalars, replay, settings)  # (9-10)  λ by γ
-        finally:
-            replay.finish()
+        if kind.adapt_damping:
+            shared["scalars"] = _adapt_damping(inputs, terms.method, scalars, replay, settings)  # (9-10)  λ by γ
     return terms.loss, terms.outputs
 
 
@@ -247,7 +245,7 @@ def _remember(
 def _adapt_damping(inputs: StepInputs, method: str, scalars: Tensor, replay: Replay, settings: Settings) -> Tensor:
     """Compare the loss at the new weights, on the same batch, with the predicted one; return scalars with the new λ."""
     evaluate = METHODS[method].evaluate
-    new_loss = replay.again(lambda: inputs.loss_fn(at_least_float32(evaluate(inputs.model_fn))))
+    new_loss = replay.again_at_new_weights(lambda: inputs.loss_fn(at_least_float32(evaluate(inputs.model_fn))))
     return ops.adapt_damping(
         scalars,
         settings.sign * checked_loss(new_loss).detach(),

@@ -213,6 +213,19 @@ def hooks_set_aside() -> bool:
     with private.gradient_hooks_set_aside([leaf]):
         aside = torch.autograd.grad(leaf.sum(), leaf)[0]
     return float(aside[0]) == 1 and float(torch.autograd.grad(leaf.sum(), leaf)[0][0]) == 10
+def cache_emptied() -> bool:
+    layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    with torch.nn.utils.parametrize.cached():
+        first = layer.weight
+        kept = layer.weight is first
+        private.forget_cached_parametrizations()
+        return kept and layer.weight is not first
+
+
+def run_backward() -> bool:
+    x = torch.ones(2, requires_grad=True)
+    (g,) = private.run_backward((x.square().sum(),), (torch.ones(()),), False, False, (x,), True, accumulate_grad=False)
+    return bool((g == 2).all()) and x.grad is None
 
 
 CALLS: dict[str, Callable[[], Any]] = {
@@ -230,6 +243,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "flash_attention_for_cpu": attention_for_cpu,
     "flash_attention_for_cpu_backward": attention_for_cpu,
     "foreach_mul": lambda: torch.equal(private.foreach_mul([X], torch.tensor(2.0))[0], 2 * X),
+    "forget_cached_parametrizations": cache_emptied,
     "forward_grad_enabled": forward_grad_switched,
     "gradient_hooks_set_aside": hooks_set_aside,
     "has_gradient_hooks": hooked,
@@ -238,11 +252,13 @@ CALLS: dict[str, Callable[[], Any]] = {
     "is_functorch_wrapped": in_transform,
     "mark_as_stepped": stepped,
     "parameters_of": lambda: list(private.parameters_of(nn.Linear(2, 3))) == ["weight", "bias"],
+    "run_backward": run_backward,
     "safe_softmax": lambda: not private.safe_softmax(torch.full((2, 3), -torch.inf), -1).any(),
     "scaled_optimizers": unscaled,
     "schema_of": lambda: private.schema_of(torch.ops.aten.sin.default).name == "aten::sin",
     "set_forward_grad_enabled": forward_grad_switched,
     "softmax_backward": lambda: private.softmax_backward(X, X.softmax(1), 1, X.dtype).abs().max() < 1e-6,
+    "storage_identity": lambda: private.storage_identity(X) == private.storage_identity(X[1:]),
     "tree_flatten": lambda: private.tree_flatten([1, (2, {"a": 3})])[0] == [1, 2, 3],
     "tree_leaves": lambda: private.tree_leaves([1, (2, {"a": 3})]) == [1, 2, 3],
     "tree_map": lambda: private.tree_map(lambda n: n + 1, [1, (2,)]) == [2, (3,)],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 from torch._compile import _disable_dynamo as disable_dynamo  # unlike torch.compiler.disable, does not import Dynamo
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from typing_extensions import override
@@ -38,6 +39,7 @@ __all__ = [
     "flash_attention_for_cpu",
     "flash_attention_for_cpu_backward",
     "foreach_mul",
+    "forget_cached_parametrizations",
     "forward_grad_enabled",
     "gradient_hooks_set_aside",
     "has_gradient_hooks",
@@ -46,11 +48,13 @@ __all__ = [
     "is_functorch_wrapped",
     "mark_as_stepped",
     "parameters_of",
+    "run_backward",
     "safe_softmax",
     "scaled_optimizers",
     "schema_of",
     "set_forward_grad_enabled",
     "softmax_backward",
+    "storage_identity",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -67,6 +71,8 @@ checks_errors = torch.ops.aten._linalg_check_errors
 copies_to = torch.ops.aten._to_copy
 flash_attention_for_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_attention_for_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+run_backward = torch.autograd.graph._engine_run_backward  # torch.autograd.grad, which modes cannot see
 
 # What is switched on.
 in_functorch_transform = torch._C._are_functorch_transforms_active
@@ -97,6 +103,17 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the module's own parameters by name."""
     return module._parameters
+
+
+def storage_identity(tensor: Tensor) -> int:
+    """Return what tensors over one memory have in common, whatever becomes of its place and size."""
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
+
+
+def forget_cached_parametrizations() -> None:
+    """Empty what `torch.nn.utils.parametrize.cached` keeps, inside of its block."""
+    parametrize._cache.clear()
 
 
 def dual_level() -> AbstractContextManager[None]:

@@ -207,7 +207,7 @@ class GraphedStep:
         Returns:
             The modules that the model consists of.
         """
-        replay, drawn = Replay(self._optimizer._parameters, self._device), host_positions(self._device)
+        replay, drawn = Replay([], self._device), host_positions(self._device)
 
         def run(kind: StepKind) -> None:
             shared["step"] = _a_step_of(kind, settings)

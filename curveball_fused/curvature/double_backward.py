@@ -19,6 +19,7 @@ from .linear_map import (
     ModelFn,
     checked_outputs,
     dense_gradients,
+    gradients,
     in_own_memory,
     independent_outputs,
     own_gradients,
@@ -42,18 +43,19 @@ class DoubleBackward(LinearMap):
             raise independent_outputs()
         self._cotangent = torch.zeros_like(self._outputs, requires_grad=True)
         with own_gradients(params):
-            gradients = torch.autograd.grad(
-                self._outputs, params, self._cotangent, create_graph=True, allow_unused=True
-            )
-        self._used = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-        self._transpose = [g for g in gradients if g is not None and g.requires_grad]
+            pulled = self._pull_back(self._cotangent, create_graph=True)
+        self._used = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+        self._transpose = [g for g in pulled if g is not None and g.requires_grad]
         if not self._transpose:
             raise independent_outputs()
 
     @override
     def jvp(self, tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         directions = [tangents[i].to(self._params[i].dtype) for i in self._used]
-        (tangent,) = torch.autograd.grad(self._transpose, self._cotangent, directions, retain_graph=True)
+        (tangent,) = gradients(
+            self._transpose, [self._cotangent], directions, every_call=True, allow_unused=False, retain_graph=True
+        )
+        assert tangent is not None
         return in_own_memory(self._outputs.detach(), self._params), tangent
 
     @property
@@ -63,5 +65,9 @@ class DoubleBackward(LinearMap):
 
     @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
-        gradients = torch.autograd.grad(self._outputs, self._params, cotangent, retain_graph=True, allow_unused=True)
-        return dense_gradients(self._params, gradients)
+        return dense_gradients(self._params, self._pull_back(cotangent, create_graph=False))
+
+    def _pull_back(self, cotangent: Tensor, create_graph: bool) -> Sequence[Tensor | None]:
+        return gradients(
+            [self._outputs], self._params, [cotangent], every_call=True, retain_graph=True, create_graph=create_graph
+        )

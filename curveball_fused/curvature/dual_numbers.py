@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from typing_extensions import override
 
-from curveball_fused._torch_private import dual_level, is_functorch_wrapped
+from curveball_fused._torch_private import DisableTorchFunction, dual_level, is_functorch_wrapped
 from curveball_fused.replay import Replay
 
 from .linear_map import (
@@ -18,6 +18,7 @@ from .linear_map import (
     ModelFn,
     checked_outputs,
     dense_gradients,
+    gradients,
     in_own_memory,
     independent_outputs,
     lost_tangent,
@@ -63,12 +64,17 @@ class DualNumbers(LinearMap):
         # Gradients stay enabled, although none is recorded, so that a `no_grad` block of the model can be told: what
         # it computes is constant to the backward pass and must be so here.
         with torch.enable_grad(), dual_level():
-            duals = {
-                id(p): fwAD.make_dual(p.detach(), t.to(p.dtype)) for p, t in zip(self._params, tangents, strict=True)
-            }
+            duals: dict[int, Tensor] = {}
             substitute = Substitute(duals, self._backend)
+
+            def model() -> Tensor:
+                with DisableTorchFunction():  # here, as `again` may give a parameter its former place
+                    for p, t in zip(self._params, tangents, strict=True):
+                        duals[id(p)] = fwAD.make_dual(p.detach(), t.to(p.dtype))
+                return self._model_fn()
+
             with substitute:
-                outputs = checked_outputs(self._run(self._model_fn))
+                outputs = checked_outputs(self._run(model))
             self._run = self._replay.again
             if self._without_graph is None:
                 self._without_graph = [ref for ref in substitute.results if _is_dual(ref())]
@@ -90,10 +96,10 @@ class DualNumbers(LinearMap):
         if not outputs.requires_grad:
             raise independent_outputs()
         self._compared(outputs.detach())
-        gradients = torch.autograd.grad(outputs, self._params, cotangent, allow_unused=True)
-        if any(g is not None and id(p) not in self._seen for p, g in zip(self._params, gradients, strict=True)):
+        pulled = gradients([outputs], self._params, [cotangent])
+        if any(g is not None and id(p) not in self._seen for p, g in zip(self._params, pulled, strict=True)):
             raise lost_tangent()
-        return dense_gradients(self._params, gradients)
+        return dense_gradients(self._params, pulled)
 
     def _compared(self, outputs: Tensor) -> Tensor:
         """Return the outputs of a run, compared with those of the first if that was asked for."""

@@ -18,9 +18,11 @@ from .linear_map import (
     checked_outputs,
     dense_gradients,
     evaluate,
+    gradients,
     in_own_memory,
     independent_outputs,
 )
+from .torch_modes import Decompose
 
 DIFFERENCE = 0.1  # of z, for its tangent: enough to stand out of rounding, also of reduced-precision multiplication
 
@@ -34,7 +36,7 @@ class Backward(Pullback):
 
     def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay) -> None:
         self._params = params
-        with torch.enable_grad():
+        with torch.enable_grad(), Decompose(every_call=False):  # as `evaluate`, whose masks must be the same
             self._outputs = checked_outputs(replay.first(model_fn))
         if not self._outputs.requires_grad:
             raise independent_outputs()
@@ -42,25 +44,29 @@ class Backward(Pullback):
 
     @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
-        gradients = torch.autograd.grad(self._outputs, self._params, cotangent, allow_unused=True)
-        return dense_gradients(self._params, gradients)
+        pulled = gradients([self._outputs], self._params, [cotangent])
+        return dense_gradients(self._params, pulled)
 
 
 def difference(
     model_fn: ModelFn, params: Sequence[Tensor], z: Sequence[Tensor], replay: Replay
-) -> tuple[Backward, Tensor]:
+) -> tuple[Backward, Tensor] | None:
     """Return the model's `Backward`, and Jz ≈ (f(w + εz) - f(w)) / ε, of the outputs' shape.
+
+    None for a model that writes to its parameters, as the difference would see what becomes of εz there.
 
     One forward pass for Jz, where dual numbers or a tape take the work of two. Both runs see the same dropout masks; of
     the second nothing is left in generators and buffers. w itself is put aside and back, so that it is exactly as it
     was.
     """
-    scratch_replay = Replay(params, params[0].device)
-    try:
-        with _moved(params, z):
+    with _moved(params, z):
+        scratch_replay = Replay(params, params[0].device)
+        try:
             nearby = scratch_replay.first(lambda: evaluate(model_fn))
-    finally:
-        scratch_replay.rewind()
+            if scratch_replay.wrote_parameters:
+                return None
+        finally:
+            scratch_replay.rewind()
     linear = Backward(model_fn, params, replay)
     return linear, (at_least_float32(nearby) - at_least_float32(linear.outputs)) / DIFFERENCE
 

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from curveball_fused._torch_private import run_backward
+from curveball_fused.replay import Unrepeatable
+
 from .torch_modes import Decompose
 
 ModelFn = Callable[[], Tensor]
@@ -52,6 +55,49 @@ class MethodUnsupported(Exception):
 
 class NotTrainable(RuntimeError):
     """The model cannot be trained as it is, by all that one method sees."""
+
+
+def gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    every_call: bool = False,
+    allow_unused: bool = True,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return what `torch.autograd.grad` returns.
+
+    What checkpoints compute again in the backward pass is computed by the kernels of the forward pass.
+
+    Args:
+        outputs: of a run of the model, or of another backward pass.
+        inputs: with respect to which they are differentiated.
+        cotangents: of the outputs, and of their shapes.
+        every_call: as it was given to `Decompose` for the forward pass.
+        allow_unused: return None for inputs that were not used, instead of raising an error.
+        retain_graph: keep the graph for another backward pass.
+        create_graph: make a graph of this one.
+
+    Returns:
+        The gradients, in the shapes of the inputs.
+
+    Raises:
+        RuntimeError: of torch.
+        reentrant_checkpoint: the outputs come from checkpoints without a graph.
+    """
+    flags = (retain_graph, create_graph, tuple(inputs), allow_unused)
+    try:
+        with Decompose(every_call):
+            results: tuple[Tensor | None, ...] = run_backward(
+                tuple(outputs), tuple(cotangents), *flags, accumulate_grad=False
+            )
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise reentrant_checkpoint() from error
+    return results
 
 
 def evaluate(model_fn: ModelFn) -> Tensor:
@@ -125,6 +171,14 @@ def independent_outputs() -> NotTrainable:
     return NotTrainable(
         "the output of model_fn does not depend on any parameter of this optimizer: pass the parameters of the model "
         "that model_fn calls, and don't detach its output or run it under torch.no_grad()."
+    )
+
+
+def reentrant_checkpoint() -> Unrepeatable:
+    """Return the error for a model with checkpoints that no method can differentiate."""
+    return Unrepeatable(
+        "model_fn uses reentrant gradient checkpointing, through which a step cannot go: call "
+        "torch.utils.checkpoint.checkpoint with use_reentrant=False."
     )
 
 

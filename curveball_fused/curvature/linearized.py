@@ -15,6 +15,7 @@ from .linear_map import (
     ModelFn,
     checked_outputs,
     dense_gradients,
+    gradients,
     in_own_memory,
     independent_outputs,
     lost_tangent,
@@ -52,10 +53,10 @@ class Linearized(LinearMap):
 
     @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
-        gradients = torch.autograd.grad(self._outputs, self._params, cotangent, allow_unused=True)
-        if any(g is not None and id(p) not in self._tape.seen for p, g in zip(self._params, gradients, strict=True)):
+        pulled = gradients([self._outputs], self._params, [cotangent])
+        if any(g is not None and id(p) not in self._tape.seen for p, g in zip(self._params, pulled, strict=True)):
             raise lost_tangent()
-        return dense_gradients(self._params, gradients)
+        return dense_gradients(self._params, pulled)
 
 
 class LinearizedOperators(Linearized):

@@ -11,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 from curveball_fused.replay import Replay, Unrepeatable
 
 from .double_backward import DoubleBackward
 from .dual_numbers import DualNumbers
-from .linear_map import LinearMap, MethodUnsupported, ModelFn, NotTrainable, evaluate
+from .linear_map import LinearMap, MethodUnsupported, ModelFn, NotTrainable, evaluate, reentrant_checkpoint
 from .linearized import Linearized, LinearizedOperators
 from .tangent_maps import TapeUnsupported
 from .torch_modes import ForwardModeUnsupported, announce, first_line
@@ -146,6 +148,13 @@ def by_first_of(
     raise RuntimeError(f"{_joined(refusals)}. {METHODS[methods[-1]].advice}.") from refusals[-1]
 
 
+def _is_of_reentrant_checkpoint(error: BaseException) -> bool:
+    """Return whether an error is about a call of `torch.utils.checkpoint.checkpoint`, of its older kind."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    inside = any(f.f_code.co_filename == checkpoint.__file__ and f.f_locals.get("use_reentrant") for f in frames)
+    return inside or "use_reentrant=True" in str(error)
+
+
 @contextmanager
 def refusals_of(method: Method) -> Iterator[None]:
     """Turn what a method raises for a model that it cannot follow into `MethodUnsupported`.
@@ -164,6 +173,8 @@ def refusals_of(method: Method) -> Iterator[None]:
     except (MethodUnsupported, Unrepeatable, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if _is_of_reentrant_checkpoint(error):
+            raise reentrant_checkpoint() from error
         raise refusal(method, _reason(error)) from error
 
 

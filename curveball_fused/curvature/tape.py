@@ -18,6 +18,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from curveball_fused._torch_private import dual_level, has_saved_tensor_hooks, in_functorch_transform, version_of
+from curveball_fused.replay.control_flow import AS_WRITTEN
 from curveball_fused.replay.generators import positions
 
 from .arguments import map_nested
@@ -86,6 +87,8 @@ class Tape(Decompose):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in AS_WRITTEN:
+            return self._as_written(func, args, kwargs)
         if not torch.is_grad_enabled() or (getattr(func, "__name__", "") in _READS and func not in RULES):
             return func(*args, **kwargs)
         inputs = tensors((args, list(kwargs.values())))
@@ -143,10 +146,10 @@ class Tape(Decompose):
         """
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor:
-            if known[2] != version_of(tensor):
-                return self._unknown(tensor, "a tensor that was written to")
-            if known[1] < self._maps.parameters:
+            if known[1] < self._maps.parameters:  # of which a write leaves other weights, and the same tangent
                 self.seen.add(id(tensor))
+            elif known[2] != version_of(tensor):
+                return self._unknown(tensor, "a tensor that was written to")
             return known[1]
         if tensor.requires_grad and not tensor.is_leaf:
             constant = self._constant.get(id(tensor))
@@ -158,6 +161,8 @@ class Tape(Decompose):
 
     def _unknown(self, tensor: Tensor, reason: str) -> int:
         """Refuse a tensor; where there is an observer, return its slot, as it is known from now on."""
+        if tensor.grad_fn is not None and tensor.grad_fn.name() == "CheckpointFunctionBackward":
+            reason = "gradient checkpointing with use_reentrant=True"
         if self._observer is None:
             raise TapeUnsupported(reason)
         self._observer.on_unknown(tensor, reason)

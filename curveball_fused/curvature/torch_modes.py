@@ -10,11 +10,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from curveball_fused._torch_private import base_of, forward_grad_enabled, set_forward_grad_enabled
+from curveball_fused.replay.control_flow import AS_WRITTEN
 
 from .dual_rules import RULES
 
@@ -22,6 +24,7 @@ _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_fo
 RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 # In these a dual number differs from its parameter.
 _OWN_ATTRIBUTES = frozenset(("requires_grad", "is_leaf", "grad_fn", "grad"))
+_GIVES_PLACE = frozenset(("__set__", "set_"))  # the former in `parameter.data = values`
 announced: set[str] = set()  # what has been warned of in this process
 
 
@@ -59,9 +62,15 @@ class Decompose(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in AS_WRITTEN:
+            return self._as_written(func, args, kwargs)
         self.functions.add(getattr(func, "__name__", ""))
         with self._kernels(func, args, kwargs):
             return func(*args, **(kwargs or {}))
+
+    def _as_written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        with self:
+            return AS_WRITTEN[func](*args, **(kwargs or {}))
 
     def _kernels(self, func: Any, args: Any, kwargs: dict[str, Any] | None) -> AbstractContextManager[Any]:
         name = getattr(func, "__name__", "")
@@ -91,6 +100,10 @@ class Substitute(Decompose):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in AS_WRITTEN:
+            return self._as_written(func, args, kwargs)
+        if getattr(func, "__name__", "") in _GIVES_PLACE and id(args[0]) in self._duals:
+            return self._replace(func, args, kwargs or {})
         if not torch.is_grad_enabled():
             return self._constant(func, args, kwargs or {})
         if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ in _OWN_ATTRIBUTES:
@@ -125,6 +138,14 @@ class Substitute(Decompose):
             raise ForwardModeUnsupported("a custom autograd.Function uses a parameter inside its forward")
         with set_forward_grad_enabled(False):
             return func(*args, **kwargs)
+
+    def _replace(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call what gives a parameter other memory, and the same to its dual number."""
+        with torch.no_grad():
+            result = func(*args, **kwargs)
+            tangent = fwAD.unpack_dual(self._duals[id(args[0])]).tangent
+        self._duals[id(args[0])] = fwAD.make_dual(args[0].detach(), tangent)
+        return result
 
     def _swap(self, value: Any, swapped: list[int]) -> Any:
         if isinstance(value, Tensor):
@@ -167,6 +188,7 @@ def plain_recurrence(device_type: str) -> Iterator[None]:
 
 def force_eager() -> AbstractContextManager[Any]:
     """Run `torch.compile`d modules as written: compiled code has lost tangents silently in some versions of torch."""
+    # Control-flow operators, which compile themselves, would fail; modes and `Replay` run those as written, too.
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

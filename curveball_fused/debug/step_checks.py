@@ -84,7 +84,8 @@ def check(step: Step) -> None:
         _check_adjoint(step, eps, about)
     stops = [*calls.stops, *custom]
     for name, direction, jv in (("Jz", step.z, step.jz), ("Jr", step.r, step.jr)):
-        if stops:  # a finite difference of the model would see what its derivative is not meant to see
+        # A finite difference of the model would see what its derivative is not meant to see.
+        if stops or step.replay.wrote_parameters:
             _check_by_another_method(step, name, direction, jv, eps, about)
         else:
             _check_by_differences(step, name, direction, jv, eps, about)
@@ -205,7 +206,7 @@ def _gradient(step: Step, at: Tensor) -> Tensor:
 def _at(step: Step, direction: Sequence[Tensor], h: float) -> Tensor:
     """Return the outputs at w + h v, in float64."""
     with _moved(step.params, direction, h):
-        return step.replay.again(partial(evaluate, step.model_fn)).double()
+        return step.replay.again_at_new_weights(partial(evaluate, step.model_fn)).double()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ its own, registered with the graph, and before every replay all of them are set 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ class Generators(Protocol):
 
 
 class Saved:
-    """Python's, the CPU's and the device's generator, and those that the model holds.
+    """Python's, NumPy's, the CPU's and the device's generator, and those that the model holds.
 
     Args:
         device: of the parameters.
@@ -66,14 +67,16 @@ class Saved:
         self._own.setdefault(id(generator), (generator, generator.get_state()))
 
     def _states(self) -> tuple[Any, ...]:
-        host = (random.getstate(), torch.get_rng_state())
+        host = (random.getstate(), _numpy_state(), torch.get_rng_state())
         return (*host, torch.cuda.get_rng_state(self._device)) if self._device.type == "cuda" else host
 
     def _set(self, states: tuple[Any, ...], own: list[tuple[torch.Generator, Tensor]]) -> None:
         random.setstate(states[0])
-        torch.set_rng_state(states[1])
+        if states[1] is not None:
+            sys.modules["numpy.random"].set_state(states[1])
+        torch.set_rng_state(states[2])
         if self._device.type == "cuda":
-            torch.cuda.set_rng_state(states[2], self._device)
+            torch.cuda.set_rng_state(states[3], self._device)
         for generator, state in own:
             generator.set_state(state)
 
@@ -109,4 +112,12 @@ def positions(device: torch.device) -> list[bytes]:
 
 def host_positions(device: torch.device) -> tuple[Any, ...]:
     """Return where those generators stand whose numbers a graph cannot draw anew: the host's, where `device` is not."""
-    return random.getstate(), b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
+    numpy_state = _numpy_state()
+    of_numpy = None if numpy_state is None else (numpy_state[1].tobytes(), *numpy_state[2:])
+    return random.getstate(), of_numpy, b"" if device.type == "cpu" else torch.get_rng_state().numpy().tobytes()
+
+
+def _numpy_state() -> Any:
+    """Return the state of NumPy's global generator; None where NumPy is not used."""
+    numpy_random = sys.modules.get("numpy.random")
+    return None if numpy_random is None else numpy_random.get_state()
