@@ -38,6 +38,7 @@ __all__ = [
     "forward_grad_enabled",
     "has_gradient_hooks",
     "has_saved_tensor_hooks",
+    "in_dual_level",
     "in_functorch_transform",
     "is_functorch_wrapped",
     "mark_as_stepped",
@@ -98,6 +99,11 @@ def _make_a_first_dual_number() -> None:
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Return whether hooks may change the gradient of a leaf."""
     return bool(parameter._backward_hooks)
+
+
+def in_dual_level() -> bool:
+    """Return whether a level of dual numbers is open."""
+    return fwAD._current_level >= 0
 
 
 def has_saved_tensor_hooks() -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -22,6 +23,23 @@ RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 # In these a dual number differs from its parameter.
 _OWN_ATTRIBUTES = frozenset(("requires_grad", "is_leaf", "grad_fn", "grad"))
 announced: set[str] = set()  # what has been warned of in this process
+
+
+# Functions whose tangent by torch's forward mode is not the transpose of their backward pass.
+_TRANSPOSES_DISAGREE = frozenset(
+    "as_strided_scatter cholesky cholesky_ex linalg_cholesky linalg_cholesky_ex linalg_eigh linalg_eigvalsh "
+    "max_unpool1d max_unpool2d max_unpool3d triangular_solve".split()
+)
+# Where each takes `scale_grad_by_freq`, by which the backward pass divides and the tangent does not.
+_SCALES_GRADIENT = {F.embedding: 5, torch.embedding: 3, F.embedding_bag: 5, torch.embedding_bag: 3}
+
+
+def transposes_disagree(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether the tangent of a call, by torch's forward mode, is not the transpose of its backward pass."""
+    place = _SCALES_GRADIENT.get(func)
+    if place is not None:
+        return bool(kwargs.get("scale_grad_by_freq", args[place] if len(args) > place else False))
+    return getattr(func, "__name__", "").partition(".")[0] in _TRANSPOSES_DISAGREE
 
 
 class ForwardModeUnsupported(NotImplementedError):
@@ -102,6 +120,8 @@ class Substitute(Decompose):
             if result is not NotImplemented:
                 return result
         name = getattr(func, "__name__", "")
+        if transposes_disagree(func, args, kwargs):
+            raise ForwardModeUnsupported(f"{name}: its tangent is not the transpose of its backward pass")
         if name in RECURRENT or name in _ATTENTION:
             announce(name, f"curveball_fused: {name}'s fused kernel has no forward-mode formula; a plain one is used.")
         with self._kernels(func, args, kwargs):
