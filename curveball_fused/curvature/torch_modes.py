@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from curveball_fused._torch_private import base_of, forward_grad_enabled, set_forward_grad_enabled
 
 from .dual_rules import RULES
+from .rules import TWICE_DIFFERENTIABLE
 
 _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
 RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
@@ -59,7 +60,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Decompose(TorchFunctionMode):
-    """Run attention and recurrent layers by kernels that can be differentiated twice, or in forward mode.
+    """Run attention, recurrent layers and others by what can be differentiated twice, or in forward mode.
 
     Fused kernels draw dropout masks of their own, so a layer with dropout is decomposed in every run of a step
     (`every_call=False`); one without only where its fused kernel lacks the derivative (`every_call=True`).
@@ -72,6 +73,8 @@ class Decompose(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._every_call:
+            func = TWICE_DIFFERENTIABLE.get(func, func)
         with self._kernels(func, args, kwargs):
             return func(*args, **(kwargs or {}))
 
@@ -125,7 +128,7 @@ class Substitute(Decompose):
         if name in RECURRENT or name in _ATTENTION:
             announce(name, f"curveball_fused: {name}'s fused kernel has no forward-mode formula; a plain one is used.")
         with self._kernels(func, args, kwargs):
-            return func(*args, **kwargs)
+            return TWICE_DIFFERENTIABLE.get(func, func)(*args, **kwargs)
 
     def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Inside `no_grad`: no derivative in either mode."""
