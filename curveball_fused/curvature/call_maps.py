@@ -46,7 +46,7 @@ class CallMaps:
 
         self._args, self._kwargs = map_nested(keep, args), map_nested(keep, kwargs)
         self._lacks = ""  # why dual numbers did not do
-        self.followed_by = DOUBLE_BACKWARD if transposes_disagree(func, args, kwargs) else DUAL_NUMBERS
+        self.followed_by = DOUBLE_BACKWARD if transposes_disagree(func) else DUAL_NUMBERS
 
     def map_of(self, index: int | None) -> Map:
         """Return the map of the result, or of one of several."""

@@ -31,15 +31,12 @@ _TRANSPOSES_DISAGREE = frozenset(
     "as_strided_scatter cholesky cholesky_ex linalg_cholesky linalg_cholesky_ex linalg_eigh linalg_eigvalsh "
     "max_unpool1d max_unpool2d max_unpool3d triangular_solve".split()
 )
-# Where each takes `scale_grad_by_freq`, by which the backward pass divides and the tangent does not.
+# Where each takes `scale_grad_by_freq`, by which its backward pass divides, the derivative of that one not.
 _SCALES_GRADIENT = {F.embedding: 5, torch.embedding: 3, F.embedding_bag: 5, torch.embedding_bag: 3}
 
 
-def transposes_disagree(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def transposes_disagree(func: Any) -> bool:
     """Return whether the tangent of a call, by torch's forward mode, is not the transpose of its backward pass."""
-    place = _SCALES_GRADIENT.get(func)
-    if place is not None:
-        return bool(kwargs.get("scale_grad_by_freq", args[place] if len(args) > place else False))
     return getattr(func, "__name__", "").partition(".")[0] in _TRANSPOSES_DISAGREE
 
 
@@ -74,6 +71,7 @@ class Decompose(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if self._every_call:
+            _refuse_scaled_gradients(func, args, kwargs or {})
             func = TWICE_DIFFERENTIABLE.get(func, func)
         with self._kernels(func, args, kwargs):
             return func(*args, **(kwargs or {}))
@@ -123,7 +121,8 @@ class Substitute(Decompose):
             if result is not NotImplemented:
                 return result
         name = getattr(func, "__name__", "")
-        if transposes_disagree(func, args, kwargs):
+        _refuse_scaled_gradients(func, args, kwargs)
+        if transposes_disagree(func):
             raise ForwardModeUnsupported(f"{name}: its tangent is not the transpose of its backward pass")
         if name in RECURRENT or name in _ATTENTION:
             announce(name, f"curveball_fused: {name}'s fused kernel has no forward-mode formula; a plain one is used.")
@@ -152,6 +151,14 @@ class Substitute(Decompose):
         if type(value) in (list, tuple):
             return type(value)([self._swap(v, swapped) for v in value])
         return value
+
+
+def _refuse_scaled_gradients(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    place = _SCALES_GRADIENT.get(func)
+    if place is not None and kwargs.get("scale_grad_by_freq", args[place] if len(args) > place else False):
+        raise ForwardModeUnsupported(
+            f"{func.__name__} with scale_grad_by_freq=True, whose gradient is that of no function (leave it out)"
+        )
 
 
 def _holds_tensor(value: Any) -> bool:
