@@ -22,6 +22,17 @@ from .torch_modes import Decompose, ForwardModeUnsupported, first_line, transpos
 # How a call is followed.
 DUAL_NUMBERS, DOUBLE_BACKWARD = "dual numbers", "double backward"
 
+# What to use in the place of functions that torch cannot differentiate twice, by their names.
+REPLACEMENTS = {
+    "ctc_loss": "the sums over alignments written with `torch.logaddexp`",
+    "embedding_bag": "`F.embedding` and `mean`, `sum` or `amax`",
+    "linear_cross_entropy": "`F.linear` and `F.cross_entropy`",
+    "multi_margin_loss": "`F.relu(margin + x - x.gather(1, y[:, None]))`, summed over the other classes",
+    "multilabel_margin_loss": "`F.relu(1 + x[:, None] - x[:, :, None])`, summed over pairs of labels",
+    "segment_reduce": "`torch.index_add` or `torch.scatter_reduce`",
+    "triangular_solve": "`torch.linalg.solve_triangular`",
+}
+
 
 class CallMaps:
     """ẏ = ∂f ẋ for one call of f, which runs again in each product.
@@ -46,7 +57,7 @@ class CallMaps:
 
         self._args, self._kwargs = map_nested(keep, args), map_nested(keep, kwargs)
         self._lacks = ""  # why dual numbers did not do
-        self.followed_by = DOUBLE_BACKWARD if transposes_disagree(func) else DUAL_NUMBERS
+        self.followed_by = DOUBLE_BACKWARD if transposes_disagree(func, args, kwargs) else DUAL_NUMBERS
 
     def map_of(self, index: int | None) -> Map:
         """Return the map of the result, or of one of several."""
@@ -79,7 +90,12 @@ class CallMaps:
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, RuntimeError) as error:
-            raise ForwardModeUnsupported(self._lacks or first_line(error)) from error
+            raise ForwardModeUnsupported((self._lacks or first_line(error)) + self._way_out()) from error
+
+    def _way_out(self) -> str:
+        name = str(getattr(self._func, "__name__", ""))
+        found = [instead for known, instead in REPLACEMENTS.items() if known in name]
+        return f" (use {found[0]} instead)" if found else ""
 
     def _by_dual_numbers(self, index: int | None, tangents: Tangents) -> Tensor | None:
         with dual_level(), Decompose(every_call=True):

@@ -26,18 +26,22 @@ _OWN_ATTRIBUTES = frozenset(("requires_grad", "is_leaf", "grad_fn", "grad"))
 announced: set[str] = set()  # what has been warned of in this process
 
 
-# Functions whose tangent by torch's forward mode is not the transpose of their backward pass.
+# Functions whose tangent by torch's forward mode is not the transpose of their backward pass: off the symmetric
+# matrices; a part of it lost; or, of zero, not zero but rounding.
 _TRANSPOSES_DISAGREE = frozenset(
-    "as_strided_scatter cholesky cholesky_ex linalg_cholesky linalg_cholesky_ex linalg_eigh linalg_eigvalsh "
-    "max_unpool1d max_unpool2d max_unpool3d triangular_solve".split()
+    "as_strided_scatter cholesky cholesky_ex linalg_cholesky linalg_cholesky_ex linalg_eigh linear_cross_entropy "
+    "max_unpool1d max_unpool2d max_unpool3d native_group_norm triangular_solve".split()
 )
 # Where each takes `scale_grad_by_freq`, by which its backward pass divides, the derivative of that one not.
 _SCALES_GRADIENT = {F.embedding: 5, torch.embedding: 3, F.embedding_bag: 5, torch.embedding_bag: 3}
 
 
-def transposes_disagree(func: Any) -> bool:
+def transposes_disagree(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Return whether the tangent of a call, by torch's forward mode, is not the transpose of its backward pass."""
-    return getattr(func, "__name__", "").partition(".")[0] in _TRANSPOSES_DISAGREE
+    name = getattr(func, "__name__", "").partition(".")[0]
+    if name in ("scatter_reduce", "scatter_reduce_"):
+        return any(isinstance(a, str) and a == "prod" for a in (*args, *kwargs.values()))
+    return name in _TRANSPOSES_DISAGREE
 
 
 class ForwardModeUnsupported(NotImplementedError):
@@ -122,7 +126,7 @@ class Substitute(Decompose):
                 return result
         name = getattr(func, "__name__", "")
         _refuse_scaled_gradients(func, args, kwargs)
-        if transposes_disagree(func):
+        if transposes_disagree(func, args, kwargs):
             raise ForwardModeUnsupported(f"{name}: its tangent is not the transpose of its backward pass")
         if name in RECURRENT or name in _ATTENTION:
             announce(name, f"curveball_fused: {name}'s fused kernel has no forward-mode formula; a plain one is used.")

@@ -101,7 +101,7 @@ def flat_bag(**options: Any) -> Run:
 BAGS: dict[str, tuple[list[tuple[int, ...]], Run]] = {
     **{mode: ([(6, 3)], bag(mode=mode)) for mode in ("sum", "mean", "max")},
     **{f"{mode}, padded": ([(6, 3)], bag(mode=mode, padding_idx=4)) for mode in ("sum", "mean", "max")},
-    **{f"{mode}, padded from the end": ([(6, 3)], flat_bag(mode=mode, padding_idx=-4)) for mode in ("sum", "mean", "max")},
+    **{f"{mode}, padded by -4": ([(6, 3)], flat_bag(mode=mode, padding_idx=-4)) for mode in ("sum", "mean", "max")},
     **{f"{mode}, offsets": ([(6, 3)], flat_bag(mode=mode)) for mode in ("sum", "mean", "max")},
     **{
         f"{mode}, last offset": (
@@ -222,8 +222,12 @@ BY_OWN_BACKWARD: dict[str, Run] = {
     "library": lambda w: torch.ops.test_operators_raw.cubed(X @ w[0]) * w[1],
     "scan": lambda w: scanned(X @ w[0]) * w[1],
     "while loop": lambda w: looped(X @ w[0]) * w[1],
-    "products by index": lambda w: torch.scatter_reduce(w[0], 0, torch.tensor([[0] * 6, [3] * 6]), X[:2] * w[1], "prod"),
-    "grid sample": lambda w: F.grid_sample(w[0].view(1, 1, 6, 6), (X @ w[0]).view(1, 4, 3, 2).tanh(), align_corners=False),
+    "products by index": lambda w: torch.scatter_reduce(
+        w[0], 0, torch.tensor([[0] * 6, [3] * 6]), X[:2] * w[1], "prod"
+    ),
+    "grid sample": lambda w: F.grid_sample(
+        w[0].view(1, 1, 6, 6), (X @ w[0]).view(1, 4, 3, 2).tanh(), align_corners=False
+    ),
     "index reduce": lambda w: w[0].index_reduce(0, torch.tensor([1, 1, 3, 0]), X * w[1], "mean"),
     "Cholesky of a triangle": lambda w: torch.linalg.cholesky((w[0] @ w[0].T).tril() + 9 * torch.eye(6) + w[1].diag()),
     "strided scatter": lambda w: torch.as_strided_scatter(w[0], X[:2, :2] * w[1][:2], (2, 2), (7, 2), 1),
@@ -272,7 +276,7 @@ def test_dual_numbers_are_not_taken_where_they_are_of_another_function() -> None
     def run(w: list[Tensor]) -> Tensor:
         return torch.linalg.cholesky((w[0] @ w[0].T).tril() + 9 * torch.eye(6))
 
-    with pytest.raises(NotImplementedError, match="linalg_cholesky: .* not the transpose of its backward pass"):
+    with pytest.raises(NotImplementedError, match=r"linalg_cholesky: .* not the transpose of its backward pass"):
         assert_products(MODES[0], run, params((6, 6)))
     assert_products(MODES[1], run, params((6, 6)))
 
@@ -291,5 +295,5 @@ def test_a_gradient_that_is_divided_by_frequency_is_refused(run: Callable[[nn.Mo
     """Its derivative, by torch, is not divided, so that no method has a pair of transposes."""
     net = nn.Linear(6, 6).double()
     optimizer = CurveBall(net.parameters(), curvature=curvature)
-    with pytest.raises(RuntimeError, match="embedding.* with scale_grad_by_freq=True, .*leave it out"):
+    with pytest.raises(RuntimeError, match=r"embedding.* with scale_grad_by_freq=True, .*leave it out"):
         optimizer.step(lambda: run(net), lambda out: out.square().mean())
