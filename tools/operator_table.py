@@ -46,8 +46,8 @@ stands where the slowest of them belongs. Your own model: [Checking a model](che
 """
 
 
-def ways(most: int) -> tuple[dict[str, str], int, int]:
-    """The slowest way of each operator; how many samples were followed, and how many refused."""
+def ways(most: int, failures: list[str]) -> tuple[dict[str, str], int, int]:
+    """The slowest way of each operator; how many samples were followed, how many refused. Adds to `failures`."""
     slowness, found, followed, refused = list(TITLES), {}, 0, 0
     for op in operators():
         for in_place in (False, True):
@@ -56,7 +56,8 @@ def ways(most: int) -> tuple[dict[str, str], int, int]:
                 if result is None:
                     continue
                 if result.kind in (WRONG, CRASHED) or (result.kind == REFUSED and not result.named):
-                    sys.exit(f"{sample}: {result.kind}: {result.reason}")
+                    failures.append(f"{sample}: {result.kind}: {result.reason}")
+                    continue
                 followed, refused = followed + (result.kind != REFUSED), refused + (result.kind == REFUSED)
                 way = REFUSED if result.kind == REFUSED else followed_by(sample)[0]
                 way = way if way in TITLES else "another method"
@@ -70,7 +71,8 @@ def paragraph(names: Iterable[str]) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    found, followed, refused = ways(int(sys.argv[1]) if len(sys.argv) > 1 else SAMPLES)
+    failures: list[str] = []
+    found, followed, refused = ways(int(sys.argv[1]) if len(sys.argv) > 1 else SAMPLES, failures)
     version = torch.__version__.partition("+")[0]
     text = HEAD.format(samples=followed + refused, version=version, followed=followed, refused=refused)
     for way, title in TITLES.items():
@@ -80,6 +82,8 @@ def main() -> None:
     text += "\n## Instead of\n\n| operator | use |\n|---|---|\n"
     text += "".join(f"| `{name}` | {instead} |\n" for name, instead in REPLACEMENTS.items())
     PATH.write_text(text)
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -119,10 +119,8 @@ class CallMaps:
             cotangent = torch.zeros_like(result, requires_grad=True)
             gradients = torch.autograd.grad(result, leaves, cotangent, create_graph=True, allow_unused=True)
             pairs = [(g, t) for g, t in zip(gradients, directions, strict=True) if g is not None]
-            if not pairs:
-                return torch.zeros_like(cotangent)
             # Where a gradient has no graph, torch would go on with those that have one.
-            if not all(g.requires_grad and g.layout == torch.strided for g, _ in pairs):
+            if not pairs or not all(g.requires_grad and g.layout == torch.strided for g, _ in pairs):
                 raise ForwardModeUnsupported("its backward pass cannot be differentiated")
             (tangent,) = torch.autograd.grad([g for g, _ in pairs], cotangent, [t for _, t in pairs])
             return tangent

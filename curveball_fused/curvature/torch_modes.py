@@ -27,10 +27,10 @@ announced: set[str] = set()  # what has been warned of in this process
 
 
 # Functions whose tangent by torch's forward mode is not the transpose of their backward pass: off the symmetric
-# matrices; a part of it lost; or, of zero, not zero but rounding.
+# matrices, or with a part of it lost.
 _TRANSPOSES_DISAGREE = frozenset(
-    "as_strided_scatter cholesky cholesky_ex linalg_cholesky linalg_cholesky_ex linalg_eigh linear_cross_entropy "
-    "max_unpool1d max_unpool2d max_unpool3d native_group_norm triangular_solve".split()
+    "as_strided_scatter cholesky cholesky_ex cholesky_inverse linalg_cholesky linalg_cholesky_ex linalg_eigh "
+    "linear_cross_entropy max_unpool1d max_unpool2d max_unpool3d triangular_solve".split()
 )
 # Where each takes `scale_grad_by_freq`, by which its backward pass divides, the derivative of that one not.
 _SCALES_GRADIENT = {F.embedding: 5, torch.embedding: 3, F.embedding_bag: 5, torch.embedding_bag: 3}

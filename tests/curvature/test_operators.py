@@ -17,6 +17,7 @@ from curveball_fused import CurveBall
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.explanation.trace_report import trace
 from tests.helpers.jacobians import MODES, linearized
+from tests.helpers.tiers import slow
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).sin().view(4, 6)
 Run = Callable[[list[Tensor]], Tensor]
@@ -235,7 +236,9 @@ BY_OWN_BACKWARD: dict[str, Run] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BY_OWN_BACKWARD)
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in ("scan", "while loop") else name for name in BY_OWN_BACKWARD]
+)  # torch compiles these two
 def test_a_call_is_followed_by_its_own_backward_pass(name: str) -> None:
     run, w = BY_OWN_BACKWARD[name], params((6, 6), (6,))
     assert_products(MODES[2], run, w)

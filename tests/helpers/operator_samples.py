@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = dict(
 )
 # They return memory that was never written.
 _WITHOUT_VALUES = frozenset(("empty_like", "new_empty", "new_empty_strided", "empty_permuted"))
+_MOST_ELEMENTS = 20_000
 # From the slowest way on the tape to the fastest.
 _ON_THE_TAPE = ("double backward", "dual numbers")
 
@@ -132,7 +133,7 @@ def samples(op: Any, most: int, in_place: bool = False) -> Iterator[Sample]:
         usual = all(t.layout == torch.strided and not t.is_nested for t in tensors)
         if not usual or not any(t.requires_grad and t.numel() for t in tensors):
             continue
-        if in_place and sample.broadcasts_input:
+        if (in_place and sample.broadcasts_input) or sum(t.numel() for t in tensors) > _MOST_ELEMENTS:
             continue
 
         def call(leaves: list[Any], spec: Any = spec, sample: Any = sample) -> Any:
