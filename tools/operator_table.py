@@ -59,7 +59,7 @@ def ways(most: int, failures: list[str]) -> tuple[dict[str, str], int, int]:
                     failures.append(f"{sample}: {result.kind}: {result.reason}")
                     continue
                 followed, refused = followed + (result.kind != REFUSED), refused + (result.kind == REFUSED)
-                way = REFUSED if result.kind == REFUSED else followed_by(sample)[0]
+                way = REFUSED if result.kind == REFUSED else followed_by(sample)
                 way = way if way in TITLES else "another method"
                 found[sample.operator] = max(way, found.get(sample.operator, way), key=slowness.index)
     return found, followed, refused

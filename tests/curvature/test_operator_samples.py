@@ -59,7 +59,7 @@ def test_the_table_in_the_docs_is_of_this_code(name: str, title: str) -> None:
         refusal = outcome(sample)
         assert refusal is not None and refusal.kind == REFUSED and refusal.named
     else:
-        assert followed_by(sample)[0] == {
+        assert followed_by(sample) == {
             "Own rules": "own rule",
             "torch's forward mode": "dual numbers",
             "Its own backward pass, differentiated": "double backward",
