@@ -41,7 +41,7 @@ HEAD = """# Operators
 By which way a step follows each of torch's operators that have a gradient: written by
 `python -m tools.operator_table`, from {samples} samples that torch's own tests have for them (torch {version}, CPU,
 float64). Each sample was a small model, trained for three steps by `curvature="auto"` and compared with explicit
-matrices: {followed} were right, {refused} were refused by name, none was wrong. An operator whose samples differ
+matrices: {followed} were right, {refused} were refused by name, and wrong: {wrong}. An operator whose samples differ
 stands where the slowest of them belongs. Your own model: [Checking a model](checking-a-model.md).
 """
 
@@ -73,8 +73,11 @@ def main() -> None:
     torch.set_num_threads(1)
     failures: list[str] = []
     found, followed, refused = ways(int(sys.argv[1]) if len(sys.argv) > 1 else SAMPLES, failures)
+    wrong = ", ".join(sorted({f"`{failure.partition(',')[0]}`" for failure in failures})) or "none"
     version = torch.__version__.partition("+")[0]
-    text = HEAD.format(samples=followed + refused, version=version, followed=followed, refused=refused)
+    text = HEAD.format(
+        samples=followed + refused + len(failures), version=version, followed=followed, refused=refused, wrong=wrong
+    )
     for way, title in TITLES.items():
         names = [name for name, by in found.items() if by == way]
         if names:
