@@ -139,6 +139,12 @@ def forward_grad_switched() -> bool:
     return off and private.forward_grad_enabled()
 
 
+def dual_level_is_open() -> bool:
+    with fwAD.dual_level():
+        inside = private.in_dual_level()
+    return inside and not private.in_dual_level()
+
+
 def in_transform() -> bool:
     seen: list[bool] = []
 
@@ -248,6 +254,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "gradient_hooks_set_aside": hooks_set_aside,
     "has_gradient_hooks": hooked,
     "has_saved_tensor_hooks": saved_tensors_hooked,
+    "in_dual_level": dual_level_is_open,
     "in_functorch_transform": in_transform,
     "is_functorch_wrapped": in_transform,
     "mark_as_stepped": stepped,

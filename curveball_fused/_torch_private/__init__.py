@@ -44,6 +44,7 @@ __all__ = [
     "gradient_hooks_set_aside",
     "has_gradient_hooks",
     "has_saved_tensor_hooks",
+    "in_dual_level",
     "in_functorch_transform",
     "is_functorch_wrapped",
     "mark_as_stepped",
@@ -147,6 +148,11 @@ def gradient_hooks_set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p, own in zip(parameters, hooks, strict=True):
             p._backward_hooks = own
+
+
+def in_dual_level() -> bool:
+    """Return whether a level of dual numbers is open."""
+    return fwAD._current_level >= 0
 
 
 def has_saved_tensor_hooks() -> bool:

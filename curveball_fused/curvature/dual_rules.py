@@ -57,6 +57,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     function: dual(rules.RULES[function])
     for function in (
         F.linear, torch.conv1d, torch.conv2d, torch.conv3d, F.embedding, F.batch_norm, F.layer_norm, F.group_norm,
-        F.rms_norm, F.relu, F.gelu, F.silu, F.softmax, F.max_pool2d, F.scaled_dot_product_attention,
+        F.rms_norm, F.relu, F.gelu, F.silu, F.softmax, F.max_pool2d, F.scaled_dot_product_attention, F.embedding_bag,
+        torch.cdist, torch.pdist,
     )
 }  # fmt: skip

@@ -14,17 +14,21 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from curveball_fused._torch_private import dual_level, has_saved_tensor_hooks, in_functorch_transform, version_of
+from curveball_fused._torch_private import (
+    has_saved_tensor_hooks,
+    in_dual_level,
+    in_functorch_transform,
+    version_of,
+)
 from curveball_fused.replay.control_flow import AS_WRITTEN
 from curveball_fused.replay.generators import positions
 
-from .arguments import map_nested
-from .rules import COMPOSITES, IN_PLACE, RULES, Map, RuleContext, Tangents, snapshot, tensors, without_override
+from .call_maps import DUAL_NUMBERS, CallMaps
+from .rules import COMPOSITES, IN_PLACE, RULES, Map, RuleContext, Tangents, tensors, without_override
 from .tangent_maps import TangentMaps, TapeUnsupported
-from .torch_modes import Decompose
+from .torch_modes import Decompose, first_line
 
 _MOVES_STATISTICS = frozenset(("batch_norm", "instance_norm"))
 # What is read off a tensor without being computed from its elements.
@@ -33,8 +37,8 @@ _READS = frozenset("__get__ size dim stride numel is_contiguous is_floating_poin
 _OUT_OF_SIGHT = frozenset((torch.autograd.grad, torch.Tensor.backward, torch.Tensor.register_hook))
 
 
-# How the tape handles a call.
-OWN_RULE, IN_PLACE_RULE, COMPOSITE, DUAL_NUMBERS = "own rule", "in-place rule", "composite", "dual numbers"
+# How the tape handles a call; a call without a rule is followed as `CallMaps` says.
+OWN_RULE, IN_PLACE_RULE, COMPOSITE = "own rule", "in-place rule", "composite"
 
 
 class Observer(Protocol):
@@ -119,7 +123,7 @@ class Tape(Decompose):
                 self._observer.on_handled(func, COMPOSITE)
             with self:
                 return inside(*args, **kwargs)
-        return self._by_dual_numbers(func, args, kwargs, inputs, ctx)
+        return self._by_calling_again(func, args, kwargs, inputs, ctx)
 
     def jvp(self, tangents: Sequence[Tensor], outputs: Tensor) -> Tensor:
         """Compute J v.
@@ -216,10 +220,10 @@ class Tape(Decompose):
             self._known[id(result)] = (weakref.ref(result), slot, version_of(result))
             self.functions.add(name)
 
-    def _by_dual_numbers(
+    def _by_calling_again(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], ctx: RuleContext
     ) -> Any:
-        """Follow a function without a rule: its map runs it again, on dual numbers."""
+        """Follow a function without a rule: its map runs it again."""
         name = _name(func)
         if name in _MOVES_STATISTICS and kwargs.get("running_mean", args[1] if len(args) > 1 else None) is not None:
             reason = f"{name} with running statistics, in mixed precision or over instances"
@@ -237,18 +241,33 @@ class Tape(Decompose):
                 return self._refuse(func, f"{name} draws random numbers", lambda: result)
             if not isinstance(result, (Tensor, tuple, list)):
                 return self._refuse(func, f"{name} returns {type(result).__name__}", lambda: result)
-            dual = _DualMaps(func, args, kwargs, ctx)
+            call = CallMaps(func, args, kwargs, ctx)
             self._maps.saved += ctx.saved
             for index, one in enumerate((result,) if isinstance(result, Tensor) else result):
                 if isinstance(one, Tensor):
-                    self._add(name, one, dual.map_of(None if isinstance(result, Tensor) else index), ctx)
-        if self._observer is not None:
+                    self._add(name, one, call.map_of(None if isinstance(result, Tensor) else index), ctx)
+            if self._observer is not None:
+                _report(self._observer, func, call, result)
+        elif self._observer is not None:
             self._observer.on_handled(func, DUAL_NUMBERS)
         return result
 
 
+def _report(observer: Observer, func: Any, call: CallMaps, result: Any) -> None:
+    """Tell an observer by what a call without a rule is followed, which is found out by products with zero."""
+    try:
+        with torch.no_grad():
+            call.try_maps(result)
+    except (RuntimeError, TypeError, ValueError) as error:
+        observer.on_refused(func, first_line(error))
+    else:
+        observer.on_handled(func, call.followed_by)
+
+
 def _refusal(func: Any) -> str:
     """Return why a function cannot be called within the model, or an empty string."""
+    if in_dual_level():
+        return "forward mode inside the model"
     if has_saved_tensor_hooks():
         return "gradient checkpointing, or other hooks on saved tensors"
     return f"{func.__name__} inside the model" if func in _OUT_OF_SIGHT else ""
@@ -270,41 +289,6 @@ def _under_autocast(tangent_map: Map, device_type: str) -> Map:
             return tangent_map(tangents)
 
     return tangent_map_under_autocast
-
-
-class _DualMaps:
-    """ẏ = ∂f ẋ, by torch's own forward mode."""
-
-    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ctx: RuleContext) -> None:
-        self._func = func
-        self._slots: dict[int, int | None] = {}  # by the identities of the kept tensors
-
-        def keep(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return snapshot(value)
-            kept = ctx.save(value)
-            self._slots[id(kept)] = ctx.tangent_index(value)
-            return kept
-
-        self._args, self._kwargs = map_nested(keep, args), map_nested(keep, kwargs)
-
-    def map_of(self, index: int | None) -> Map:
-        """Return the map of the result, or of one of several."""
-
-        def tangent_map(tangents: Tangents) -> Tensor:
-            with dual_level(), Decompose(every_call=True):
-                result = self._func(*self._dual(self._args, tangents), **self._dual(self._kwargs, tangents))
-                primal, tangent = fwAD.unpack_dual(result if index is None else result[index])
-                return torch.zeros_like(primal) if tangent is None else tangent
-
-        return tangent_map
-
-    def _dual(self, value: Any, tangents: Tangents) -> Any:
-        def dual(value: Any) -> Any:
-            slot = self._slots[id(value)] if isinstance(value, Tensor) else None
-            return value if slot is None else fwAD.make_dual(value, tangents[slot])
-
-        return map_nested(dual, value)
 
 
 def _name(func: Any) -> str:

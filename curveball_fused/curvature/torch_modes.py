@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -19,6 +20,7 @@ from curveball_fused._torch_private import base_of, forward_grad_enabled, set_fo
 from curveball_fused.replay.control_flow import AS_WRITTEN
 
 from .dual_rules import RULES
+from .rules import TWICE_DIFFERENTIABLE
 
 _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
 RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
@@ -26,6 +28,24 @@ RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _OWN_ATTRIBUTES = frozenset(("requires_grad", "is_leaf", "grad_fn", "grad"))
 _GIVES_PLACE = frozenset(("__set__", "set_"))  # the former in `parameter.data = values`
 announced: set[str] = set()  # what has been warned of in this process
+
+
+# Functions whose tangent by torch's forward mode is not the transpose of their backward pass: off the symmetric
+# matrices, or with a part of it lost.
+_TRANSPOSES_DISAGREE = frozenset(
+    "as_strided_scatter cholesky cholesky_ex cholesky_inverse linalg_cholesky linalg_cholesky_ex linalg_eigh "
+    "linear_cross_entropy max_unpool1d max_unpool2d max_unpool3d triangular_solve".split()
+)
+# Where each takes `scale_grad_by_freq`, by which its backward pass divides, the derivative of that one not.
+_SCALES_GRADIENT = {F.embedding: 5, torch.embedding: 3, F.embedding_bag: 5, torch.embedding_bag: 3}
+
+
+def transposes_disagree(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether the tangent of a call, by torch's forward mode, is not the transpose of its backward pass."""
+    name = getattr(func, "__name__", "").partition(".")[0]
+    if name in ("scatter_reduce", "scatter_reduce_"):
+        return any(isinstance(a, str) and a == "prod" for a in (*args, *kwargs.values()))
+    return name in _TRANSPOSES_DISAGREE
 
 
 class ForwardModeUnsupported(NotImplementedError):
@@ -45,7 +65,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Decompose(TorchFunctionMode):
-    """Run attention and recurrent layers by kernels that can be differentiated twice, or in forward mode.
+    """Run attention, recurrent layers and others by what can be differentiated twice, or in forward mode.
 
     Fused kernels draw dropout masks of their own, so a layer with dropout is decomposed in every run of a step
     (`every_call=False`); one without only where its fused kernel lacks the derivative (`every_call=True`).
@@ -65,6 +85,9 @@ class Decompose(TorchFunctionMode):
         if func in AS_WRITTEN:
             return self._as_written(func, args, kwargs)
         self.functions.add(getattr(func, "__name__", ""))
+        if self._every_call:
+            _refuse_scaled_gradients(func, args, kwargs or {})
+            func = TWICE_DIFFERENTIABLE.get(func, func)
         with self._kernels(func, args, kwargs):
             return func(*args, **(kwargs or {}))
 
@@ -127,10 +150,13 @@ class Substitute(Decompose):
                 return result
         name = getattr(func, "__name__", "")
         self.functions.add(name)
+        _refuse_scaled_gradients(func, args, kwargs)
+        if transposes_disagree(func, args, kwargs):
+            raise ForwardModeUnsupported(f"{name}: its tangent is not the transpose of its backward pass")
         if name in RECURRENT or name in _ATTENTION:
             announce(name, f"curveball_fused: {name}'s fused kernel has no forward-mode formula; a plain one is used.")
         with self._kernels(func, args, kwargs):
-            return func(*args, **kwargs)
+            return TWICE_DIFFERENTIABLE.get(func, func)(*args, **kwargs)
 
     def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Inside `no_grad`: no derivative in either mode."""
@@ -170,6 +196,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from _tensors(v)
+
+
+def _refuse_scaled_gradients(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    place = _SCALES_GRADIENT.get(func)
+    if place is not None and kwargs.get("scale_grad_by_freq", args[place] if len(args) > place else False):
+        raise ForwardModeUnsupported(
+            f"{func.__name__} with scale_grad_by_freq=True, whose gradient is that of no function (leave it out)"
+        )
 
 
 def _has_dropout(args: Any, kwargs: dict[str, Any] | None) -> bool:

@@ -9,7 +9,8 @@ import torch
 
 from curveball_fused.backends import ADVICE
 from curveball_fused.curvature import METHODS
-from curveball_fused.curvature.tape import COMPOSITE, DUAL_NUMBERS, IN_PLACE_RULE, OWN_RULE
+from curveball_fused.curvature.call_maps import DOUBLE_BACKWARD, DUAL_NUMBERS
+from curveball_fused.curvature.tape import COMPOSITE, IN_PLACE_RULE, OWN_RULE
 
 from .cost import Cost
 from .trace_report import REFUSED, Function
@@ -19,6 +20,7 @@ _HANDLED_BY = {
     IN_PLACE_RULE: "own rule, in place",
     COMPOSITE: "the functions it is composed of",
     DUAL_NUMBERS: "torch's dual numbers",
+    DOUBLE_BACKWARD: "its backward pass, differentiated",
 }
 _WIDTHS = (13, 9, 9, 9, 6, 11)
 _SEEN_BY = {

@@ -14,7 +14,7 @@ from torch.overrides import resolve_name
 from curveball_fused._torch_private import dual_level
 from curveball_fused.curvature import ModelFn, checked_outputs
 from curveball_fused.curvature.arguments import map_nested
-from curveball_fused.curvature.tape import DUAL_NUMBERS, Tape
+from curveball_fused.curvature.tape import Tape
 from curveball_fused.curvature.torch_modes import Substitute, first_line
 
 REFUSED = "refused"
@@ -27,7 +27,8 @@ class Function:
     Attributes:
         name: torch's name of it; of the backward node for one that is no torch function.
         handled_by: what the linearized run follows it by: "own rule"; "in-place rule", an own rule for writing to an
-            argument; "composite", the functions that it calls; "dual numbers", torch's own forward mode; or "refused".
+            argument; "composite", the functions that it calls; "dual numbers", torch's own forward mode; "double
+            backward", its own backward pass, differentiated; or "refused".
         reason: why it was refused; empty otherwise.
         lacks: what torch says where it cannot differentiate the function in forward mode; empty where it can, and where
             an own rule does.
@@ -77,10 +78,7 @@ class TraceReport:
 
     def on_handled(self, func: Any, by: str) -> None:
         """Count a call that the tape follows."""
-        if by == DUAL_NUMBERS and self._lacks:
-            self.on_refused(func, "no forward mode")
-        else:
-            self._count(_name(func), by, "", self._lacks)
+        self._count(_name(func), by, "", self._lacks)
 
     def on_refused(self, func: Any, reason: str) -> None:
         """Count a call that the tape cannot follow."""

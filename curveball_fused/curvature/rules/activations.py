@@ -155,6 +155,12 @@ def masked(ctx: RuleContext, input: Tensor, mask: Tensor, value: Any) -> Any:
     return input.masked_fill(mask, value), tangent_map
 
 
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """Return `F.hardsigmoid`, of functions that torch can differentiate twice."""
+    return F.hardsigmoid(input, True) if inplace else F.hardtanh(input + 3, 0.0, 6.0) / 6
+
+
+TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Tensor]] = {F.hardsigmoid: hardsigmoid}
 RULES: dict[Any, Rule] = {
     F.relu: relu, torch.relu: relu, torch.Tensor.relu: relu,
     F.gelu: gelu, F.silu: silu,
