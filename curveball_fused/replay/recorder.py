@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -82,9 +83,9 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
     written = [kwargs["out"]] if "out" in kwargs else []
     name = getattr(func, "__name__", "")
     if name in _NORMALIZATIONS:
-        # Statistics, and affine parameters, are vectors; the input is not.
-        vectors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 1]
-        written += [v for v in vectors if not v.requires_grad]
+        # After the input come, but in torch.nn.functional, the affine parameters.
+        first = 1 if func in (F.batch_norm, F.instance_norm) else 3
+        written += [*args[first : first + 2], kwargs.get("running_mean"), kwargs.get("running_var")]
     elif name in ("embedding", "embedding_bag") and kwargs.get("max_norm") is not None:
         written.append(args[1])  # rows that are too long are rescaled in place
     elif name == "fused_moving_avg_obs_fake_quant":
