@@ -1,6 +1,6 @@
 """The guard: whether the two Jacobian products of a step are those of one linear map.
 
-r = Jᵀc comes from a backward pass, Jz and Jr from tangents, and a step takes for granted that z·r = Jz·c and r·r = Jr·c.
+r = Jᵀc comes from a backward pass, Jz and Jr from tangents; a step takes for granted that z·r = Jz·c and r·r = Jr·c.
 A tangent that was lost on the way, a backward pass that is not the derivative, a model that is another function in each
 run: all of these show as two numbers that differ. So in the first step by each method, and by each set of functions
 that the model consists of, the dot products are also taken directly, and the host compares them; now and then
@@ -27,7 +27,7 @@ _known: WeakKeyDictionary[Optimizer, Known] = WeakKeyDictionary()
 
 
 def known_maps(optimizer: Optimizer) -> Known:
-    """Return the methods, each with the functions of a model, that were found right for an optimizer in this process."""
+    """Return the methods, each with the functions of a model, that were found right for an optimizer so far."""
     return _known.setdefault(optimizer, set())
 
 
@@ -110,7 +110,7 @@ def compare(
 def _tolerance(dtypes: Iterable[torch.dtype], device: torch.device) -> float:
     """Return the relative error that rounding may make: a wrong derivative makes a larger one, rounding much less."""
     epsilon = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-    if device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32):
-        if epsilon == torch.finfo(torch.float32).eps:
-            return 0.25 * math.sqrt(_TF32_EPSILON)  # 1e-2: the errors of single products average out in sums
+    tf32 = device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+    if tf32 and epsilon == torch.finfo(torch.float32).eps:
+        return 0.25 * math.sqrt(_TF32_EPSILON)  # 6e-3: the errors of single products average out in sums
     return 2 * math.sqrt(epsilon)

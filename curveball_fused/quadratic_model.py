@@ -208,10 +208,9 @@ def _measure_in_full(
     replay: Replay,
     full_gradient: FullGradient | None,
 ) -> QuadraticTerms:
-    """Measure all that a solve needs, by one method.
+    """Return all that a solve needs, by one method.
 
-    Raises:
-        MethodUnsupported: the method cannot follow the model, or its two products are not those of one linear map.
+    `MethodUnsupported` is raised where it cannot follow the model, or its two products are not those of one linear map.
     """
     linear, outputs, jz, compute_dtype = _linearize(context, method, model_fn, replay, full_gradient)
     map_ = (method.name, linear.operators)
@@ -253,10 +252,9 @@ def _measure_in_full(
             linear.difference_of_runs(),
             {outputs.dtype, *replay.dtypes, *(p.dtype for p in context.params)},
         )
-        if first:
-            # An overflow of float16 says nothing, and may last for some steps: later comparisons are on the device.
-            if _judge(context, method, comparison, model_fn, replay) or overflow is not None:
-                context.known_maps.add(map_)
+        # An overflow of float16 says nothing, and may last for some steps: later comparisons are on the device.
+        if first and (_judge(context, method, comparison, model_fn, replay) or overflow is not None):
+            context.known_maps.add(map_)
         products = comparison.masked(products)
     elif first:
         _rehearse(context, method, model_fn, loss_fn)
@@ -279,8 +277,7 @@ def _judge(
 ) -> bool:
     """Read a comparison on the host, in the first step by a method or by other functions; return whether it could tell.
 
-    Raises:
-        MethodUnsupported: it has failed; the message names the function if this is the last method.
+    `MethodUnsupported` is raised where it has failed; the message names the function if this is the last method.
     """
     if comparison.errors.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # nothing can be read then; the steps before the capture were judged

@@ -219,6 +219,8 @@ def hooks_set_aside() -> bool:
     with private.gradient_hooks_set_aside([leaf]):
         aside = torch.autograd.grad(leaf.sum(), leaf)[0]
     return float(aside[0]) == 1 and float(torch.autograd.grad(leaf.sum(), leaf)[0][0]) == 10
+
+
 def cache_emptied() -> bool:
     layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     with torch.nn.utils.parametrize.cached():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from curveball_fused.replay import generators
+from curveball_fused.replay import Unrepeatable, generators
 
 
 class Pool:
@@ -76,7 +76,7 @@ class _OwnStates:
             self._generator.graphsafe_set_state(self._marked)
 
     def save_own(self, generator: torch.Generator) -> None:
-        raise RuntimeError(
+        raise Unrepeatable(
             "the model draws from a generator of its own, which a CUDA graph cannot put back: let it draw from the "
             "default generator of the device."
         )

@@ -27,7 +27,6 @@ from .linearized import Linearized, LinearizedOperators
 from .tangent_maps import TapeUnsupported
 from .torch_modes import ForwardModeUnsupported, announce, first_line
 
-
 Result = TypeVar("Result")
 
 
@@ -166,7 +165,10 @@ def refusals_of(method: Method) -> Iterator[None]:
         Nothing.
 
     Raises:
-        MethodUnsupported: anything was raised, but for a lack of memory and what every method would refuse.
+        OutOfMemoryError: as it was raised: no fault of the method.
+        Unrepeatable: likewise, as every method would refuse the model.
+        reentrant_checkpoint: likewise.
+        refusal: anything else was raised.
     """
     try:
         yield

@@ -1,5 +1,6 @@
 """Run a model again as the same function."""
 
-from .replay import Replay, Unrepeatable
+from .memory import Unrepeatable
+from .replay import Replay
 
 __all__ = ["Replay", "Unrepeatable"]

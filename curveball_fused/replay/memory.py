@@ -11,6 +11,10 @@ from torch import Tensor
 from curveball_fused._torch_private import base_of, is_functorch_wrapped, storage_identity, version_of
 
 
+class Unrepeatable(RuntimeError):
+    """The model does what no other run, and so no method of differentiating it, can take part in."""
+
+
 class Memory:
     """What a run of the model writes to and has not created, as it was before the run and as the run left it.
 
@@ -77,7 +81,7 @@ class Memory:
         for p, version in zip(self._params, self._versions, strict=True):
             # Views of one tensor have one version.
             if version_of(p) != version and id(p) not in self._written_params and not self._is_written_beside(p):
-                raise RuntimeError(
+                raise Unrepeatable(
                     f"model_fn writes to a parameter of shape {tuple(p.shape)} by what is no torch function, as "
                     "`parameter.set_` and scripted modules do, so the write cannot be repeated: write to "
                     "`parameter.data` instead."

@@ -20,15 +20,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from curveball_fused._torch_private import DisableTorchFunction, forget_cached_parametrizations
 
 from .generators import generators
-from .memory import Memory
+from .memory import Memory, Unrepeatable
 from .modules import Modules
 from .recorder import Recorder
 
 Result = TypeVar("Result")
-
-
-class Unrepeatable(RuntimeError):
-    """The model does what no other run, and so no method of differentiating it, can take part in."""
 
 
 class Replay:

@@ -6,6 +6,7 @@ import random
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -147,17 +148,26 @@ def test_what_prevents_a_graph_is_named(model_fn: Callable[[nn.Module, Tensor], 
 
 def test_what_failed_while_it_was_watched_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not all that torch can do works under the watch for host reads; a capture that fails says what did not."""
-    model, runs = net(), []
+    model, watched = net(), []
 
-    def fails_at_first(x: Tensor) -> Tensor:
-        runs.append(x)
-        if len(runs) == 1:
+    def fails_when_watched(x: Tensor) -> Tensor:
+        if watched:
             raise KeyError("the model's own")
         return model(x)
 
+    refuse_host_reads = graphed_step.refuse_host_reads
+
+    def watch(*args: Any) -> str:
+        watched.append(True)
+        try:
+            return refuse_host_reads(*args)
+        finally:
+            watched.clear()
+
+    monkeypatch.setattr(graphed_step, "refuse_host_reads", watch)
+
     def make() -> object:
-        runs.clear()
-        return make_graphed_step(CurveBall(model.parameters()), fails_at_first, F.cross_entropy, (X[0], Y[0]))
+        return make_graphed_step(CurveBall(model.parameters()), fails_when_watched, F.cross_entropy, (X[0], Y[0]))
 
     make()  # where the capture works, it does not matter
 
@@ -170,7 +180,7 @@ def test_what_failed_while_it_was_watched_is_not_lost(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(graphed_step, "Capture", Failing)
     words = (
-        r"not permitted\. .*watched.*failed with KeyError: \"the model's own\", at .*test_refused.py:\d+, in fails_at"
+        r"not permitted\. .*watched.*failed with KeyError: \"the model's own\", at .*test_refused.py:\d+, in fails_when"
     )
     with pytest.raises(RuntimeError, match=words):
         make()

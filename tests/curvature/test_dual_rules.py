@@ -118,7 +118,19 @@ def test_every_rule_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("softmax", "layer norm", "group norm", "RMS norm", "convolutions", "activations"):
         products(DualNumbers, *RULED[name]())
     products(DualNumbers, TiedWithPadding(), torch.tensor([0, 3]))
+    products(DualNumbers, nn.EmbeddingBag(5, 3), torch.tensor([[0, 3]]))
+    products(DualNumbers, Distances(), torch.randn(4, 3))
     assert called == set(dual_rules.RULES)
+
+
+class Distances(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.layer(x)
+        return torch.cat((torch.cdist(rows, x).flatten(), torch.pdist(rows)))
 
 
 class TiedWithPadding(nn.Module):

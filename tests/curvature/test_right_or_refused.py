@@ -182,15 +182,19 @@ def residual_of(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], T
 
 
 NO_GRAPH = "cannot see into|inside its forward|forward|transpose"
-EVERY = {method: "Raw" for method in ("auto", "double_backward")} | {m: NO_GRAPH for m in ("linearize", "forward")}
+EVERY = dict.fromkeys(("auto", "double_backward"), "Raw") | dict.fromkeys(("linearize", "forward"), NO_GRAPH)
 CASES = {
     "plain": Case(plain),
     "gradient without graph": Case(plain, EVERY, lambda: Mlp(Raw.apply)),
     "gradient without graph, residual": Case(plain, EVERY, lambda: Mlp(residual_of(Raw.apply))),
     "once differentiable": Case(
-        plain, EVERY | dict.fromkeys(("auto", "double_backward"), "once|OnceDiff"), lambda: Mlp(OnceDifferentiable.apply)
+        plain,
+        EVERY | dict.fromkeys(("auto", "double_backward"), "once|OnceDiff"),
+        lambda: Mlp(OnceDifferentiable.apply),
     ),
-    "nested backward": Case(plain, dict.fromkeys(METHODS, r"\.backward\(\)|see into|inside its forward"), WithReversible),
+    "nested backward": Case(
+        plain, dict.fromkeys(METHODS, r"\.backward\(\)|see into|inside its forward"), WithReversible
+    ),
     "torch.func.grad": Case(func_grad, {"linearize": ANY, "forward": "transpose"}, loss=square),
     "torch.func.vjp": Case(func_vjp, {"linearize": ANY, "forward": "transpose"}),
     "torch.func.jacrev": Case(func_jacrev, {"linearize": ANY, "forward": "transpose|function"}),
@@ -198,9 +202,11 @@ CASES = {
     "MAML by autograd.grad": Case(maml_by_autograd, {"linearize": ANY, "forward": "does not require grad"}),
     "norm of the gradient": Case(gradient_norm, {"linearize": ANY, "forward": "does not require grad"}),
     "autograd.functional.jacobian": Case(functional_jacobian, {"linearize": ANY, "forward": ANY}),
-    "asks for requires_grad": Case(asks_for_requires_grad, {"linearize": "checkpoint", "forward": "not one function|transpose"}),
+    "asks for requires_grad": Case(
+        asks_for_requires_grad, {"linearize": "checkpoint", "forward": "not one function|transpose"}
+    ),
     "ensemble by vmap": Case(ensemble, {"linearize": ANY, "forward": ANY}),
-    "sparse matrix times vectors": Case(sparse_vector_products, {"linearize": "zerotensor", "forward": "zerotensor"}),
+    "sparse matrix times vectors": Case(sparse_vector_products, {"forward": "zerotensor"}),
     "forces": Case(forces, {"linearize": ANY}, loss=square),
 }
 

@@ -209,14 +209,10 @@ def test_a_wrong_autograd_function_is_named(dtype: torch.dtype) -> None:
         debug(net, lambda: Cube.apply(net(x)), "forward")
 
 
-def test_torch_itself_is_caught() -> None:
+def test_what_torch_gets_wrong_is_refused_before() -> None:
     """torch 2.13's backward pass of as_strided_scatter keeps of x's gradient what was overwritten."""
-    x = torch.zeros(4, requires_grad=True)
-    (gradient,) = torch.autograd.grad(torch.as_strided_scatter(x, torch.ones(2), (2,), (1,)).sum(), x)
-    if gradient.tolist() == [0, 0, 1, 1]:
-        pytest.skip("this torch's as_strided_scatter is right")
     net = nn.Linear(6, 4).double()
-    with pytest.raises(RuntimeError, match=r"wrong derivative of as_strided_scatter.*backward pass.*PyTorch"):
+    with pytest.raises(RuntimeError, match=r"as_strided_scatter: its tangent is not the transpose"):
         debug(net, lambda: torch.as_strided_scatter(net(X), X[0, :2], (2,), (1,)), "forward")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curveball_fused._torch_private import TorchDispatchMode, tree_leaves, tree_map
-from curveball_fused.replay import generators
+from curveball_fused.replay import Unrepeatable, generators
 
 
 class Pool:
@@ -69,7 +69,7 @@ class _RecordedGenerators:
         self._now(lambda: "end" in self._positions and torch.set_rng_state(self._positions["end"]))
 
     def save_own(self, generator: torch.Generator) -> None:
-        raise RuntimeError("a generator of its own")
+        raise Unrepeatable("a generator of its own")
 
     def _now(self, call: Callable[[], Any]) -> None:
         call()

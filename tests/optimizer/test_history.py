@@ -23,7 +23,7 @@ def test_holds_the_figures_of_every_step() -> None:
         seen.append(optimizer.stats())
     for n, expected in ((3, seen[4:]), (7, seen), (100, seen)):
         history = optimizer.history(n)
-        assert set(history) == set(seen[0])
+        assert set(history) == set(seen[0]) - {"mismatched_steps", "adjoint_error"}  # of the guard
         for name, values in history.items():
             assert_equal([values], [torch.stack([figures[name] for figures in expected])])
 
@@ -69,7 +69,8 @@ def test_a_length_that_cannot_be_is_told(n: Any) -> None:
 def test_reading_it_is_what_waits() -> None:
     net, x, y = small()
     optimizer = CurveBall(net.parameters())
+    advance(optimizer, net, x, y)
     with NoHostReads(torch.device("cpu")):
         advance(optimizer, net, x, y, 3)
         figures = optimizer.stats()
-    assert len(figures) == len(optimizer.history()) == 8
+    assert len(figures) - 2 == len(optimizer.history()) == 8

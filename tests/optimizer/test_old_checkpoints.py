@@ -46,7 +46,8 @@ def two_groups(seed: int = 0) -> tuple[nn.Module, CurveBall, Tensor, Tensor]:
 
 
 def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
+    """The last figures of ours are the guard's, which came later."""
+    for a, b in zip(ours[:-2], theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # another processor may round differently
 
 

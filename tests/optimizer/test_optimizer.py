@@ -150,6 +150,7 @@ def test_stats_before_the_first_step() -> None:
     stats = CurveBall(nn.Linear(2, 2).parameters(), lambd=3.0).stats()
     assert set(stats) == {
         "loss", "beta", "rho", "lambd", "predicted_change", "ratio", "skipped_steps", "safe_steps",
+        "mismatched_steps", "adjoint_error",
     }  # fmt: skip
     assert stats["lambd"] == 3 and all(v.shape == () and v.dtype == torch.float64 for v in stats.values())
 
