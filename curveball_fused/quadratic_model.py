@@ -23,7 +23,16 @@ from torch import Tensor
 from curveball_fused import averaging, guard, ops
 from curveball_fused._torch_private import gradient_hooks_set_aside, has_gradient_hooks
 from curveball_fused.backends.dtypes import at_least_float32
-from curveball_fused.curvature import LinearMap, Method, ModelFn, Pullback, by_first_of, refusal, refusals_of
+from curveball_fused.curvature import (
+    LinearMap,
+    Method,
+    MethodUnsupported,
+    ModelFn,
+    Pullback,
+    by_first_of,
+    refusal,
+    refusals_of,
+)
 from curveball_fused.curvature.finite_difference import Backward, difference
 from curveball_fused.curvature.linear_map import own_gradients
 from curveball_fused.curvature.torch_modes import announce
@@ -275,9 +284,20 @@ def _judge(
     model_fn: ModelFn,
     replay: Replay,
 ) -> bool:
-    """Read a comparison on the host, in the first step by a method or by other functions; return whether it could tell.
+    """Read a comparison on the host, in the first step by a method or by other functions.
 
-    `MethodUnsupported` is raised where it has failed; the message names the function if this is the last method.
+    Args:
+        context: where the step begins.
+        method: that has measured.
+        comparison: of what it has measured.
+        model_fn: called without arguments, returns the predictions.
+        replay: makes another run of the model the same function.
+
+    Returns:
+        Whether the comparison could be read, and says something.
+
+    Raises:
+        MethodUnsupported: it has failed; the message names the function if this is the last method.
     """
     if comparison.errors.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # nothing can be read then; the steps before the capture were judged
@@ -287,7 +307,7 @@ def _judge(
             from curveball_fused import debug
 
             complaint = f"{complaint}. {debug.suspects(method.name, model_fn, replay)}"
-        raise refusal(method, complaint)
+        raise MethodUnsupported(refusal(method, complaint))
     return bool(comparison.errors.isfinite().all())
 
 

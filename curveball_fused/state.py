@@ -258,7 +258,7 @@ def upgraded(state_dict: Any) -> Any:
     former = state_dict.get("state", {}).get(_FORMER_KEY) if isinstance(state_dict, dict) else None
     if not isinstance(former, dict):
         return state_dict
-    shared = {"guard": torch.zeros(SHAPES["guard"], dtype=torch.float64)} | former
+    shared: dict[str, Any] = {"guard": torch.zeros(SHAPES["guard"], dtype=torch.float64)} | former
     if {"way", "half"} <= shared.keys():
         shared |= {"method": shared.pop("way"), "compute_dtype": _FORMER_DTYPES.get(shared.pop("half"))}
     names = [name for group in state_dict["param_groups"] for name in group["params"]]

@@ -43,6 +43,7 @@ class LinearMap(Pullback, Protocol):
 
     def compare_runs(self) -> None:
         """Compare the outputs of the runs of the model that follow with those of the first."""
+        return
 
     def difference_of_runs(self) -> Tensor | None:
         """Return how far the compared outputs differ, relative, 0-dim float64; None where the model runs once."""

@@ -168,7 +168,7 @@ def refusals_of(method: Method) -> Iterator[None]:
         OutOfMemoryError: as it was raised: no fault of the method.
         Unrepeatable: likewise, as every method would refuse the model.
         reentrant_checkpoint: likewise.
-        refusal: anything else was raised.
+        MethodUnsupported: anything else was raised.
     """
     try:
         yield
@@ -177,7 +177,7 @@ def refusals_of(method: Method) -> Iterator[None]:
     except Exception as error:
         if _is_of_reentrant_checkpoint(error):
             raise reentrant_checkpoint() from error
-        raise refusal(method, _reason(error)) from error
+        raise MethodUnsupported(refusal(method, _reason(error))) from error
 
 
 def _reason(error: Exception) -> str:
@@ -187,10 +187,10 @@ def _reason(error: Exception) -> str:
     return line.partition(". ")[0] if foreign and len(line) > 200 else line
 
 
-def refusal(method: Method, reason: str) -> MethodUnsupported:
-    """Return the error that says why a method cannot follow the model."""
+def refusal(method: Method, reason: str) -> str:
+    """Return the message of `MethodUnsupported`."""
     option = "compile=True" if method.name == "compiled" else f'curvature="{method.name}"'
-    return MethodUnsupported(f"{option} cannot follow this model: {reason.rstrip('.')}")
+    return f"{option} cannot follow this model: {reason.rstrip('.')}"
 
 
 def _own_error(refusal: MethodUnsupported, model_fn: ModelFn, replay: Replay) -> Exception | None:

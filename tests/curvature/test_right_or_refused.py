@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -168,7 +169,7 @@ class Case(NamedTuple):
     """What is run, and, for the methods that refuse it, a word of why."""
 
     forward: Callable[[nn.Module], Tensor]
-    refused: dict[str, str] = {}
+    refused: Mapping[str, str] = MappingProxyType({})
     make: Callable[[], nn.Module] = Mlp
     loss: Callable[[Tensor], Tensor] = cross_entropy
 

@@ -43,7 +43,10 @@ def test_twenty_steps(device: Any, name: str, loss_of: Any) -> None:
 
 
 def test_launches_of_a_step(device: Any) -> None:
-    """Five for the loss, three for the parameter arithmetic, one for the damping; at first two for z·z, and two where the guard looks."""
+    """Five for the loss, three for the parameter arithmetic, one for the damping.
+
+    At first two for z·z, and two where the guard looks.
+    """
     net = torch.nn.Linear(4, 3)
     x, y = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
     optimizer = CurveBall(net.parameters(), lambda_interval=2)
