@@ -22,13 +22,13 @@ INTERVAL = 100  # about as many steps from one comparison on the device to the n
 _TF32_EPSILON = 2.0**-11
 _NAMES = ("z·r and Jz·c, of the last step's direction z", "r·r and Jr·c, of the gradient's direction r")
 
-Known = set[tuple[str, frozenset[str]]]
+Known = dict[tuple[str, frozenset[str]], float]
 _known: WeakKeyDictionary[Optimizer, Known] = WeakKeyDictionary()
 
 
 def known_maps(optimizer: Optimizer) -> Known:
-    """Return the methods, each with the functions of a model, that were found right for an optimizer so far."""
-    return _known.setdefault(optimizer, set())
+    """Return what was found right for an optimizer so far: methods, each with a model's functions, and the errors."""
+    return _known.setdefault(optimizer, {})
 
 
 class Comparison(NamedTuple):

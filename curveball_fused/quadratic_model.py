@@ -11,6 +11,7 @@ and the last step is that of Martens and Grosse (2015, section 7), for the direc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -261,9 +262,11 @@ def _measure_in_full(
             linear.difference_of_runs(),
             {outputs.dtype, *replay.dtypes, *(p.dtype for p in context.params)},
         )
-        # An overflow of float16 says nothing, and may last for some steps: later comparisons are on the device.
-        if first and (_judge(context, method, comparison, model_fn, replay) or overflow is not None):
-            context.known_maps.add(map_)
+        if first:
+            error = _judge(context, method, comparison, model_fn, replay)
+            # An overflow of float16 says nothing, and may last for some steps: later comparisons are on the device.
+            if math.isfinite(error) or overflow is not None:
+                context.known_maps[map_] = error
         products = comparison.masked(products)
     elif first:
         _rehearse(context, method, model_fn, loss_fn)
@@ -283,7 +286,7 @@ def _judge(
     comparison: guard.Comparison,
     model_fn: ModelFn,
     replay: Replay,
-) -> bool:
+) -> float:
     """Read a comparison on the host, in the first step by a method or by other functions.
 
     Args:
@@ -294,13 +297,13 @@ def _judge(
         replay: makes another run of the model the same function.
 
     Returns:
-        Whether the comparison could be read, and says something.
+        The largest error; NaN where it cannot be read, or is none.
 
     Raises:
         MethodUnsupported: it has failed; the message names the function if this is the last method.
     """
     if comparison.errors.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # nothing can be read then; the steps before the capture were judged
+        return math.nan  # nothing can be read then; the steps before the capture were judged
     complaint = comparison.complaint()
     if complaint:
         if method.name == context.methods[-1]:
@@ -308,7 +311,7 @@ def _judge(
 
             complaint = f"{complaint}. {debug.suspects(method.name, model_fn, replay)}"
         raise MethodUnsupported(refusal(method, complaint))
-    return bool(comparison.errors.isfinite().all())
+    return float(comparison.worst())
 
 
 def _rehearse(context: StepContext, method: Method, model_fn: ModelFn, loss_fn: LossFn) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curveball_fused import backends
+from curveball_fused import backends, guard
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS
 from curveball_fused.curvature import AUTO, MethodUnsupported, ModelFn, checked_outputs, torch_modes
@@ -74,6 +74,7 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
         others = [error for error in errors.values() if error is not None and not _is_refusal(error)]
         if others and all(errors.values()):
             raise others[0]
+        checked = {method: error for (method, _), error in guard.known_maps(optimizer).items()}
         outputs, functions = trace(model_fn, trained)
         loss, loss_products = _loss(loss_fn, outputs)
         runs: dict[str, Callable[[], Any]] = {"": forward}
@@ -89,7 +90,7 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
         loss=loss,
         loss_products=loss_products,
         methods=tuple(
-            MethodReport(method, _reason(error), error is not None and not _is_refusal(error), costs.get(method))
+            MethodReport(method, _reason(error), checked.get(method), costs.get(method))
             for method, error in errors.items()
         ),
         forward=costs[""],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -36,13 +37,14 @@ class MethodReport:
     Attributes:
         name: as in `curvature=`.
         refusal: why it cannot follow the model; empty where it can.
-        is_error: whether the refusal is one from which "auto" does not fall back, but which it raises.
+        adjoint_error: by how much its two Jacobian products missed being each other's transpose, relative; None, or
+            NaN, where that could not be told.
         cost: of a step of CurveBall that does not adapt λ; None where it cannot follow the model.
     """
 
     name: str
     refusal: str
-    is_error: bool
+    adjoint_error: float | None
     cost: Cost | None
 
 
@@ -87,8 +89,7 @@ class Explanation:
     @property
     def method(self) -> str | None:
         """The method that `curvature="auto"` chooses; None where it raises."""
-        first = next((method for method in self.methods if method.cost is not None or method.is_error), None)
-        return None if first is None or first.is_error else first.name
+        return next((method.name for method in self.methods if method.cost is not None), None)
 
     def forward_equivalents(self, cost: Cost) -> float | None:
         """Return multiply-adds over those of a forward pass; None where that has none that torch counts."""
@@ -106,11 +107,9 @@ def report(explanation: Explanation) -> str:
 
 
 def _summary(e: Explanation) -> Iterator[str]:
-    usable = [method.name for method in e.methods if method.cost]
     if e.method is not None:
         yield f'curvature="auto" takes "{e.method}": {METHODS[e.method].description}.'
-    elif usable:
-        yield f'curvature="auto" ends with an error. Construct CurveBall with curvature="{usable[0]}", which works.'
+        yield _checked(next(method for method in e.methods if method.name == e.method))
     else:
         yield "CurveBall cannot train this model: no method of differentiating it works. Replace what the reasons name."
     for method in e.methods:
@@ -122,6 +121,13 @@ def _summary(e: Explanation) -> Iterator[str]:
     by = {"autograd": "autograd, twice", "closed form": "a closed form"}.get(e.loss_products, e.loss_products)
     variant = ", in a variant that has no closed form" if e.loss and e.loss_products == "autograd" else ""
     yield f"Loss: {e.loss or 'none of those that are recognized'}{variant}; its curvature by {by}."
+
+
+def _checked(method: MethodReport) -> str:
+    error = method.adjoint_error
+    if error is None or math.isnan(error):
+        return "Not checked: a product of the first step was not finite."
+    return f"Checked in a step: J and its transpose belong to one linear map, to a relative {error:.0e}."
 
 
 def _functions(e: Explanation) -> Iterator[str]:

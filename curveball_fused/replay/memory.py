@@ -40,7 +40,7 @@ class Memory:
 
     def begin(self) -> None:
         """Note the versions of the parameters, of which each write makes a new one."""
-        self._versions = [version_of(p) for p in self._params]
+        self._versions = [*map(version_of, self._params)]
 
     def watch_buffers(self, buffers: Iterable[Tensor | None]) -> None:
         """Note the places of buffers, as no torch function is called by `buffer.set_`."""
@@ -78,9 +78,10 @@ class Memory:
 
     def mark(self) -> None:
         """Note what the run has left where it wrote; `RuntimeError` is raised for a write that nobody has seen."""
-        for p, version in zip(self._params, self._versions, strict=True):
+        versions = [*map(version_of, self._params)]
+        for p, now, version in zip(self._params, versions, self._versions, strict=True):
             # Views of one tensor have one version.
-            if version_of(p) != version and id(p) not in self._written_params and not self._is_written_beside(p):
+            if now != version and id(p) not in self._written_params and not self._is_written_beside(p):
                 raise Unrepeatable(
                     f"model_fn writes to a parameter of shape {tuple(p.shape)} by what is no torch function, as "
                     "`parameter.set_` and scripted modules do, so the write cannot be repeated: write to "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from operator import eq, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from curveball_fused._torch_private import buffers_of
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}  # parameters, submodules, hooks: not a model's state
-_CONTAINERS = (list, dict, set, deque)
+_CONTAINERS = frozenset((list, dict, set, deque))
 _LARGEST = 256  # entries of a container that is looked at: a larger one is a table, not a state
 
 
@@ -40,15 +41,16 @@ class Modules:
     def mark(self) -> None:
         """Note what the run has left where it has changed something."""
         for key in self._called:
-            after = _Snapshot.of(self._before[key].module)
-            if after.differs_from(self._after.get(key, self._before[key])):
-                self._after[key] = after
+            known = self._after.get(key) or self._before[key]
+            if not known.is_current():
+                self._after[key] = _Snapshot.of(known.module)
         self._called.clear()
 
     def rewind(self) -> None:
         """Put back what was there before the run."""
         for snapshot in self._before.values():
-            snapshot.put_back()
+            if not snapshot.is_current():
+                snapshot.put_back()
 
     def finish(self) -> None:
         """Put back what the run has left."""
@@ -66,8 +68,8 @@ class _Snapshot(NamedTuple):
     Attributes:
         module: itself.
         buffers: by name; a buffer may be replaced by a new tensor rather than written to.
-        attributes: by name, beside what every module has.
-        contents: copies of the attributes that are small containers.
+        attributes: by name.
+        contents: copies of the attributes that are small containers, beside what every module has.
     """
 
     module: nn.Module
@@ -78,31 +80,37 @@ class _Snapshot(NamedTuple):
     @staticmethod
     def of(module: nn.Module) -> _Snapshot:
         """Return what a module holds now."""
-        attributes = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+        attributes = dict(vars(module))
         contents = {
             name: value.copy()
             for name, value in attributes.items()
-            if type(value) in _CONTAINERS and len(value) <= _LARGEST
+            if type(value) in _CONTAINERS and name not in _OF_EVERY_MODULE and len(value) <= _LARGEST
         }
         return _Snapshot(module, dict(buffers_of(module)), attributes, contents)
 
-    def differs_from(self, other: _Snapshot) -> bool:
-        """Return whether the module has held something else."""
-        pairs = zip(self[1:], other[1:], strict=True)
-        return any(not _are_same(a, b) for a, b in pairs) or any(
-            not _are_same(contents, other.contents[name]) for name, contents in self.contents.items()
-        )
+    def is_current(self) -> bool:
+        """Return whether the module still holds it."""
+        now, buffers = vars(self.module), buffers_of(self.module)
+        if not (_hold_the_same(now, self.attributes) and _hold_the_same(buffers, self.buffers)):
+            return False
+        return all(_are_same(now[name], contents) for name, contents in self.contents.items())
 
     def put_back(self) -> None:
         """Let the module hold it again."""
         for name, buffer in self.buffers.items():
             buffers_of(self.module)[name] = buffer
         attributes = vars(self.module)
-        for name in attributes.keys() - self.attributes.keys() - _OF_EVERY_MODULE:
+        for name in attributes.keys() - self.attributes.keys():
             del attributes[name]
         attributes.update(self.attributes)
         for name, contents in self.contents.items():
             _fill(self.attributes[name], contents)
+
+
+def _hold_the_same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Return whether two dictionaries have the same names and values, by identity, in one order."""
+    # By `keys()`, as the buffers of a scripted module are no real dictionary.
+    return len(a) == len(b) and all(map(is_, a.values(), b.values())) and all(map(eq, a.keys(), b.keys()))
 
 
 def _are_same(a: Any, b: Any) -> bool:

@@ -55,7 +55,8 @@ class Replay:
     def first(self, function: Callable[[], Result]) -> Result:
         """Run `function` and record what it changes."""
         forget_cached_parametrizations()
-        self._memory.begin()
+        with DisableTorchFunction():  # a method's modes may be active
+            self._memory.begin()
         with self._watching_modules(), self._recorder():
             result = function()
         # At once: a backward pass that computes activations again may move it.
@@ -128,9 +129,11 @@ class Replay:
             if threading.get_ident() == thread:
                 _refuse_wrapper(module)
                 buffers = self._modules.on_call(module)
-                with DisableTorchFunction():
-                    self._memory.watch_buffers(buffers)
-                    if isinstance(module, torch.jit.ScriptModule):  # inside, nobody sees what is written to
+                if buffers:
+                    with DisableTorchFunction():
+                        self._memory.watch_buffers(buffers)
+                if isinstance(module, torch.jit.ScriptModule):  # inside, nobody sees what is written to
+                    with DisableTorchFunction():
                         self._memory.before_write(list(module.buffers()))
 
         hook = register_module_forward_pre_hook(on_call)
