@@ -88,7 +88,7 @@ def test_how_often_it_looks(options: dict[str, Any], compared: list[int], monkey
     optimizer = CurveBall(net.parameters(), **options)
     compare = guard.compare
     monkeypatch.setattr(guard, "compare", lambda *args: looked.append(step) or compare(*args))
-    for step in range(106):
+    for step in range(106):  # noqa: B007 (`looked` takes it)
         optimizer.step(lambda: net(X), cross_entropy)
     assert looked == compared
 
@@ -120,7 +120,7 @@ def test_a_hook_hides_nothing(wrong: Any) -> None:
 
 def test_the_part_that_the_curvature_is_of(wrong: Any) -> None:
     for factor, raised in ((1.0, False), (1.5, True)):
-        net, optimizer, model = made()
+        _, optimizer, model = made()
         part = (lambda model=model: model()[:8], lambda out: F.cross_entropy(out, Y[:8]))
         wrong(factor)
         if raised:

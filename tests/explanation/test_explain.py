@@ -190,11 +190,10 @@ def test_a_model_that_no_method_can_follow() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_model() -> None:
-    """From which "auto" does not fall back to the method that works."""
     net = torch.jit.script(nn.Sequential(nn.Linear(6, 3), nn.Tanh()))
     found = explain(lambda: net(X), squares, net.parameters())
-    assert found.method is None and found.methods[-1].cost is not None
-    assert 'Construct CurveBall with curvature="double_backward", which works.' in str(found)
+    assert found.method == "double_backward" and found.methods[-1].cost is not None
+    assert "Checked in a step" in str(found)
 
 
 @pytest.mark.parametrize(
