@@ -15,7 +15,7 @@ from .reduce import TYPES, finish_cotangent, finish_products
 from .row_blocks import DIVISORS, divisor_kernel
 
 SHORT = 256  # classes of a row that is read in one piece
-BLOCK_TILE = 1024  # elements of a tile of short rows, eight a thread
+BLOCK_TILE = 512  # elements of a tile of short rows
 PROGRAMS = 4096  # at most
 
 

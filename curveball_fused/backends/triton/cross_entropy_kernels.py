@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reduce import sum_partials, zeros
+from .reduce import sum_partials
 from .row_blocks import (
     DIVISORS,
     aligned_range,
@@ -42,9 +42,9 @@ def _divisor(divisors):
 
 
 @triton.jit
-def _counted(terms, kept):
-    """Return the terms of the rows that count, in float64."""
-    return tl.where(kept, terms, 0.0).to(tl.float64)
+def _over_rows(terms, kept):
+    """Return the sum, float64, over the rows that count."""
+    return tl.sum(tl.where(kept, terms, 0.0).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["n", "classes", "ignore_index"])
@@ -76,7 +76,7 @@ def cotangent_kernel(
         tl.store(divisor, total_weight)
     mass = total_mass(weight, classes, ACC, SMOOTH, BLOCK_EDGE)
     lowest: tl.constexpr = -3.4e38 if tl.float32 == ACC else -1.7e308  # not infinite, as inf - inf is NaN
-    loss_sum, gv_sum, vhv_sum = zeros(ROWS), zeros(ROWS), zeros(ROWS)
+    loss_sum, gv_sum, vhv_sum = as_double(0.0), as_double(0.0), as_double(0.0)
     for tile in range(program, tl.cdiv(n, ROWS), programs):
         row = tile * ROWS + tl.arange(0, ROWS)
         exists = row < n
@@ -147,16 +147,16 @@ def cotangent_kernel(
         v_own = tl.load(v + start + y, known, other=0.0).to(ACC)
         loss = own * (top - x_own + log_total) - each * row_log
         gv = -own * (v_own - mean) - each * row_v
-        loss_sum += _counted(loss, kept)
-        gv_sum += _counted(gv, kept)
-        vhv_sum += _counted(s * row_curvature, kept)
+        loss_sum += _over_rows(loss, kept)
+        gv_sum += _over_rows(gv, kept)
+        vhv_sum += _over_rows(s * row_curvature, kept)
         share = (s.to(tl.float64) / total_weight).to(ACC)
         tl.store(row_stats + 3 * row, tl.where(kept, top + log_total, 0.0), exists)
         tl.store(row_stats + 3 * row + 1, tl.where(kept, mean, 0.0), exists)
         tl.store(row_stats + 3 * row + 2, tl.where(kept, share, 0.0), exists)
-    tl.store(partials + program, tl.sum(loss_sum))
-    tl.store(partials + programs + program, tl.sum(gv_sum))
-    tl.store(partials + 2 * programs + program, tl.sum(vhv_sum))
+    tl.store(partials + program, loss_sum)
+    tl.store(partials + programs + program, gv_sum)
+    tl.store(partials + 2 * programs + program, vhv_sum)
 
 
 @triton.jit(do_not_specialize=["n", "classes", "ignore_index"])
@@ -185,7 +185,7 @@ def products_kernel(
     if program == 0:
         tl.store(divisor, _divisor(divisors))
     mass = total_mass(weight, classes, ACC, SMOOTH, BLOCK_EDGE)
-    gu_sum, vhu_sum, uhu_sum = zeros(ROWS), zeros(ROWS), zeros(ROWS)
+    gu_sum, vhu_sum, uhu_sum = as_double(0.0), as_double(0.0), as_double(0.0)
     for tile in range(program, tl.cdiv(n, ROWS), programs):
         row = tile * ROWS + tl.arange(0, ROWS)
         exists = row < n
@@ -236,9 +236,9 @@ def products_kernel(
             row_vhu, row_uhu, row_u = row_vhu + tl.sum(vhu, 1), row_uhu + tl.sum(uhu, 1), row_u + tl.sum(u_sum, 1)
 
         u_own = tl.load(u + start + y, known, other=0.0).to(ACC)
-        gu_sum += _counted(-own * (u_own - u_mean) - each * row_u, kept)
-        vhu_sum += _counted(s * row_vhu, kept)
-        uhu_sum += _counted(s * row_uhu, kept)
-    tl.store(partials + program, tl.sum(gu_sum))
-    tl.store(partials + programs + program, tl.sum(vhu_sum))
-    tl.store(partials + 2 * programs + program, tl.sum(uhu_sum))
+        gu_sum += _over_rows(-own * (u_own - u_mean) - each * row_u, kept)
+        vhu_sum += _over_rows(s * row_vhu, kept)
+        uhu_sum += _over_rows(s * row_uhu, kept)
+    tl.store(partials + program, gu_sum)
+    tl.store(partials + programs + program, vhu_sum)
+    tl.store(partials + 2 * programs + program, uhu_sum)
