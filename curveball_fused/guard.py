@@ -70,41 +70,39 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    products: Tensor,
     dots: Tensor,
-    jz: Tensor,
-    jr: Tensor,
-    c: Tensor,
+    of_z: Tensor,
+    of_r: Tensor,
     difference_of_runs: Tensor | None,
     dtypes: Iterable[torch.dtype],
 ) -> Comparison:
     """Compare the dot products that follow from adjointness with those taken directly.
 
+    Both are of the c that was pulled back, as it was rounded: what is asked is of the Jacobian, not of the loss, whose
+    own products are more precise where c is a small difference, as that of a net that fits its data is.
+
     Args:
-        products: float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`, with c = H Jz + g.
         dots: float64 `[z·z, z·r, r·r]`, taken directly.
-        jz: Jz, of the outputs' shape.
-        jr: Jr, likewise.
-        c: likewise.
+        of_z: float64 `[Jz·Jz, Jz·c, c·c]`.
+        of_r: float64 `[Jr·Jr, Jr·c, c·c]`.
         difference_of_runs: of the outputs, relative; None where the model ran once.
         dtypes: that the model computes in; the least precise sets the tolerance.
 
     Returns:
         The comparison, on the device.
     """
-    by_adjointness = torch.stack((products[0] + products[1], products[2] + products[3]))
+    image, by_adjointness, cotangent = torch.stack((of_z, of_r), dim=1)
     directly = dots[1:]
-    c_size, jz_size, jr_size = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (c, jz, jr))
     # Where terms cancel, rounding is relative to them and not to their sum.
-    terms = 0.1 * c_size * torch.stack((jz_size, jr_size))
+    terms = 0.1 * (image * cotangent).sqrt()
     scale = torch.maximum(torch.maximum(by_adjointness.abs(), directly.abs()), terms)
     difference = (by_adjointness - directly).abs()
     errors = torch.where(difference == 0, difference, difference / scale)
-    at_rest = torch.stack((dots[0] == 0, torch.zeros_like(dots[0], dtype=torch.bool)))
+    at_rest = torch.stack((dots[0] == 0, dots[2] == 0))
     errors = errors.masked_fill(at_rest, 0.0)  # J 0 is zero, whatever rounding makes of it
     if difference_of_runs is not None:
         errors = torch.cat((errors, difference_of_runs.reshape(1)))
-    return Comparison(errors, _tolerance(dtypes, products.device))
+    return Comparison(errors, _tolerance(dtypes, dots.device))
 
 
 def _tolerance(dtypes: Iterable[torch.dtype], device: torch.device) -> float:

@@ -254,11 +254,9 @@ def _measure_in_full(
     comparison = None
     if compares and adjoint:
         comparison = guard.compare(
-            products,
             context.dots(linear, r) if dots is None else dots,
-            jz,
-            jr,
-            c,
+            ops.dots([jz], [c], backend=settings.backend),
+            ops.dots([jr], [c], backend=settings.backend),
             linear.difference_of_runs(),
             {outputs.dtype, *replay.dtypes, *(p.dtype for p in context.params)},
         )
