@@ -35,11 +35,12 @@ TEXTS = {
         "differentiates the backward pass of this one call."
     ),
     "linearize_operators": (
-        "The tape of functions cannot follow the call, most often as it writes to its argument; a tape of the operators "
-        "that the whole model comes down to does."
+        "The tape of functions cannot follow the call, most often as it writes to its argument; a tape of the "
+        "operators that the whole model comes down to does."
     ),
     "another method": (
-        "Neither tape can follow the call; the whole model is followed by dual numbers or, failing that, double backward."
+        "Neither tape can follow the call; the whole model is followed by dual numbers or, failing that, double "
+        "backward."
     ),
     REFUSED: "torch cannot differentiate these twice. The error names the operator and, where there is one, a way out.",
 }
