@@ -23,6 +23,7 @@ TITLES = {
     "own rule": "Own rules",
     "dual numbers": "torch's forward mode",
     "double backward": "Its own backward pass, differentiated",
+    "linearize_operators": "The tape of operators",
     "another method": "By another method",
     REFUSED: "Refused",
 }
@@ -33,7 +34,14 @@ TEXTS = {
         "torch's forward mode lacks the operator, loses its tangent, or contradicts its backward pass; the tape "
         "differentiates the backward pass of this one call."
     ),
-    "another method": 'With `curvature="auto"` the whole model is followed by dual numbers or double backward.',
+    "linearize_operators": (
+        "The tape of functions cannot follow the call, most often as it writes to its argument; a tape of the "
+        "operators that the whole model comes down to does."
+    ),
+    "another method": (
+        "Neither tape can follow the call; the whole model is followed by dual numbers or, failing that, double "
+        "backward."
+    ),
     REFUSED: "torch cannot differentiate these twice. The error names the operator and, where there is one, a way out.",
 }
 HEAD = """# Operators

@@ -198,7 +198,7 @@ def _own_error(refusal: MethodUnsupported, model_fn: ModelFn, replay: Replay) ->
     if refusal.__cause__ is None or isinstance(refusal.__cause__, (TapeUnsupported, ForwardModeUnsupported)):
         return None
     try:
-        replay.again(lambda: evaluate(model_fn))
+        replay.first(lambda: evaluate(model_fn))  # recorded, as a refused run may have ended before it wrote
     except Exception as error:
         return error
     finally:

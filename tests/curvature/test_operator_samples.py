@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.operator_samples import CRASHED, REFUSED, WRONG, followed_by, operators, outcome, samples
 
-PARTS, SAMPLES = 16, 3
+PARTS, SAMPLES = 16, 2
 TABLE = Path(__file__).parents[2] / "docs" / "operators.md"
 
 
@@ -27,7 +27,7 @@ def test_right_or_refused(part: int, in_place: bool) -> None:
             if found and (found.kind in (WRONG, CRASHED) or (found.kind == REFUSED and not found.named)):
                 wrong.append(f"{sample}: {found.kind}: {found.reason}")
     assert not wrong, "\n".join(wrong)
-    assert steps > (10 if in_place else 50)
+    assert steps > (5 if in_place else 40)
 
 
 def sections() -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -41,6 +42,23 @@ class Cube(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return 3 * grad * ctx.saved_tensors[0] ** 2
+
+
+class WithoutGraph(Cube):
+    """A backward pass without a graph, as that of a fused kernel or of an adjoint solver."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad * ctx.saved_tensors[0] ** 2
+
+
+class Detached(Cube):
+    """Likewise, and autograd takes what it returns for a constant."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad.detach() * ctx.saved_tensors[0] ** 2
 
 
 @torch.library.custom_op("test_random_models::gated", mutates_args=())
@@ -150,6 +168,8 @@ BLOCKS: dict[str, Block] = {
         linear(), lambda net, h: torch.func.functional_call(net, {"weight": net.weight * 0.5, "bias": h[0]}, (h,))
     ),
     "function": Block(nothing, lambda _, h: Cube.apply(h / 2)),
+    "function without graph": Block(nothing, lambda _, h: WithoutGraph.apply(h / 2)),
+    "function with a detached backward": Block(nothing, lambda _, h: h + Detached.apply(h / 2)),
     "custom operator": Block(lambda: Weight(WIDTH), lambda net, h: gated(h, net.weight)),
     "distances": Block(lambda: Weight(WIDTH, WIDTH), lambda net, h: torch.cdist(h, net.weight)),
     "einsum": Block(lambda: Weight(WIDTH, WIDTH), lambda net, h: torch.einsum("bi,ij,bj->bj", h, net.weight, h.sin())),

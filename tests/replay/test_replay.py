@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from curveball_fused import CurveBall
@@ -124,3 +127,46 @@ def test_checkpointed_batch_norm_moves_its_statistics_once() -> None:
         for _ in range(2):
             optimizer.step(run, lambda out: out.square().mean())
         assert model[1].num_batches_tracked == 2
+
+
+@pytest.mark.filterwarnings("ignore:curveball_fused")
+@pytest.mark.parametrize("followed", [True, False], ids=["by the last method", "by none"])
+def test_what_refused_methods_have_run_leaves_nothing(followed: bool) -> None:
+    """Methods that end before the model writes to its state, and the look whose fault that is, which goes on."""
+
+    class NoGraph(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * grad
+
+    class Counted(nn.BatchNorm1d):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    first, norm = parametrizations.weight_norm(nn.Linear(3, 4)).double(), Counted(4).double()
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 4).double()
+
+    def model() -> Tensor:  # no forward mode through weight norm, and no tape in checkpoints
+        h = checkpoint(first, x, use_reentrant=False)
+        return norm(h if followed else NoGraph.apply(h))
+
+    before, after = copy.deepcopy(norm), copy.deepcopy(norm)
+    after(first(x))
+    optimizer = CurveBall([*first.parameters(), *norm.parameters()])
+    if followed:
+        optimizer.step(model, lambda out: F.mse_loss(out, y))
+    else:
+        with pytest.raises(RuntimeError, match="cannot follow this model"):
+            optimizer.step(model, lambda out: F.mse_loss(out, y))
+    expected = after if followed else before
+    assert norm.calls == expected.calls
+    for name, buffer in norm.named_buffers():
+        torch.testing.assert_close(buffer, expected.get_buffer(name), rtol=1e-12, atol=0)
