@@ -1,17 +1,21 @@
 """The method "double_backward": autograd alone, for models that hold an operator without a forward-mode formula.
 
 Jᵀu is linear in u, so the derivative of <Jᵀu, v> with respect to u is Jv (Townsend 2017, "A new trick for calculating
-Jacobian vector products").
+Jacobian vector products"). A custom `autograd.Function` whose gradient has no graph back to its cotangent would drop
+out of that derivative without a word, so each one is looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from typing_extensions import override
 
+from curveball_fused._torch_private.autograd_graph import nodes_of
 from curveball_fused.replay import Replay
 
 from .linear_map import (
@@ -42,7 +46,7 @@ class DoubleBackward(LinearMap):
         if not self._outputs.requires_grad:
             raise independent_outputs()
         self._cotangent = torch.zeros_like(self._outputs, requires_grad=True)
-        with own_gradients(params):
+        with _differentiable_functions(self._outputs), own_gradients(params):
             pulled = self._pull_back(self._cotangent, create_graph=True)
         self._used = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         self._transpose = [g for g in pulled if g is not None and g.requires_grad]
@@ -71,3 +75,45 @@ class DoubleBackward(LinearMap):
         return gradients(
             [self._outputs], self._params, [cotangent], every_call=True, retain_graph=True, create_graph=create_graph
         )
+
+
+@contextmanager
+def _differentiable_functions(outputs: Tensor) -> Iterator[None]:
+    """Refuse a backward pass with a graph of its own in which a custom function returns what has none.
+
+    No comparison of numbers finds it in a first step where the function's results are multiplied by zero, as in a
+    residual branch that begins at zero.
+
+    Args:
+        outputs: whose graph the block goes through.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RuntimeError: a gradient that a function returns does not depend on the one that it is given.
+    """
+    passes: list[tuple[str, Sequence[Tensor | None], Sequence[Tensor | None]]] = []
+    with ExitStack() as hooks:
+        for node in nodes_of(outputs):
+            if isinstance(node, BackwardCFunction):
+                name = type(node).__name__.removesuffix("Backward")
+                hook = node.register_hook(lambda given, taken, name=name: passes.append((name, given, taken)))
+                hooks.callback(hook.remove)
+        yield
+    for name, returned, taken in passes:
+        cotangents = [t for t in taken if t is not None and t.requires_grad]
+        for gradient in returned:
+            if cotangents and gradient is not None and not _depends(gradient, cotangents):
+                raise RuntimeError(
+                    f"the backward pass of the autograd.Function {name} cannot be differentiated, as what it returns "
+                    "has no graph; write it with functions of torch, without no_grad, detach and once_differentiable"
+                )
+
+
+def _depends(gradient: Tensor, cotangents: Sequence[Tensor]) -> bool:
+    if not gradient.requires_grad:
+        return False
+    u = torch.zeros_like(gradient)
+    found = torch.autograd.grad(gradient, cotangents, u, retain_graph=True, allow_unused=True)
+    return any(f is not None for f in found)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from curveball_fused._torch_private import has_gradient_hooks
+from curveball_fused._torch_private.autograd_graph import nodes_of
 from curveball_fused.curvature import ModelFn, evaluate
 from curveball_fused.curvature.double_backward import DoubleBackward
 from curveball_fused.curvature.dual_numbers import DualNumbers
 from curveball_fused.curvature.torch_modes import announce, first_line
 from curveball_fused.losses import checked_loss
-from curveball_fused.losses.autograd_graph import nodes_of
 from curveball_fused.replay import Replay
 
 from .finite_differences import difference_quotients, dot, relative

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused._torch_private.autograd_graph import nodes_of
 from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS, Map, Products, products
 
-from .autograd_graph import nodes_of
 from .fused import fused
 from .missing_curvature import MissingCurvature
 from .recognition import RecognizedLoss, Recognizer

@@ -256,6 +256,16 @@ def test_right_or_refused(name: str, method: str) -> None:
     assert stats["adjoint_error"] < 1e-12
 
 
+@pytest.mark.parametrize("method", ["auto", "double_backward"])
+@pytest.mark.parametrize("function", [Raw, OnceDifferentiable])
+def test_what_the_first_step_multiplies_by_zero_is_refused_too(function: type[Raw], method: str) -> None:
+    """A branch that begins at zero: the first step would be right, and the second wrong."""
+    net = Mlp(function.apply).double()
+    nn.init.zeros_(net.last.weight)
+    with pytest.raises(RuntimeError, match=f"autograd.Function {function.__name__} cannot be differentiated"):
+        CurveBall(net.parameters(), curvature=method).step(lambda: net(X), cross_entropy)
+
+
 def test_the_reasons_of_all_methods_are_told() -> None:
     net = Mlp(Raw.apply).double()
     with pytest.raises(RuntimeError) as caught:
