@@ -22,7 +22,7 @@ LAYERS = {
         "checks",
         "averaging guard loss_scale settings state",
         "curvature losses",
-        "replay",
+        "autograd_graph replay",
         "ops",
         "backends",
         "_torch_private",

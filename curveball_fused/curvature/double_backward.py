@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from typing_extensions import override
 
-from curveball_fused._torch_private.autograd_graph import nodes_of
+from curveball_fused.autograd_graph import nodes_of
 from curveball_fused.replay import Replay
 
 from .linear_map import (

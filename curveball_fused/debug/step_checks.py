@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curveball_fused._torch_private import has_gradient_hooks
-from curveball_fused._torch_private.autograd_graph import nodes_of
+from curveball_fused.autograd_graph import nodes_of
 from curveball_fused.curvature import ModelFn, evaluate
 from curveball_fused.curvature.double_backward import DoubleBackward
 from curveball_fused.curvature.dual_numbers import DualNumbers
