@@ -248,7 +248,7 @@ def branches_on_a_value(net: Any) -> Tensor:
         (lambda net: checkpoint(lambda x: F.dropout(net(x)).sin(), X, use_reentrant=False), "checkpointed"),
         (assigns, "keeps one beyond its run"),
         (lambda net: Clamped.apply(net(X)), "not linear"),
-        slow(lambda net: torch.ones(2, generator=torch.Generator().manual_seed(0)), "."),
+        slow(lambda net: net(X) + torch.rand(2, generator=torch.Generator().manual_seed(0)), "."),
         slow(lambda net: torch.autograd.grad(net(X).square().sum(), net.weight, create_graph=True)[0], "."),
     ],
 )

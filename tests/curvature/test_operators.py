@@ -10,14 +10,12 @@ import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._higher_order_ops import scan, while_loop
 from torch.autograd.function import once_differentiable
 
 from curveball_fused import CurveBall
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.explanation.trace_report import trace
 from tests.helpers.jacobians import MODES, linearized
-from tests.helpers.tiers import slow
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).sin().view(4, 6)
 Run = Callable[[list[Tensor]], Tensor]
@@ -208,21 +206,11 @@ def once(x: Tensor) -> Tensor:
 once.register_autograd(once_differentiable(lambda ctx, g: g.clone()))
 
 
-def scanned(x: Tensor) -> Tensor:
-    return scan(lambda c, row: (torch.tanh(c + row), c * row), X.new_zeros(6), x, dim=0)[1]
-
-
-def looped(x: Tensor) -> Tensor:
-    return while_loop(lambda i, _: i < 3, lambda i, c: (i + 1, torch.tanh(1.5 * c)), (torch.tensor(0), x))[1]
-
-
 # torch's forward mode loses these tangents without a word, has none, or has one that the backward pass does not know.
 BY_OWN_BACKWARD: dict[str, Run] = {
     "custom operator": lambda w: scaled(X @ w[0], w[1]),
     "custom operator, tensors in a list": lambda w: torch.cat(halves(X @ w[0])) * w[1],
     "library": lambda w: torch.ops.test_operators_raw.cubed(X @ w[0]) * w[1],
-    "scan": lambda w: scanned(X @ w[0]) * w[1],
-    "while loop": lambda w: looped(X @ w[0]) * w[1],
     "products by index": lambda w: torch.scatter_reduce(
         w[0], 0, torch.tensor([[0] * 6, [3] * 6]), X[:2] * w[1], "prod"
     ),
@@ -236,9 +224,7 @@ BY_OWN_BACKWARD: dict[str, Run] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [slow(name) if name in ("scan", "while loop") else name for name in BY_OWN_BACKWARD]
-)  # torch compiles these two
+@pytest.mark.parametrize("name", BY_OWN_BACKWARD)
 def test_a_call_is_followed_by_its_own_backward_pass(name: str) -> None:
     run, w = BY_OWN_BACKWARD[name], params((6, 6), (6,))
     assert_products(MODES[2], run, w)
