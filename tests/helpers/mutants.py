@@ -143,13 +143,6 @@ LOSSES = [
         "test_cross_entropy.py::test_many_rows",
     ),
     Mutant(
-        "the_next_tile_does_not_wait_for_the_results",
-        "cuda/cross_entropy.cuh",
-        "store_tile(tile, a.c + begin, rows * a.rows.classes);\n    __syncthreads();",
-        "store_tile(tile, a.c + begin, rows * a.rows.classes);",
-        "test_cross_entropy.py::test_many_rows",
-    ),
-    Mutant(
         "the_place_in_shared_memory_changes_from_row_to_row",
         "cuda/row_sweeps.cuh",
         "first_stage + rows.room",
