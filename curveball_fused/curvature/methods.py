@@ -91,7 +91,7 @@ _DOUBLE_BACKWARD = Method(
     name="double_backward",
     description="autograd, differentiated once more",
     build=lambda model_fn, params, replay, _: DoubleBackward(model_fn, params, replay),
-    advice="Replace the operator that is named here by one that torch can differentiate twice",
+    advice="Replace what is named here by what torch can differentiate twice",
     fallback="double backward is used for the whole model",
 )
 _COMPILED = Method(

@@ -9,12 +9,11 @@ without the fused tangents of whole functions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from typing_extensions import Self
 
@@ -22,12 +21,12 @@ from curveball_fused._torch_private import (
     OperatorMode,
     OpOverload,
     base_of,
-    dual_level,
     has_saved_tensor_hooks,
     schema_of,
 )
 
 from .arguments import map_nested
+from .call_maps import CallMaps
 from .rules import COMPOSITES, Map, Tangents, tensors
 from .rules.operators import LINEAR, RULES, OperatorContext, Part
 from .tangent_maps import TangentMaps, TapeUnsupported
@@ -217,7 +216,7 @@ class OperatorTape:
             except NotImplementedError as error:
                 raise TapeUnsupported(f"{call.func.name()} {error}") from error
         if maps is NotImplemented:
-            maps = _by_dual_numbers(call, ctx)
+            maps = _by_calling_again(call, ctx)
         self._maps.saved += ctx.saved
         return (maps,) if callable(maps) else maps
 
@@ -283,61 +282,15 @@ class _Call(NamedTuple):
         return (self.func, *places)
 
 
-def _by_dual_numbers(call: _Call, ctx: OperatorContext) -> Sequence[Map]:
-    """Return the maps of an operator without a rule: they run it again, on dual numbers."""
-    func, args, kwargs, slots = call.func, call.args, call.kwargs, call.slots
+def _by_calling_again(call: _Call, ctx: OperatorContext) -> Sequence[Map]:
+    """Return the maps of an operator without a rule: they run it again."""
+    func, args = call.func, call.args
     if _is_random(func):
         raise TapeUnsupported(f"{func.name()} draws random numbers")
     if func in _MOVES_STATISTICS and args[5]:
         args = (*args[:3], None, None, *args[5:])  # which the call has moved, once
-    for tensor in tensors((*args, *kwargs.values())):
-        ctx.save(tensor)
-
-    def map_of(index: int | None) -> Map:
-        def pick(result: Any) -> Any:
-            return result if index is None else result[index]
-
-        def tangent_map(tangents: Tangents) -> Tensor:
-            def dual(value: Any) -> Any:
-                slot = slots.get(id(value)) if isinstance(value, Tensor) else None
-                return value if slot is None else fwAD.make_dual(value, tangents[slot])
-
-            try:
-                with dual_level():
-                    result = func(*map_nested(dual, args), **map_nested(dual, kwargs))
-                    tangent = fwAD.unpack_dual(pick(result)).tangent
-            except RuntimeError:  # no formula, or one that fails
-                return _by_double_backward(lambda *a, **k: pick(func(*a, **k)), args, kwargs, slots, tangents)
-            if tangent is None:
-                raise TypeError("its forward mode gives no tangent")
-            return tangent  # type: ignore[no-any-return]
-
-        return tangent_map
-
-    return [map_of(None)] if isinstance(call.result, Tensor) else [map_of(i) for i in range(len(call.result))]
-
-
-@torch.enable_grad()
-def _by_double_backward(
-    func: Callable[..., Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    slots: dict[int, int | None],
-    tangents: Tangents,
-) -> Tensor:
-    """Return the tangent of an operator that has no forward mode: Jᵀu is linear in u, and Jv its derivative."""
-    leaves: dict[int, Tensor] = {}
-
-    def leaf(value: Any) -> Any:
-        if not isinstance(value, Tensor) or slots.get(id(value)) is None:
-            return value.detach() if isinstance(value, Tensor) else value
-        return leaves.setdefault(id(value), value.detach().requires_grad_())
-
-    result = func(*map_nested(leaf, args), **map_nested(leaf, kwargs))
-    u = torch.zeros_like(result, requires_grad=True)
-    gradients = torch.autograd.grad(result, list(leaves.values()), u, create_graph=True, allow_unused=True)
-    pairs = [(g, tangents[slots[key]]) for key, g in zip(leaves, gradients, strict=True) if g is not None]  # type: ignore[index]
-    return torch.autograd.grad([g for g, _ in pairs], u, [t for _, t in pairs])[0]
+    maps = CallMaps(func, args, call.kwargs, ctx)
+    return [maps.map_of(None)] if isinstance(call.result, Tensor) else [*map(maps.map_of, range(len(call.result)))]
 
 
 @functools.cache
