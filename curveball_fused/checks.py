@@ -18,6 +18,7 @@ from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.backends import BACKENDS
 from curveball_fused.curvature import AUTO
 from curveball_fused.loss_scale import awaits_update
+from curveball_fused.replay.memory import span
 from curveball_fused.settings import PER_GROUP
 from curveball_fused.state import HISTORY, ON_HOST, SHAPES
 
@@ -155,7 +156,7 @@ def separate_memory(params: Sequence[Tensor]) -> None:
                     f"elements of parameter {i} share memory, as those of an expanded tensor do: clone it, "
                     "nn.Parameter(tensor.clone())."
                 )
-            known.append((p.data_ptr(), p.data_ptr() + _span(p), i))
+            known.append((p.data_ptr(), p.data_ptr() + span(p), i))
     known.sort()
     reaching: list[tuple[int, int, int]] = []  # beyond the next one's first address
     for first, last, i in known:
@@ -179,17 +180,12 @@ def _has_memory(p: Tensor) -> bool:
     return p.numel() > 0 and p.data_ptr() != 0
 
 
-def _span(p: Tensor) -> int:
-    """Return how many bytes there are from the first element to the end of the last one."""
-    return p.element_size() * (1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)))
-
-
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Return whether an element of `b` lies where one of `a` does; `b` begins within `a`'s span."""
-    if _span(a) == a.numel() * a.element_size():
+    if span(a) == a.numel() * a.element_size():
         return True  # there are no gaps that `b` could lie in
     start = a.data_ptr()
-    taken = torch.zeros(max(_span(a), b.data_ptr() - start + _span(b)), dtype=torch.bool, device="cpu")
+    taken = torch.zeros(max(span(a), b.data_ptr() - start + span(b)), dtype=torch.bool, device="cpu")
     places = [
         taken.as_strided(
             (*p.shape, p.element_size()), (*(s * p.element_size() for s in p.stride()), 1), p.data_ptr() - start

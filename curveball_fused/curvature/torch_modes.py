@@ -20,7 +20,7 @@ from curveball_fused._torch_private import base_of, forward_grad_enabled, set_fo
 from curveball_fused.replay.control_flow import AS_WRITTEN
 
 from .dual_rules import RULES
-from .rules import TWICE_DIFFERENTIABLE
+from .rules import TWICE_DIFFERENTIABLE, tensors
 
 _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
 RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
@@ -135,9 +135,9 @@ class Substitute(Decompose):
         args = tuple([self._swap(a, swapped) for a in args])
         kwargs = {k: self._swap(v, swapped) for k, v in kwargs.items()} if kwargs else {}
         result = self._call(func, args, kwargs)
-        tensors = list(_tensors(result))
-        self.results += map(weakref.ref, tensors)
-        if swapped and tensors:  # to read a shape or a dtype is not to use the parameter
+        found = tensors((result,))
+        self.results += map(weakref.ref, found)
+        if swapped and found:  # to read a shape or a dtype is not to use the parameter
             self.seen.update(swapped)
         return result
 
@@ -188,14 +188,6 @@ class Substitute(Decompose):
         if type(value) in (list, tuple):
             return type(value)([self._swap(v, swapped) for v in value])
         return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _tensors(v)
 
 
 def _refuse_scaled_gradients(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -207,7 +207,7 @@ class _Record(NamedTuple):
         """Return what a tensor shows now; without the value, where that is known."""
         alias = tensor.detach()
         nbytes = alias.untyped_storage().nbytes()
-        is_freed = nbytes < _extent(alias)[1]
+        is_freed = alias.numel() > 0 and nbytes < alias.storage_offset() * alias.element_size() + span(alias)
         return _Record(tensor, alias, nbytes, None if known or is_freed else alias.clone())
 
     def put_back(self) -> None:
@@ -228,17 +228,17 @@ def _is_traced(tensor: Tensor, alias: Tensor) -> bool:
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors of one memory may show the same elements."""
-    (first, end), (other, other_end) = _extent(a), _extent(b)
-    return bool(first < other_end and other < end)
+    first, other = (t.storage_offset() * t.element_size() for t in (a, b))
+    length, other_length = span(a), span(b)
+    return min(length, other_length) > 0 and first < other + other_length and other < first + length
 
 
-def _extent(tensor: Tensor) -> tuple[Any, Any]:
-    """Return the first byte that a tensor shows, and the one after the last."""
+def span(tensor: Tensor) -> int:
+    """Return how many bytes there are from the first element of a tensor to the end of its last one."""
     if tensor.numel() == 0:
-        return 0, 0
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-    first, width = tensor.storage_offset(), tensor.element_size()
-    return first * width, (first + elements) * width
+        return 0
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.element_size() * (1 + int(steps))
 
 
 def _with_memory(values: Iterable[Any]) -> Iterator[Tensor]:
