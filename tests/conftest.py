@@ -18,7 +18,8 @@ if importlib.util.find_spec("hypothesis"):  # which the tests on a GPU do withou
 
     # Few random cases while one works, `make test`; many before a change is taken, `make test-all`.
     settings.register_profile("dev", deadline=None, max_examples=25, derandomize=True)
-    settings.register_profile("ci", deadline=None, max_examples=200)
+    settings.register_profile("ci", deadline=None, max_examples=200, derandomize=True)
+    settings.register_profile("search", deadline=None, max_examples=200)  # others in each run
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import curveball_fused
 from curveball_fused import _torch_private as private
@@ -113,6 +114,26 @@ def saved_tensors_hooked() -> bool:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         inside = private.has_saved_tensor_hooks()
     return inside and not private.has_saved_tensor_hooks()
+
+
+def recomputation_wrapped() -> bool:
+    calls = []
+
+    def wrap(recompute: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: (calls.append(1), recompute(*args))[1]
+
+    with private.recomputations_wrapped(wrap):
+        out = checkpoint(torch.sin, X.clone().requires_grad_(), use_reentrant=False)
+    out.sum().backward()
+    return calls == [1]
+
+
+def kept_versions() -> bool:
+    x = X.clone()
+    before = private.version_of(x)
+    with private.versions_kept([x]):
+        x.mul_(2)
+    return private.version_of(x) == before
 
 
 def stepped() -> bool:
@@ -261,6 +282,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "is_functorch_wrapped": in_transform,
     "mark_as_stepped": stepped,
     "parameters_of": lambda: list(private.parameters_of(nn.Linear(2, 3))) == ["weight", "bias"],
+    "recomputations_wrapped": recomputation_wrapped,
     "run_backward": run_backward,
     "safe_softmax": lambda: not private.safe_softmax(torch.full((2, 3), -torch.inf), -1).any(),
     "scaled_optimizers": unscaled,
@@ -272,6 +294,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "tree_leaves": lambda: private.tree_leaves([1, (2, {"a": 3})]) == [1, 2, 3],
     "tree_map": lambda: private.tree_map(lambda n: n + 1, [1, (2,)]) == [2, (3,)],
     "version_of": versions,
+    "versions_kept": kept_versions,
     "weight_norm": lambda: private.weight_norm(X, torch.ones(2, 1), 0).shape == X.shape,
 }
 

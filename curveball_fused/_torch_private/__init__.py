@@ -7,8 +7,9 @@ another module reaches into torch by itself, and tries each name here.
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
 from typing import Any
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 from torch._compile import _disable_dynamo as disable_dynamo  # unlike torch.compiler.disable, does not import Dynamo
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.utils import parametrize
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from typing_extensions import override
@@ -49,6 +52,7 @@ __all__ = [
     "is_functorch_wrapped",
     "mark_as_stepped",
     "parameters_of",
+    "recomputations_wrapped",
     "run_backward",
     "safe_softmax",
     "scaled_optimizers",
@@ -60,6 +64,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "version_of",
+    "versions_kept",
     "weight_norm",
 ]
 
@@ -158,6 +163,26 @@ def in_dual_level() -> bool:
 def has_saved_tensor_hooks() -> bool:
     """Return whether autograd hands what it saves to hooks, as gradient checkpointing makes it."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+@contextmanager
+def recomputations_wrapped(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> Iterator[None]:
+    """Wrap what the gradient checkpoints of this thread, begun within the block, will run again."""
+    frame, thread = checkpoint._CheckpointFrame, threading.get_ident()
+
+    def wrapped_frame(recompute: Callable[..., None], *args: Any) -> Any:
+        return frame(wrap(recompute) if threading.get_ident() == thread else recompute, *args)
+
+    vars(checkpoint)["_CheckpointFrame"] = wrapped_frame
+    try:
+        yield
+    finally:
+        vars(checkpoint)["_CheckpointFrame"] = frame
+
+
+def versions_kept(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Let autograd not know what is written to these tensors within the block, at whose end they are as before it."""
+    return _unsafe_preserve_version_counter(tuple(tensors))
 
 
 def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:

@@ -115,6 +115,10 @@ class Memory:
             for record in records:
                 record.put_back()
 
+    def of_now(self) -> Snapshot:
+        """Return what is now where the runs have written so far."""
+        return Snapshot([_Record.of(record.tensor) for record in self._before.values()])
+
     def written_parameters(self) -> Snapshot:
         """Return the parameters that a run has written to, as they are now."""
         return Snapshot([_Record.of(p) for p in self._written_params.values()])
@@ -165,6 +169,11 @@ class Snapshot(NamedTuple):
     """Tensors at one time."""
 
     records: Sequence[_Record]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors themselves."""
+        return [record.tensor for record in self.records]
 
     def put_back(self) -> None:
         """Let them be what they were."""

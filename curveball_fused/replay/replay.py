@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from curveball_fused._torch_private import DisableTorchFunction, forget_cached_parametrizations
+from curveball_fused._torch_private import (
+    DisableTorchFunction,
+    forget_cached_parametrizations,
+    recomputations_wrapped,
+    versions_kept,
+)
 
 from .generators import generators
 from .memory import Memory, Unrepeatable
@@ -57,7 +62,7 @@ class Replay:
         forget_cached_parametrizations()
         with DisableTorchFunction():  # a method's modes may be active
             self._memory.begin()
-        with self._watching_modules(), self._recorder():
+        with self._watching_modules(), self._recorder(), self._watching_checkpoints():
             result = function()
         # At once: a backward pass that computes activations again may move it.
         with DisableTorchFunction():
@@ -113,13 +118,41 @@ class Replay:
         self._memory.was_written(tensor, before)
 
     def _run_again(self, function: Callable[[], Result]) -> Result:
-        if not self.wrote_parameters:
-            return function()
-        with self._recorder():  # so that autograd learns of a write to a parameter that it has saved
-            return function()
+        with self._watching_checkpoints():
+            if not self.wrote_parameters:
+                return function()
+            with self._recorder():  # so that autograd learns of a write to a parameter that it has saved
+                return function()
 
     def _recorder(self) -> Recorder:
         return Recorder(self._memory, self._generators.save_own, self.dtypes)
+
+    def _watching_checkpoints(self) -> AbstractContextManager[None]:
+        """Return a context in which a gradient checkpoint runs again, in a backward pass, with its first buffers.
+
+        Spectral norm, for one, moves the vectors by which it divides: on its own, torch would divide by others then.
+        """
+        return recomputations_wrapped(self._as_at_first)
+
+    def _as_at_first(self, recompute: Callable[..., None]) -> Callable[..., None]:
+        with DisableTorchFunction(), torch.no_grad():
+            begun = self._memory.of_now()  # what is first written to later on is, here, as it was before the run
+
+        def recompute_as_at_first(*args: Any) -> None:
+            with DisableTorchFunction(), torch.no_grad():
+                now = self._memory.of_now()
+            with versions_kept(now.tensors):
+                try:
+                    with DisableTorchFunction(), torch.no_grad():
+                        self._memory.rewind()
+                        begun.put_back()
+                    with self._watching_checkpoints():  # those inside this one
+                        recompute(*args)
+                finally:
+                    with DisableTorchFunction(), torch.no_grad():
+                        now.put_back()
+
+        return recompute_as_at_first
 
     @contextmanager
     def _watching_modules(self) -> Iterator[None]:

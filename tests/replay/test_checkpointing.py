@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from curveball_fused import CurveBall
@@ -41,11 +42,25 @@ class Recurrent(nn.Module):
         return y
 
 
+class TwiceNormed(nn.Module):
+    """Call one layer twice, at either of which spectral norm moves its vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = parametrizations.spectral_norm(nn.Linear(8, 8), n_power_iterations=1)
+        nn.init.normal_(self.layer.parametrizations.weight[0]._u)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(torch.tanh(self.layer(x))))
+
+
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: Attention(0.0),
     "attention with dropout": lambda: Attention(0.3),
     "lstm": lambda: Recurrent(nn.LSTM, 0.0),
     "gru with dropout": lambda: Recurrent(nn.GRU, 0.4),
+    "spectral norm": lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Tanh()),
+    "spectral norm, twice": lambda: TwiceNormed(),
     "batch norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(4), nn.Dropout(0.4), nn.GELU()),
 }
 
