@@ -19,7 +19,8 @@ from curveball_fused.backends import BACKENDS
 from curveball_fused.curvature import AUTO
 from curveball_fused.loss_scale import awaits_update
 from curveball_fused.replay.memory import span
-from curveball_fused.settings import PER_GROUP
+from curveball_fused.preconditioners import PRECONDITIONERS
+from curveball_fused.settings import DIRECTIONS, PER_GROUP
 from curveball_fused.state import HISTORY, ON_HOST, SHAPES
 
 CURVATURES = ("auto", *AUTO)
@@ -40,11 +41,16 @@ def hyper_parameters(given: dict[str, Any]) -> None:
     if given["auto_lambda"]:
         hint = ", between lambda_min and lambda_max, since auto_lambda is on"
         _number("lambd", given["lambd"], given["lambda_min"], given["lambda_max"], hint)
-    for name in ("lambda_interval", "solve_interval"):
+    for name, unit in (("lambda_interval", "solves"), ("solve_interval", "steps")):
         if not isinstance(given[name], int) or isinstance(given[name], bool) or given[name] < 1:
-            raise ValueError(f"{name} must be a whole number of steps, at least 1; got {given[name]!r}.")
+            raise ValueError(f"{name} must be a whole number of {unit}, at least 1; got {given[name]!r}.")
+    if given["solve_interval"] > 1 and given["direction"] == "residual":
+        raise ValueError(
+            f'solve_interval={given["solve_interval"]} needs direction="gradient": the residual takes the curvature '
+            "along z into the direction, which each step would have to measure anyway."
+        )
     _number("average", given["average"], 0.0, 1.0 - 1e-6, ", the part of the old value that is kept")
-    for name, allowed in (("curvature", CURVATURES), ("backend", BACKENDS)):
+    for name, allowed in (("curvature", CURVATURES), ("backend", BACKENDS), ("direction", DIRECTIONS)):
         if given[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {given[name]!r}.")
     for name in ("auto_lambda", "maximize", "compile", "debug"):
@@ -52,6 +58,12 @@ def hyper_parameters(given: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be True or False; got {given[name]!r}.")
     if given["compile"]:
         _compilable(given["curvature"])
+
+
+def preconditioner(given: Any) -> None:
+    """Raise ValueError for something else than the name of a preconditioner."""
+    if given is not None and given not in PRECONDITIONERS:
+        raise ValueError(f"preconditioner must be {' or '.join(map(repr, PRECONDITIONERS))}; got {given!r}.")
 
 
 def _compilable(curvature: str) -> None:

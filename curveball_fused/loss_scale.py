@@ -19,7 +19,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
+from typing_extensions import override
 
+from curveball_fused import ops
 from curveball_fused._torch_private import foreach_mul, scaled_optimizers
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.backends.scalars import BETA, LAMBD
@@ -77,6 +79,10 @@ class WideLinearMap:
         """Return J r of what `vjp` returned; `dots` are `[z·z, z·r, r·r]`, unscaled, if they are known."""
         return at_least_float32(self._jvp(r))
 
+    def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
+        """Return J v of any v, in the parameters' shapes."""
+        return at_least_float32(self._jvp(tangents))
+
     def _jvp(self, tangents: Sequence[Tensor]) -> Tensor:
         return cast(LinearMap, self._linear).jvp(tangents)[1]
 
@@ -115,9 +121,15 @@ class ScaledLinearMap(WideLinearMap):
         scaled = scale_tangents(r, dots[2] * self._loss_scale**2, self._tangent_size)
         return scaled.unscale(self._jvp(scaled.tangents)) / self._loss_scale.float()
 
+    @override
+    def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
+        squares = ops.dots(tangents, tangents)[0]
+        scaled = scale_tangents(tangents, squares, self._tangent_size)
+        return scaled.unscale(self._jvp(scaled.tangents))
+
     def unscaled(self, r: list[Tensor]) -> list[Tensor]:
         """Return r of S r, in float32 at least."""
-        return [at_least_float32(r_i) / self._loss_scale.float() for r_i in r]
+        return unscaled(r, self._loss_scale)
 
     def unscaled_dots(self, dots: Tensor) -> Tensor:
         """Return `[z·z, z·r, r·r]` from those of S r."""
@@ -130,6 +142,11 @@ class ScaledLinearMap(WideLinearMap):
         of_z, r, rest = (torch.isfinite(part).all() for part in (products[:2], dots[2], products))
         ordinary = torch.isfinite(loss)
         return Overflow(ordinary & of_z & ~r, ordinary & (~of_z | (r & ~rest)))
+
+
+def unscaled(r: Sequence[Tensor], loss_scale: Tensor) -> list[Tensor]:
+    """Return r of S r, in float32 at least."""
+    return [at_least_float32(r_i) / loss_scale.float() for r_i in r]
 
 
 class ScaledTangents(NamedTuple):

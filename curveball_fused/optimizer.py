@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curveball_fused import backends, checks, state
-from curveball_fused.settings import Settings
+from curveball_fused.settings import DEFAULTS, Settings, with_former_options
 from curveball_fused.step import StepInputs, take_step
 
 
@@ -36,20 +36,27 @@ class CurveBall(Optimizer):
         lr: factor on the step, at least 0; number or 0-dim tensor; per group (default: 1.0).
         beta: step size β on the linear system, at least 0; None solves for it (default: None).
         rho: momentum ρ, from 0 to 1; None solves for it (default: None).
-        lambd: damping λ, or its first value, at least 0, and within its bounds if it adapts; 10 suits nets without
-            batch norm (default: 1.0).
+        preconditioner: the metric P in which a step measures lengths. None: the Euclidean metric, as published, in the
+            memory of momentum SGD. "kronecker": for each matrix M of weights the eigenbasis of averages of MMᵀ and MᵀM
+            over the gradients, and the root of their mean square in it (SOAP's): no option has to be tuned, at the
+            memory of some four to six copies of the weights (default: None).
+        direction: "residual": Δ = P⁻¹Jᵀ(g + HJz) + λz, as published, or "gradient": Δ = P⁻¹Jᵀg, which needs no
+            curvature between solves (default: "residual"; "gradient" with a preconditioner).
+        lambd: damping λ, or its first value, at least 0, and within its bounds if it adapts; in the Euclidean metric 10
+            suits nets without batch norm (default: 1.0; 100 with a preconditioner).
         auto_lambda: whether λ adapts (default: True).
-        lambda_factor: factor per step by which λ falls, or, inverted, grows; above 0, at most 1 (default: 0.999).
+        lambda_factor: factor per solve by which λ falls, or, inverted, grows; above 0, at most 1 (default: 0.999; 0.99
+            with a preconditioner).
         lambda_low: λ grows where γ is below this (default: 0.5).
         lambda_high: λ falls where γ is above this; at least `lambda_low` (default: 1.5).
-        lambda_interval: steps from one adaptation of λ to the next, each of which costs one more forward pass; at least
-            1 (default: 5).
+        lambda_interval: solves from one adaptation of λ to the next, each of which costs one more forward pass; at
+            least 1 (default: 5).
         lambda_min: lower bound of an adapting λ, above 0 (default: 1e-6).
         lambda_max: upper bound of an adapting λ (default: 1e6).
-        average: how much of A and b is kept from step to step (exponential average), from 0 to below 1; 0.8 to 0.9
-            suits large batches (default: 0.0).
-        solve_interval: steps from one full solve to the next; those between need no second product. At least 1, and
-            best with `average` (default: 1).
+        average: how much of β and ρ is kept from solve to solve (exponential average, without bias at the start), from
+            0 to below 1 (default: 0.0; 0.9 with a preconditioner).
+        solve_interval: steps from one solve to the next; those between take the last β and ρ and cost a step of SGD.
+            At least 1; above 1 only with the direction "gradient" (default: 1; 10 with a preconditioner).
         weight_decay: decoupled: w shrinks by lr·weight_decay per step; at least 0; per group (default: 0.0).
         maximize: whether to climb (default: False).
         curvature: how Jacobian products are computed: "linearize" (the model runs once), "linearize_operators"
@@ -97,16 +104,18 @@ class CurveBall(Optimizer):
         *,
         beta: float | None = None,
         rho: float | None = None,
-        lambd: float = 1.0,
+        preconditioner: str | None = None,
+        direction: str | None = None,
+        lambd: float | None = None,
         auto_lambda: bool = True,
-        lambda_factor: float = 0.999,
+        lambda_factor: float | None = None,
         lambda_low: float = 0.5,
         lambda_high: float = 1.5,
         lambda_interval: int = 5,
         lambda_min: float = 1e-6,
         lambda_max: float = 1e6,
-        average: float = 0.0,
-        solve_interval: int = 1,
+        average: float | None = None,
+        solve_interval: int | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
         curvature: str = "auto",
@@ -118,6 +127,8 @@ class CurveBall(Optimizer):
             "lr": lr,
             "beta": beta,
             "rho": rho,
+            "preconditioner": preconditioner,
+            "direction": direction,
             "lambd": lambd,
             "auto_lambda": auto_lambda,
             "lambda_factor": lambda_factor,
@@ -135,6 +146,9 @@ class CurveBall(Optimizer):
             "backend": backend,
             "debug": debug,
         }
+        checks.preconditioner(preconditioner)
+        chosen = DEFAULTS[preconditioner]
+        defaults = {name: chosen.get(name) if value is None else value for name, value in defaults.items()}
         checks.hyper_parameters(defaults)
         super().__init__(params, defaults)
 
@@ -284,6 +298,7 @@ class CurveBall(Optimizer):
         def take(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             """Keep the state from torch, which would cast z to the parameters' dtypes."""
             given = state.upgraded(given)
+            given = given | {"param_groups": with_former_options(given["param_groups"])}
             checks.checkpoint(given, self.param_groups)
             saved.update(given["state"])
             params.update(zip(_params_of(given["param_groups"]), self._parameters, strict=True))
@@ -306,11 +321,15 @@ class CurveBall(Optimizer):
 
     def __setstate__(self, state_of_pickle: dict[str, Any]) -> None:
         super().__setstate__(state.upgraded(state_of_pickle))
+        self.param_groups = with_former_options(self.param_groups)
         self._make_state()
 
     def _make_state(self) -> None:
         if self._parameters:
-            self._shared = state.make(self.state, self._parameters, self._shared, self.param_groups[0]["lambd"])
+            options = self.param_groups[0]
+            self._shared = state.make(
+                self.state, self._parameters, self._shared, options["lambd"], options["preconditioner"]
+            )
 
     def _current(self) -> dict[str, Any]:
         """Return the numbers of all parameters."""

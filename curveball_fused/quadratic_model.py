@@ -1,8 +1,8 @@
-"""The quadratic model of the loss around the weights, as far as a step needs it: r = Jᵀc and the terms of a 2x2 system.
+"""The quadratic model of the loss around the weights, as far as a step needs it: u = P⁻¹Jᵀc and the terms of the solve.
 
-The products `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]` come from the small output space; the dot products
-`[z·z, z·r, r·r]` follow from them by adjointness, z·r = Jz·c and r·r = Jr·c, and are then None, or are taken directly.
-Loss and products are computed in float32 at least, whatever the model computes in.
+The products `[g·Jz, Jz·HJz, g·Ju, Jz·HJu, Ju·HJu]` come from the small output space. The dot products
+`[z·Pz, z·Pu, u·Pu]` are taken directly, or, where P = 1 and u = r, are None: they follow by adjointness then, as
+z·r = Jz·c and r·r = Jr·c. Loss and products are computed in float32 at least, whatever the model computes in.
 
 These are equations (1) to (4) of docs/method.md, and the numbers that A and b of (6) are made of. Products with the
 Gauss-Newton matrix JᵀHJ are Schraudolph's (2002), its damping is Martens' (2010); the solve in the plane of a direction
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curveball_fused import averaging, guard, ops
+from curveball_fused import guard, ops
 from curveball_fused._torch_private import gradient_hooks_set_aside, has_gradient_hooks
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.curvature import (
@@ -34,11 +34,12 @@ from curveball_fused.curvature import (
     refusal,
     refusals_of,
 )
-from curveball_fused.curvature.finite_difference import Backward, difference
+from curveball_fused.curvature.backward import Backward
 from curveball_fused.curvature.linear_map import own_gradients
 from curveball_fused.curvature.torch_modes import announce
 from curveball_fused.loss_scale import Overflow, ScaledLinearMap, WideLinearMap, scale_tangents
 from curveball_fused.losses import LossFn, LossModel
+from curveball_fused.preconditioners import Direction, Preconditioner
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
 
@@ -66,6 +67,7 @@ class StepContext:
         known_maps: methods and functions that the guard has found right; it adds to them.
         compares: whether the guard compares in this step in any case.
         is_first: whether it is the first step, in which the host may read a value.
+        preconditioner: P; None where P = 1.
     """
 
     settings: Settings
@@ -79,6 +81,7 @@ class StepContext:
     known_maps: guard.Known
     compares: bool
     is_first: bool
+    preconditioner: Preconditioner | None
 
     @property
     def guarded(self) -> bool:
@@ -118,19 +121,21 @@ class QuadraticTerms(NamedTuple):
 
     Attributes:
         loss, outputs: of the model, the loss 0-dim; detached.
-        r: Jᵀc, of the parameters' shapes; in float16 it is multiplied by the loss scale, and there is an `overflow`.
-        products: float64[5], of the unscaled r.
+        u: P⁻¹Jᵀc, of the parameters' shapes; in float16 there is an `overflow`, and where P = 1 it is multiplied by the
+            loss scale.
+        products: float64[5], of the unscaled u.
         dots: float64[3], likewise; None where the adjoint identities give them.
         overflow: what float16 could not hold.
         method: by which the model was linearized.
         compute_dtype: the half precision that the model computes in, or None.
         comparison: of the products with dot products taken directly; None where the step's number asks for none.
         loss_size: of a loss that may be concave somewhere, as `LossModel` has it; None of others.
+        direction: what P is to learn from; None where P = 1.
     """
 
     loss: Tensor
     outputs: Tensor
-    r: list[Tensor]
+    u: list[Tensor]
     products: Tensor
     dots: Tensor | None
     overflow: Overflow | None
@@ -138,6 +143,7 @@ class QuadraticTerms(NamedTuple):
     compute_dtype: torch.dtype | None
     comparison: guard.Comparison | None
     loss_size: Tensor | None
+    direction: Direction | None
 
 
 class FullGradient(NamedTuple):
@@ -159,26 +165,20 @@ def measure(
     model_fn: ModelFn,
     loss_fn: LossFn,
     replay: Replay,
-    previous_system: Tensor | None = None,
     full_gradient: FullGradient | None = None,
 ) -> QuadraticTerms:
-    """Return the terms of a step.
+    """Return the terms of a step that solves.
 
     Args:
         context: where the step begins.
         model_fn: returns the predictions.
         loss_fn: maps them to the scalar loss.
         replay: makes later runs of the model the same function.
-        previous_system: in a step between full solves, the average of the last systems; None: a full solve.
         full_gradient: Jᵀg of another batch, to take the place of this one's in r.
     """
-    between_solves = previous_system is not None and not context.hooked
 
     def by(method: Method) -> QuadraticTerms:
-        if between_solves:
-            assert previous_system is not None
-            return _measure_between_solves(context, method, model_fn, loss_fn, replay, previous_system, full_gradient)
-        return _measure_in_full(context, method, model_fn, loss_fn, replay, full_gradient)
+        return _measure_by(method, context, model_fn, loss_fn, replay, full_gradient)
 
     return by_first_of(context.methods, by, model_fn, replay)
 
@@ -189,19 +189,18 @@ def measure_with_curvature_batch(
     loss_fn: LossFn,
     curvature_batch: tuple[ModelFn, LossFn],
     replay: Replay,
-    previous_system: Tensor | None = None,
 ) -> QuadraticTerms:
     """Measure loss, outputs and gradient of the full batch, and the curvature of a part of it."""
     backward = Backward(model_fn, context.params, replay)
     outputs = backward.outputs
-    compute_dtype = _half_precision({outputs.dtype, *replay.dtypes}, context.params)
+    compute_dtype = half_precision({outputs.dtype, *replay.dtypes}, context.params)
     linear = context.wide(backward, outputs, compute_dtype)
     loss_model = context.loss_model(loss_fn, outputs, linear, replay)
     full_gradient = FullGradient(linear.vjp(loss_model.gradient()), linear.is_scaled, compute_dtype)
     scratch_replay = Replay(context.params, context.params[0].device)
     try:
         part = replace(context, compute_dtype=compute_dtype)
-        terms = measure(part, *curvature_batch, scratch_replay, previous_system, full_gradient)
+        terms = measure(part, *curvature_batch, scratch_replay, full_gradient)
     finally:
         scratch_replay.rewind()
     overflow = terms.overflow
@@ -210,15 +209,15 @@ def measure_with_curvature_batch(
     return terms._replace(loss=loss_model.loss, outputs=outputs, overflow=overflow)
 
 
-def _measure_in_full(
-    context: StepContext,
+def _measure_by(
     method: Method,
+    context: StepContext,
     model_fn: ModelFn,
     loss_fn: LossFn,
     replay: Replay,
     full_gradient: FullGradient | None,
 ) -> QuadraticTerms:
-    """Return all that a solve needs, by one method.
+    """Measure by one method.
 
     `MethodUnsupported` is raised where it cannot follow the model, or its two products are not those of one linear map.
     """
@@ -229,16 +228,25 @@ def _measure_in_full(
     if compares:
         linear.compare_runs()
     loss_model = context.loss_model(loss_fn, outputs, linear, replay)
-    c, products_with = loss_model.cotangent(jz)  # c = H Jz + g
+    c, products_with = loss_model.cotangent(jz)  # c = g + H Jz
+    if context.settings.theta == 0:
+        c = loss_model.gradient()
     with refusals_of(method), own_gradients(context.params) if first else nullcontext():
         r = _pull_back(context, linear, loss_model, c, full_gradient)  # r = Jᵀc
     # Adjointness does not hold of gradients that are rounded to a lower precision or altered by a hook.
     adjoint = not context.hooked and full_gradient is None
     direct = not adjoint or linear.is_scaled or not context.precise
-    dots = context.dots(linear, r) if direct else None
-    with refusals_of(method):
-        jr = linear.jvp_along(r, dots)
-    products = products_with(jr)
+    direction = None
+    if context.preconditioner is None:
+        u, dots = r, context.dots(linear, r) if direct else None
+        with refusals_of(method):
+            ju = linear.jvp_along(r, dots)
+    else:
+        direction = context.preconditioner.direction(linear.unscaled(r), context.z)
+        u, dots = direction.u, direction.dots
+        with refusals_of(method):
+            ju = linear.jvp(u)
+    products = products_with(ju)
     if loss_model.lacks_curvature(look=context.is_first):
         announce(_NO_CURVATURE, _NO_CURVATURE)
     overflow = linear.overflow(loss_model.loss, products, dots)
@@ -248,7 +256,7 @@ def _measure_in_full(
 
         step = debug.Step(
             method.name, model_fn, loss_fn, settings.sign, context.params, replay, context.z, outputs, jz, c,
-            linear.unscaled(r), jr, products, loss_model.has_own_curvature(),
+            linear.unscaled(r), ju, products, loss_model.has_own_curvature(),
         )  # fmt: skip
         debug.check(step)
     comparison = None
@@ -256,7 +264,7 @@ def _measure_in_full(
         comparison = guard.compare(
             context.dots(linear, r) if dots is None else dots,
             ops.dots([jz], [c], backend=settings.backend),
-            ops.dots([jr], [c], backend=settings.backend),
+            ops.dots([ju], [c], backend=settings.backend),
             linear.difference_of_runs(),
             {outputs.dtype, *replay.dtypes, *(p.dtype for p in context.params)},
         )
@@ -270,12 +278,23 @@ def _measure_in_full(
         _rehearse(context, method, model_fn, loss_fn)
     if full_gradient is not None:
         assert dots is not None
-        products = averaging.consistent(products, dots)
+        products = _consistent(products, dots, settings.theta)
     # A first step by a method may be any, in a training that was resumed too: it leaves no trace in the state.
     noted = comparison if context.compares else None
     return QuadraticTerms(
-        loss_model.loss, outputs, r, products, dots, overflow, method.name, compute_dtype, noted, loss_model.size
-    )
+        loss_model.loss, outputs, u, products, dots, overflow, method.name, compute_dtype, noted, loss_model.size,
+        direction,
+    )  # fmt: skip
+
+
+def _consistent(products: Tensor, dots: Tensor, theta: float) -> Tensor:
+    """Return `products` with the g·Jz and g·Ju that belong to r = Jᵀg + θJᵀHJz, whatever batch the curvature is of.
+
+    By adjointness z·Jᵀg = z·r - θ Jz·HJz and u·Jᵀg = u·r - θ Jz·HJu: so gradient, direction and A are of one model,
+    m(d) = g·d + ½ d·(JᵀHJ + λP) d, which decreases along the solution.
+    """
+    z_hz, z_hu, u_hu = products[1], products[3], products[4]
+    return torch.stack((dots[1] - theta * z_hz, z_hz, dots[2] - theta * z_hu, z_hu, u_hu))
 
 
 def _judge(
@@ -321,44 +340,9 @@ def _rehearse(context: StepContext, method: Method, model_fn: ModelFn, loss_fn: 
     plain = replace(context)
     try:
         with gradient_hooks_set_aside(context.params):
-            _measure_in_full(plain, method, model_fn, loss_fn, scratch_replay, None)
+            _measure_by(method, plain, model_fn, loss_fn, scratch_replay, None)
     finally:
         scratch_replay.rewind()
-
-
-def _measure_between_solves(
-    context: StepContext,
-    method: Method,
-    model_fn: ModelFn,
-    loss_fn: LossFn,
-    replay: Replay,
-    previous_system: Tensor,
-    full_gradient: FullGradient | None,
-) -> QuadraticTerms:
-    """Measure without Jr: the curvature along r by ratios of the last systems."""
-    measured = None
-    # Double backward sees more than a moved parameter would change, and in half precision a difference drowns.
-    if context.precise and context.compute_dtype is None and method.name != "double_backward":
-        measured = difference(model_fn, context.params, context.z, replay)
-    if measured is not None:
-        backward, jz = measured
-        outputs = backward.outputs
-        compute_dtype = _half_precision({outputs.dtype, *replay.dtypes}, context.params)
-        linear = context.wide(backward, outputs, compute_dtype)
-    else:
-        linear, outputs, jz, compute_dtype = _linearize(context, method, model_fn, replay, full_gradient)
-    loss_model = context.loss_model(loss_fn, outputs, linear, replay)
-    c, products_with = loss_model.cotangent(jz)
-    with refusals_of(method):
-        r = _pull_back(context, linear, loss_model, c, full_gradient)
-    dots = context.dots(linear, r)
-    of_z = products_with(jz)
-    products = averaging.products_from_previous_system(previous_system, of_z, dots)
-    products = averaging.consistent(products, dots)
-    overflow = linear.overflow(loss_model.loss, of_z, dots)
-    return QuadraticTerms(
-        loss_model.loss, outputs, r, products, dots, overflow, method.name, compute_dtype, None, loss_model.size
-    )
 
 
 def _linearize(
@@ -375,7 +359,7 @@ def _linearize(
     known = {outputs.dtype, *replay.dtypes}
     if full_gradient is not None and full_gradient.compute_dtype is not None:
         known.add(full_gradient.compute_dtype)
-    compute_dtype = _half_precision(known, context.params)
+    compute_dtype = half_precision(known, context.params)
     return context.wide(linear, outputs, compute_dtype), outputs, jz, compute_dtype
 
 
@@ -386,16 +370,19 @@ def _pull_back(
     c: Tensor,
     full_gradient: FullGradient | None,
 ) -> list[Tensor]:
-    """Return r = Jᵀ(H Jz + g), or Jᵀ H Jz and the given gradient."""
+    """Return r = Jᵀ(g + θ H Jz), or θ Jᵀ H Jz and the given gradient."""
     if full_gradient is None:
         return linear.vjp(c)
-    curved, gradient = linear.vjp(c - loss_model.gradient()), full_gradient.tensors
+    gradient = full_gradient.tensors
     if linear.is_scaled and not full_gradient.is_scaled:
         gradient = [g * context.loss_scale.to(g.dtype) for g in gradient]
+    if context.settings.theta == 0:
+        return gradient
+    curved = linear.vjp(c - loss_model.gradient())
     return [a + b for a, b in zip(curved, gradient, strict=True)]
 
 
-def _half_precision(used: set[torch.dtype], params: Sequence[Tensor]) -> torch.dtype | None:
+def half_precision(used: set[torch.dtype], params: Sequence[Tensor]) -> torch.dtype | None:
     """Return float16 if anything is in it, else bfloat16 likewise, else None."""
     used = used | {p.dtype for p in params}
     return next((dtype for dtype in (torch.float16, torch.bfloat16) if dtype in used), None)

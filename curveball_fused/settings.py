@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,6 +12,13 @@ from torch.optim import Optimizer
 from curveball_fused.curvature import AUTO
 
 PER_GROUP = ("lr", "weight_decay")
+DIRECTIONS = ("residual", "gradient")
+# What the defaults depend on: in the metric P of a preconditioner a gradient has no scale of its own, so that one λ
+# suits all models, and the direction is good enough to be solved for now and then.
+DEFAULTS: dict[str | None, dict[str, Any]] = {
+    None: dict(lambd=1.0, lambda_factor=0.999, direction="residual", average=0.0, solve_interval=1),
+    "kronecker": dict(lambd=100.0, lambda_factor=0.99, direction="gradient", average=0.9, solve_interval=10),
+}
 # How the arithmetic is done belongs to this process, and is the constructor's; the rest is in the parameter groups, as
 # in any optimizer of torch, whence checkpoints and whoever changes options in training have it.
 PER_PROCESS = ("curvature", "compile", "backend", "debug")
@@ -32,6 +40,8 @@ class Settings:
     lambda_interval: int
     lambda_min: float
     lambda_max: float
+    preconditioner: str | None
+    direction: str
     average: float
     solve_interval: int
     maximize: bool
@@ -55,6 +65,11 @@ class Settings:
         return -1.0 if self.maximize else 1.0
 
     @property
+    def theta(self) -> float:
+        """θ: the part that the curvature along z has in the direction, Δ = P⁻¹Jᵀ(g + θ HJz) + θλz."""
+        return 1.0 if self.direction == "residual" else 0.0
+
+    @property
     def tangent_backend(self) -> str:
         """The backend of the tangent operators: plain torch if it is named, else the best that has them."""
         return "torch" if self.backend == "torch" else "auto"
@@ -64,6 +79,11 @@ class Settings:
         curvature = "compiled" if self.compile else self.curvature
         methods = AUTO if curvature == "auto" else (curvature,)
         return methods[methods.index(last) :] if last in methods else methods
+
+
+def with_former_options(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return parameter groups, those of earlier versions with the options that there was no choice of then."""
+    return [{"preconditioner": None, "direction": "residual", **group} for group in groups]
 
 
 _SHARED = [field.name for field in fields(Settings) if field.name not in (*PER_GROUP, *PER_PROCESS)]

@@ -25,6 +25,8 @@ from torch.nn.parameter import is_lazy
 from curveball_fused import ops
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import LAMBD, LOSS, RATIO, SCALARS, Z_DOT_Z
+from curveball_fused.preconditioners import SQUARE_AVERAGE, fresh_state, shapes
+from curveball_fused.settings import Settings
 
 REPLACED = ("scalars", "system", "scale", "guard")
 HISTORY = 1024  # rows
@@ -77,7 +79,11 @@ def is_current(state: dict[Any, Any], everything: Sequence[Tensor], shared: dict
 
 @torch.inference_mode(False)  # in which steps write to it
 def make(
-    state: dict[Any, Any], everything: Sequence[Tensor], shared: dict[str, Any] | None, lambd: float
+    state: dict[Any, Any],
+    everything: Sequence[Tensor],
+    shared: dict[str, Any] | None,
+    lambd: float,
+    preconditioner: str | None,
 ) -> dict[str, Any]:
     """Make the state that is missing, bring the rest to where the parameters are, and return the numbers of all.
 
@@ -89,17 +95,14 @@ def make(
         everything: all its parameters, at least one.
         shared: the numbers of all parameters as they were last in use, if they were.
         lambd: the first λ.
+        preconditioner: the optimizer's option.
 
     Returns:
         `shared`, or what takes its place if the state is another one by now.
     """
     for p in everything:
         if p.requires_grad and not is_lazy(p):
-            z = state[p].get("z")
-            if z is None or z.shape != p.shape:
-                state[p]["z"] = zeros_like(p)
-            elif _is_elsewhere(z, p) or z.stride() != p.stride():
-                state[p]["z"] = zeros_like(p).copy_(z)
+            _complete(state[p], p, preconditioner)
     holder = _holder(everything)
     found = next((p for p in everything if "scalars" in state.get(p, {})), None)
     if found is None:
@@ -121,28 +124,27 @@ def prepare(
     everything: Sequence[Tensor],
     shared: dict[str, Any] | None,
     active: int,
-    lambd: float,
-    backend: str,
+    settings: Settings,
 ) -> dict[str, Any]:
-    """Return the numbers of all parameters, and have z for each that requires a gradient, ready for a step.
+    """Return the numbers of all parameters, and have state for each that requires a gradient, ready for a step.
 
     Both follow a model that was converted or moved; z·z is summed anew where others than in the last step are trained,
-    or where a z was missing. The arguments are those of `make`, and `active`, the checksum of this step.
+    or where a z was missing. The arguments are those of `make`, `active`, the checksum of this step, and the options.
     """
     params = [p for p in everything if p.requires_grad]
     if not _is_ready(state, params[0], shared, active):
-        shared = make(state, everything, shared, lambd)
+        shared = make(state, everything, shared, settings.lambd, settings.preconditioner)
     assert shared is not None
     is_summed = shared["active"] == active
     for p in params:
         z = state[p].get("z")
-        if z is None or _is_elsewhere(z, p):
-            state[p]["z"] = zeros_like(p) if z is None else zeros_like(p).copy_(z)
-            is_summed &= z is not None
+        is_summed &= z is not None
+        if z is None or _is_elsewhere(z, p) or (settings.preconditioner and SQUARE_AVERAGE not in state[p]):
+            _complete(state[p], p, settings.preconditioner)
     if not is_summed:
         z = [state[p]["z"] for p in params]
         scalars = shared["scalars"].clone()
-        scalars[Z_DOT_Z] = ops.dots(z, z, backend=backend)[0]
+        scalars[Z_DOT_Z] = ops.dots(z, z, backend=settings.backend)[0]
         shared |= {"scalars": scalars, "active": active}
         _write(state[params[0]], shared)
     return shared
@@ -197,6 +199,21 @@ def _is_ready(state: dict[Any, Any], holder: Tensor, shared: dict[str, Any] | No
     if shared is None or shared["active"] != active:
         return False
     return state[holder].get("scalars") is shared["scalars"] and shared["scalars"].device == holder.device
+
+
+def _complete(entry: dict[str, Tensor], p: Tensor, preconditioner: str | None) -> None:
+    """Make what the state of a parameter lacks, and bring the rest to where the parameter is."""
+    z = entry.get("z")
+    if z is None or z.shape != p.shape:
+        entry["z"] = zeros_like(p)
+    elif _is_elsewhere(z, p) or z.stride() != p.stride():
+        entry["z"] = zeros_like(p).copy_(z)
+    if preconditioner is None:
+        return
+    wanted = shapes(p)
+    if any(name not in entry or entry[name].shape != shape for name, shape in wanted.items()):
+        entry.update(fresh_state(p))
+    entry.update({name: entry[name].to(entry["z"]) for name in wanted})
 
 
 def _is_elsewhere(z: Tensor, p: Tensor) -> bool:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curveball_fused import averaging, checks, guard, loss_scale, ops, state
+from curveball_fused import checks, guard, loss_scale, ops, state
 from curveball_fused._torch_private import disable_dynamo
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.backends.scalars import (
+    AVERAGE_BETA,
     BETA,
     LINEAR_TERM,
     PREDICTED_CHANGE,
@@ -27,7 +28,9 @@ from curveball_fused.backends.scalars import (
 )
 from curveball_fused.curvature import METHODS, ModelFn
 from curveball_fused.curvature.torch_modes import force_eager
+from curveball_fused.between_solves import gradient, kept_coefficients
 from curveball_fused.losses import LossFn, checked_loss
+from curveball_fused.preconditioners import Direction, Preconditioner
 from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure, measure_with_curvature_batch
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
@@ -46,24 +49,24 @@ class StepKind(NamedTuple):
     """What the host decides by counting steps.
 
     Attributes:
-        full_solve: whether the step solves in full.
+        solve: whether the step solves for β and ρ.
         adapt_damping: whether it adapts λ.
         compare: whether the guard compares its products with dot products taken directly.
     """
 
-    full_solve: bool
+    solve: bool
     adapt_damping: bool
     compare: bool
 
 
 def kind_of(settings: Settings, step: int) -> StepKind:
     """Return the kind of the step of this number, counted from zero."""
-    # Steps that compare solve in full and adapt λ, so that there is only one kind of them.
-    both = math.lcm(settings.solve_interval, settings.lambda_interval)
+    adaptation = settings.solve_interval * settings.lambda_interval
     return StepKind(
-        full_solve=step % settings.solve_interval == 0,
-        adapt_damping=settings.auto_lambda and step % settings.lambda_interval == 0,
-        compare=step % (both * math.ceil(guard.INTERVAL / both)) == 0,
+        solve=step % settings.solve_interval == 0,
+        adapt_damping=settings.auto_lambda and step % adaptation == 0,
+        # Steps that compare adapt λ, so that there is only one kind of them.
+        compare=step % (adaptation * math.ceil(guard.INTERVAL / adaptation)) == 0,
     )
 
 
@@ -77,7 +80,16 @@ def take_step(optimizer: Optimizer, inputs: StepInputs, settings: Settings) -> t
         return run_step(optimizer, inputs, shared, settings, is_first=shared["step"] == 0)
     finally:
         if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too
-            state.finish_step(optimizer.state, _parameters(optimizer), shared)
+            finish(optimizer, shared, settings)
+
+
+def finish(optimizer: Optimizer, shared: dict[str, Any], settings: Settings) -> None:
+    """Count a step and note it in the history, and bring the bases of P up to date whose turn it is."""
+    everything = _parameters(optimizer)
+    preconditioner = preconditioner_of(optimizer, [p for p in everything if p.requires_grad], shared, settings)
+    if preconditioner is not None:
+        preconditioner.refresh(shared["step"])
+    state.finish_step(optimizer.state, everything, shared)
 
 
 def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
@@ -91,7 +103,7 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
         checks.separate_memory(everything)
         checks.replicas(everything)
         optimizer._checked = active
-    shared = state.prepare(optimizer.state, everything, optimizer._shared, active, settings.lambd, settings.backend)
+    shared = state.prepare(optimizer.state, everything, optimizer._shared, active, settings)
     optimizer._shared = shared
     return shared
 
@@ -106,18 +118,36 @@ def run_step(
     """Do all that a step does on the device; return loss and outputs. In a first step the host may read a value."""
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
     kind = kind_of(settings, shared["step"])
-    context = _context(optimizer, inputs, groups, shared, settings, kind, is_first)
-    replay = Replay(context.params, context.params[0].device)
+    context = _context(optimizer, groups, inputs, shared, settings, kind, is_first)
     torch.clear_autocast_cache()  # it may hold half-precision copies of weights that have moved since
+    if kind.solve:
+        return _run_with_solve(optimizer, context, groups, inputs, shared, kind)
+    return _run_between_solves(optimizer, context, groups, inputs, shared)
+
+
+def _run_with_solve(
+    optimizer: Optimizer,
+    context: StepContext,
+    groups: Sequence[list[Tensor]],
+    inputs: StepInputs,
+    shared: dict[str, Any],
+    kind: StepKind,
+) -> tuple[Tensor, Tensor]:
+    settings = context.settings
+    replay = Replay(context.params, context.params[0].device)
     with force_eager():
         try:
-            previous_system = None if kind.full_solve else shared["system"]
-            terms = _measure(context, inputs, replay, previous_system)  # (1-4)  r = Jᵀ(H Jz + g)
-            system, scalars = _solve(terms, inputs, shared, settings)  # (5-7)  [β, -ρ] = A⁺ b
+            terms = _measure(context, inputs, replay)  # (1-4)  u = P⁻¹Jᵀ(g + θ H Jz)
+            scalars = _solve(terms, inputs, shared, settings)  # (5-7)  [β, -ρ] = A⁺ b
             scalars = _bounded(scalars, shared["scalars"], terms.loss_size, settings)
             replay.finish()  # before the update, which is of the weights that the model has left
-            scalars = _update(context, groups, terms, scalars)  # (8)  z ← ρz - βΔ;  w ← w + lr z
-            _remember(optimizer, inputs, shared, terms, system, scalars)
+            is_scaled = terms.overflow is not None and terms.direction is None
+            scalars = _update(context, groups, terms.u, is_scaled, terms.direction, scalars)  # (8)
+            _remember(optimizer, context, inputs, shared, scalars, terms.overflow)
+            shared |= {"method": terms.method, "compute_dtype": terms.compute_dtype}
+            if terms.comparison is not None:
+                failed, worst = terms.comparison.failed(), terms.comparison.worst()
+                shared["guard"] = state.noted_comparison(shared["guard"], failed, worst)
         except BaseException:
             replay.rewind()
             raise
@@ -127,10 +157,36 @@ def run_step(
     return terms.loss, terms.outputs
 
 
+def _run_between_solves(
+    optimizer: Optimizer,
+    context: StepContext,
+    groups: Sequence[list[Tensor]],
+    inputs: StepInputs,
+    shared: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    settings = context.settings
+    loss, outputs, u, is_scaled = gradient(context, inputs.model_fn, inputs.loss_fn)
+    direction = None
+    if context.preconditioner is not None:
+        direction = context.preconditioner.direction(loss_scale.unscaled(u, context.loss_scale) if is_scaled else u)
+    squares = ops.dots(context.z, u, backend=settings.backend)[2] if direction is None else direction.dots[2]
+    scalars = kept_coefficients(shared["scalars"], settings.sign * loss, squares)
+    if direction is not None:
+        u = direction.u
+    scalars = _update(context, groups, u, is_scaled and direction is None, direction, scalars)
+    overflow = None
+    if is_scaled:
+        too_large = torch.isfinite(loss) & ~torch.isfinite(squares)
+        overflow = loss_scale.Overflow(too_large, torch.zeros_like(too_large))
+    _remember(optimizer, context, inputs, shared, scalars, overflow)
+    torch.clear_autocast_cache()
+    return loss, outputs
+
+
 def _context(
     optimizer: Optimizer,
-    inputs: StepInputs,
     groups: Sequence[list[Tensor]],
+    inputs: StepInputs,
     shared: dict[str, Any],
     settings: Settings,
     kind: StepKind,
@@ -150,41 +206,42 @@ def _context(
         known_maps=guard.known_maps(optimizer),
         compares=kind.compare,
         is_first=is_first,
+        preconditioner=preconditioner_of(optimizer, params, shared, settings),
     )
 
 
-def _measure(
-    context: StepContext, inputs: StepInputs, replay: Replay, previous_system: Tensor | None
-) -> QuadraticTerms:
+def preconditioner_of(
+    optimizer: Optimizer, params: Sequence[Tensor], shared: dict[str, Any], settings: Settings
+) -> Preconditioner | None:
+    """Return P as it is in the optimizer's state; None where P = 1."""
+    if settings.preconditioner is None:
+        return None
+    return Preconditioner([optimizer.state[p] for p in params], shared["scalars"], settings.backend)
+
+
+def _measure(context: StepContext, inputs: StepInputs, replay: Replay) -> QuadraticTerms:
     model_fn, loss_fn, curvature_batch = inputs.model_fn, inputs.loss_fn, inputs.curvature_batch
     if curvature_batch is None:
-        return measure(context, model_fn, loss_fn, replay, previous_system)
-    return measure_with_curvature_batch(context, model_fn, loss_fn, curvature_batch, replay, previous_system)
+        return measure(context, model_fn, loss_fn, replay)
+    return measure_with_curvature_batch(context, model_fn, loss_fn, curvature_batch, replay)
 
 
-def _solve(
-    terms: QuadraticTerms, inputs: StepInputs, shared: dict[str, Any], settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """Return the average of the systems, which most steps leave alone, and the scalars with β and ρ."""
-    solve = partial(
-        ops.solve,
+def _solve(terms: QuadraticTerms, inputs: StepInputs, shared: dict[str, Any], settings: Settings) -> Tensor:
+    """Return the scalars with β and ρ."""
+    # ρ > 1 is a matter of one step and one batch: beyond it the heavy ball gains energy.
+    is_exact = settings.average == 0 and settings.solve_interval == 1 and inputs.curvature_batch is None
+    return ops.solve(
         shared["scalars"],
         settings.sign * terms.loss,
-        beta=settings.beta,
-        lr=settings.lr[0],
-        backend=settings.backend,
-    )
-    if settings.average == 0 and settings.solve_interval == 1 and inputs.curvature_batch is None:
-        return shared["system"], solve(terms.products, terms.dots, rho=settings.rho)
-    return averaging.averaged_solve(
-        solve,
-        shared["scalars"],
-        shared["system"],
-        terms.loss,
         terms.products,
         terms.dots,
-        decay=settings.average,
+        beta=settings.beta,
         rho=settings.rho,
+        lr=settings.lr[0],
+        theta=settings.theta,
+        average=settings.average,
+        bounded=not is_exact,
+        backend=settings.backend,
     )
 
 
@@ -200,45 +257,51 @@ def _bounded(scalars: Tensor, before: Tensor, loss_size: Tensor | None, settings
     too_long = (scalars[SAFE_STEPS] > before[SAFE_STEPS]) & (expected > loss_size) & (loss_size > 0)
     factor = torch.where(too_long, loss_size / expected, 1.0)
     bounded = scalars.clone()
-    for index in (BETA, LINEAR_TERM, QUADRATIC_TERM, PREDICTED_CHANGE):  # M is proportional, as both terms are equal
+    for index in (BETA, AVERAGE_BETA, LINEAR_TERM, QUADRATIC_TERM, PREDICTED_CHANGE):  # M is proportional, as both terms are equal
         bounded[index].mul_(factor)
     return bounded
 
 
-def _update(context: StepContext, groups: Sequence[list[Tensor]], terms: QuadraticTerms, scalars: Tensor) -> Tensor:
-    """Move z and w; return the scalars with z·z of the new z."""
+def _update(
+    context: StepContext,
+    groups: Sequence[list[Tensor]],
+    u: Sequence[Tensor],
+    is_scaled: bool,
+    direction: Direction | None,
+    scalars: Tensor,
+) -> Tensor:
+    """Move z and w, and let P learn: z ← ρz - β(u + θλz), w ← w + lr z; return the scalars with z·z of the new z."""
     settings = context.settings
     update = partial(
         ops.update_groups_,
         context.params,
         context.z,
-        terms.r,
+        u,
         group_sizes=[len(group) for group in groups],
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         backend=settings.backend,
     )
-    if terms.overflow is None:
-        return update(scalars)
-    return loss_scale.update_by_scaled(update, scalars, context.loss_scale)
+    scalars = loss_scale.update_by_scaled(update, scalars, context.loss_scale) if is_scaled else update(scalars)
+    if context.preconditioner is None or direction is None:
+        return scalars
+    return context.preconditioner.learn(direction, scalars)
 
 
 def _remember(
     optimizer: Optimizer,
+    context: StepContext,
     inputs: StepInputs,
     shared: dict[str, Any],
-    terms: QuadraticTerms,
-    system: Tensor,
     scalars: Tensor,
+    overflow: loss_scale.Overflow | None,
 ) -> None:
-    shared |= {"system": system, "scalars": scalars, "method": terms.method, "compute_dtype": terms.compute_dtype}
-    if terms.comparison is not None:
-        shared["guard"] = state.noted_comparison(shared["guard"], terms.comparison.failed(), terms.comparison.worst())
-    if terms.overflow is not None:
-        shared["scale"] = loss_scale.adapted(shared["scale"], terms.overflow)
+    shared["scalars"] = scalars
+    if overflow is not None:
+        shared["scale"] = loss_scale.adapted(shared["scale"], overflow)
     if inputs.scaler is not None:
         none = torch.zeros_like(scalars[0], dtype=torch.bool)
-        found = none if terms.overflow is None else terms.overflow.r
+        found = none if overflow is None else overflow.r
         loss_scale.report_overflow(inputs.scaler, optimizer, found)
 
 

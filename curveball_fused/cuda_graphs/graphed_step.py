@@ -33,7 +33,7 @@ from curveball_fused.optimizer import CurveBall
 from curveball_fused.replay import Replay
 from curveball_fused.replay.generators import host_positions
 from curveball_fused.settings import Settings
-from curveball_fused.step import StepInputs, StepKind, kind_of, prepared, run_step
+from curveball_fused.step import StepInputs, StepKind, finish, kind_of, prepared, run_step
 
 from .capture import Capture, Pool
 from .host_reads import refuse_host_reads
@@ -106,7 +106,7 @@ class GraphedStep:
             self._modules = self._warm_up(kinds, shared, settings)
             self._shared = {name: shared[name] for name in state.REPLACED}
             self._followed = {name: shared[name] for name in ("method", "compute_dtype")}
-            self._z = {p: optimizer.state[p]["z"] for p in optimizer._parameters if p.requires_grad}
+            self._own = _own_state(optimizer)
             self._made_for = _unchanging(optimizer, self._modules)
             # What a model keeps beside its buffers, such as a table that a longer input has it replace: a graph reads
             # the old one.
@@ -149,8 +149,8 @@ class GraphedStep:
         graph = self._graphs[kind_of(settings, shared["step"])]
         graph.capture.replay()
         shared |= self._followed
-        state.finish_step(self._optimizer.state, self._optimizer._parameters, shared)
-        torch.autograd.graph.increment_version([*self._z, *self._z.values()])
+        finish(self._optimizer, shared, settings)
+        torch.autograd.graph.increment_version([*self._own, *(own["z"] for own in self._own.values())])
         return graph.loss.clone(), graph.outputs
 
     def _copied_to_device(self, leaf: Any) -> Any:
@@ -180,9 +180,11 @@ class GraphedStep:
             if shared[name] is not place:
                 place.copy_(shared[name])
                 shared[name] = place
-        for p, place in self._z.items():
-            if self._optimizer.state[p]["z"] is not place:
-                self._optimizer.state[p]["z"] = place.copy_(self._optimizer.state[p]["z"])
+        for p, places in self._own.items():
+            own = self._optimizer.state[p]
+            for name, place in places.items():
+                if own[name] is not place:
+                    own[name] = place.copy_(own[name])
         return shared
 
     def _set_rates(self) -> None:
@@ -292,8 +294,7 @@ def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> No
 
 def _examples(settings: Settings) -> tuple[int, ...]:
     """Return numbers of steps among which there are all kinds."""
-    both = settings.solve_interval * settings.lambda_interval
-    return 0, 1, settings.solve_interval, settings.lambda_interval, both
+    return 0, 1, settings.solve_interval, settings.solve_interval * settings.lambda_interval
 
 
 def _a_step_of(kind: StepKind, settings: Settings) -> int:
@@ -315,6 +316,16 @@ def _unchanging(optimizer: CurveBall, modules: Sequence[nn.Module]) -> list[Any]
     return [settings, places, in_modules]
 
 
+def _own_state(optimizer: CurveBall) -> dict[Tensor, dict[str, Tensor]]:
+    """Return what the state has of each parameter by itself, which steps write to: z, and the parameter's block of P."""
+    shared = (*state.SHAPES, *state.ON_HOST)
+    return {
+        p: {name: t for name, t in optimizer.state[p].items() if isinstance(t, Tensor) and name not in shared}
+        for p in optimizer._parameters
+        if p.requires_grad
+    }
+
+
 def _described(leaf: Any) -> str:
     return f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
 
@@ -323,7 +334,7 @@ def _described(leaf: Any) -> str:
 def _put_back(optimizer: CurveBall, shared: dict[str, Any]) -> Iterator[None]:
     """Restore weights and state at the end of the block, except for the method by which the model was linearized."""
     live = [p for p in optimizer._parameters if p.requires_grad]
-    live += [optimizer.state[p]["z"] for p in live]
+    live += [t for own in _own_state(optimizer).values() for t in own.values()]
     values, before = [t.detach().clone() for t in live], dict(shared)
     try:
         yield

@@ -1,0 +1,68 @@
+"""A step between two solves: an ordinary backward pass, and the β and ρ of the solves before it.
+
+It needs no curvature, as its direction has none in it (θ = 0): u = P⁻¹Jᵀg and z ← ρz - βu, at the cost of a step of
+momentum SGD. What bounds it is what bounded the solve, λ and the range of ρ.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from curveball_fused.backends.dtypes import at_least_float32
+from curveball_fused.backends.scalars import AVERAGE_BETA, AVERAGE_RHO, BETA, LOSS, RHO, SKIPPED_STEPS
+from curveball_fused.curvature import ModelFn, checked_outputs
+from curveball_fused.curvature.linear_map import dense_gradients, in_own_memory, independent_outputs
+from curveball_fused.losses import LossFn, checked_loss
+from curveball_fused.quadratic_model import StepContext
+
+
+class Gradient(NamedTuple):
+    """What one backward pass gives.
+
+    Attributes:
+        loss: of the model, 0-dim, detached.
+        outputs: of the model, detached.
+        r: Jᵀg of the minimized loss, of the parameters' shapes; in float16 it is multiplied by the loss scale.
+        is_scaled: whether it is.
+    """
+
+    loss: Tensor
+    outputs: Tensor
+    r: list[Tensor]
+    is_scaled: bool
+
+
+def gradient(context: StepContext, model_fn: ModelFn, loss_fn: LossFn) -> Gradient:
+    """Run the model and its backward pass once."""
+    is_scaled = context.compute_dtype is torch.float16
+    with torch.enable_grad():
+        outputs = checked_outputs(model_fn())
+        if not outputs.requires_grad:
+            raise independent_outputs()
+        loss = checked_loss(loss_fn(at_least_float32(outputs)))
+        objective = context.settings.sign * loss
+        if is_scaled:
+            objective = objective * context.loss_scale.to(objective.dtype)
+        gradients = torch.autograd.grad(objective, context.params, allow_unused=True)
+    r = dense_gradients(context.params, gradients)
+    return Gradient(loss.detach(), in_own_memory(outputs.detach(), context.params), r, is_scaled)
+
+
+def kept_coefficients(scalars: Tensor, loss: Tensor, squares: Tensor) -> Tensor:
+    """Return the scalars of a step by the β and ρ of the last solves, which is skipped where it is not finite.
+
+    Args:
+        scalars: of the last step.
+        loss: of this step, minimized, 0-dim.
+        squares: a sum over the gradient that is finite if all of it is, 0-dim.
+    """
+    finite = torch.isfinite(loss) & torch.isfinite(squares)
+    scalars = scalars.clone()
+    for index, average in ((BETA, AVERAGE_BETA), (RHO, AVERAGE_RHO)):
+        scalars[index] = torch.where(finite, scalars[average], torch.nan)
+    scalars[LOSS] = loss
+    scalars[SKIPPED_STEPS] += ~finite
+    return scalars

@@ -1,0 +1,106 @@
+"""P of all parameters of a step: the direction u = P⁻¹r, the dot products that the solve needs, and what P learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from curveball_fused import ops
+from curveball_fused.backends.scalars import BETA, GATHERED, RHO
+
+from .bases import due_after, refreshed
+from .blocks import Block
+
+PRECONDITIONERS = (None, "kronecker")
+DECAY = 0.9  # of the factors and of the squares, a step
+EPSILON = 1e-8  # added to √v̂, in the units of the gradient
+
+
+class Direction(NamedTuple):
+    """What P makes of r.
+
+    Attributes:
+        u: P⁻¹r, of the parameters' shapes, in float32 at least.
+        dots: float64 `[z·Pz, z·r, r·u]`; the first two are zero where z was not given.
+        r: as it was given.
+        turned: r in the bases of P.
+        weight: 1 - decayᵗ, the sum of the weights in v with this step's squares in it, 0-dim float64.
+    """
+
+    u: list[Tensor]
+    dots: Tensor
+    r: Sequence[Tensor]
+    turned: list[Tensor]
+    weight: Tensor
+
+
+class Preconditioner:
+    """P, as the state of the parameters has it.
+
+    Args:
+        states: of the parameters that are trained, with what `fresh_state` has made.
+        scalars: of the last step.
+        backend: whose kernels do the arithmetic.
+    """
+
+    def __init__(self, states: Sequence[Mapping[str, Tensor]], scalars: Tensor, backend: str) -> None:
+        self._blocks = [Block.of(state) for state in states]
+        self._scalars = scalars
+        self._backend = backend
+
+    def direction(self, r: Sequence[Tensor], z: Sequence[Tensor] | None = None) -> Direction:
+        """Return P⁻¹r, for the P that has seen r; P itself stays as it is until `learn`.
+
+        Args:
+            r: Jᵀc, of the parameters' shapes, without a loss scale.
+            z: the state, where its dot products are needed (default: None).
+        """
+        weight = DECAY * self._scalars[GATHERED] + (1 - DECAY)
+        with self._exactly():
+            turned = self._each_to_basis(r)
+            turned_z = None if z is None else self._each_to_basis(z)
+            u, dots = self._precondition(turned, turned_z, weight, None)
+            u = [block.from_basis(u_i) for block, u_i in zip(self._blocks, u, strict=True)]
+        return Direction(u, dots, r, turned, weight)
+
+    def learn(self, direction: Direction, scalars: Tensor) -> Tensor:
+        """Let P see r; return the scalars with the new weight. A step that is skipped leaves P as it is."""
+        usable = torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
+        with self._exactly():
+            self._precondition(direction.turned, None, direction.weight, scalars)
+            for block, r in zip(self._blocks, direction.r, strict=True):
+                block.gather(r, DECAY, usable)
+        scalars = scalars.clone()
+        scalars[GATHERED] = torch.where(usable, direction.weight, scalars[GATHERED])
+        return scalars
+
+    def refresh(self, step: int) -> None:
+        """Bring the bases up to date whose turn it is after the step of this number, counted from zero."""
+        sides = [side for block in self._blocks for side in block.sides]
+        with self._exactly():
+            for i in due_after(step, [len(side.factor) for side in sides]):
+                sides[i].basis.copy_(refreshed(*sides[i]))
+
+    def _each_to_basis(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [block.to_basis(t) for block, t in zip(self._blocks, tensors, strict=True)]
+
+    def _precondition(
+        self, turned: list[Tensor], z: list[Tensor] | None, weight: Tensor, scalars: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        return ops.precondition_(
+            [block.square_average for block in self._blocks],
+            turned,
+            z,
+            weight,
+            decay=DECAY,
+            eps=EPSILON,
+            scalars=scalars,
+            backend=self._backend,
+        )
+
+    def _exactly(self) -> torch.autocast:
+        """Return a context without autocast, in whose precision a basis would not be orthogonal."""
+        return torch.autocast(self._scalars.device.type, enabled=False)
