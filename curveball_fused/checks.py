@@ -18,8 +18,8 @@ from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.backends import BACKENDS
 from curveball_fused.curvature import AUTO
 from curveball_fused.loss_scale import awaits_update
-from curveball_fused.replay.memory import span
 from curveball_fused.preconditioners import PRECONDITIONERS
+from curveball_fused.replay.memory import span
 from curveball_fused.settings import DIRECTIONS, PER_GROUP
 from curveball_fused.state import HISTORY, ON_HOST, SHAPES
 

@@ -220,6 +220,7 @@ def _measure_by(
     """Measure by one method.
 
     `MethodUnsupported` is raised where it cannot follow the model, or its two products are not those of one linear map.
+    The arguments are those of `measure`, and it returns what that returns.
     """
     linear, outputs, jz, compute_dtype = _linearize(context, method, model_fn, replay, full_gradient)
     map_ = (method.name, linear.operators)
@@ -255,10 +256,13 @@ def _measure_by(
         from curveball_fused import debug  # which no other step needs
 
         step = debug.Step(
-            method.name, model_fn, loss_fn, settings.sign, context.params, replay, context.z, outputs, jz, c,
-            linear.unscaled(r), ju, products, loss_model.has_own_curvature(),
+            method.name, model_fn, loss_fn, settings.sign, context.params, replay, context.z, outputs, jz,
+            settings.theta, c, linear.unscaled(r), linear.unscaled(u) if direction is None else u, ju, products,
+            loss_model.has_own_curvature(),
         )  # fmt: skip
         debug.check(step)
+        if context.preconditioner is not None and direction is not None:
+            debug.check_metric(context.preconditioner.blocks, direction, context.z)
     comparison = None
     if compares and adjoint:
         comparison = guard.compare(

@@ -26,9 +26,9 @@ from curveball_fused.backends.scalars import (
     SAFE_STEPS,
     Z_DOT_Z,
 )
+from curveball_fused.between_solves import gradient, kept_coefficients
 from curveball_fused.curvature import METHODS, ModelFn
 from curveball_fused.curvature.torch_modes import force_eager
-from curveball_fused.between_solves import gradient, kept_coefficients
 from curveball_fused.losses import LossFn, checked_loss
 from curveball_fused.preconditioners import Direction, Preconditioner
 from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure, measure_with_curvature_batch
@@ -257,7 +257,13 @@ def _bounded(scalars: Tensor, before: Tensor, loss_size: Tensor | None, settings
     too_long = (scalars[SAFE_STEPS] > before[SAFE_STEPS]) & (expected > loss_size) & (loss_size > 0)
     factor = torch.where(too_long, loss_size / expected, 1.0)
     bounded = scalars.clone()
-    for index in (BETA, AVERAGE_BETA, LINEAR_TERM, QUADRATIC_TERM, PREDICTED_CHANGE):  # M is proportional, as both terms are equal
+    for index in (
+        BETA,
+        AVERAGE_BETA,
+        LINEAR_TERM,
+        QUADRATIC_TERM,
+        PREDICTED_CHANGE,
+    ):  # M is proportional, as both terms are equal
         bounded[index].mul_(factor)
     return bounded
 

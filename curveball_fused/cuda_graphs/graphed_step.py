@@ -317,7 +317,7 @@ def _unchanging(optimizer: CurveBall, modules: Sequence[nn.Module]) -> list[Any]
 
 
 def _own_state(optimizer: CurveBall) -> dict[Tensor, dict[str, Tensor]]:
-    """Return what the state has of each parameter by itself, which steps write to: z, and the parameter's block of P."""
+    """Return what the state has of each parameter by itself, which steps write to: z, and its block of P."""
     shared = (*state.SHAPES, *state.ON_HOST)
     return {
         p: {name: t for name, t in optimizer.state[p].items() if isinstance(t, Tensor) and name not in shared}

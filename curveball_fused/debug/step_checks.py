@@ -41,10 +41,12 @@ class Step:
         z: the state, in the parameters' shapes.
         outputs: the predictions, detached.
         jz: Jz, of the outputs' shape.
-        c: H Jz + g, of the outputs' shape.
+        theta: θ, 1 or 0.
+        c: g + θ H Jz, of the outputs' shape.
         r: Jᵀc, in the parameters' shapes.
-        jr: Jr, of the outputs' shape.
-        products: float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
+        u: P⁻¹r, likewise.
+        ju: Ju, of the outputs' shape.
+        products: float64 `[g·Jz, Jz·HJz, g·Ju, Jz·HJu, Ju·HJu]`.
         is_hessian: whether H is the loss's Hessian, rather than another curvature in its place.
     """
 
@@ -57,9 +59,11 @@ class Step:
     z: Sequence[Tensor]
     outputs: Tensor
     jz: Tensor
+    theta: float
     c: Tensor
     r: Sequence[Tensor]
-    jr: Tensor
+    u: Sequence[Tensor]
+    ju: Tensor
     products: Tensor
     is_hessian: bool
 
@@ -83,7 +87,7 @@ def check(step: Step) -> None:
     if not any(has_gradient_hooks(p) for p in step.params):
         _check_adjoint(step, eps, about)
     stops = [*calls.stops, *custom]
-    for name, direction, jv in (("Jz", step.z, step.jz), ("Jr", step.r, step.jr)):
+    for name, direction, jv in (("Jz", step.z, step.jz), ("Ju", step.u, step.ju)):
         # A finite difference of the model would see what its derivative is not meant to see.
         if stops or step.replay.wrote_parameters:
             _check_by_another_method(step, name, direction, jv, eps, about)
@@ -109,8 +113,8 @@ def suspects(method: str, model_fn: ModelFn, replay: Replay) -> str:
 
 
 def _check_adjoint(step: Step, eps: float, about: str) -> None:
-    """Check that z·r = Jz·c and r·r = Jr·c, for r = Jᵀc."""
-    for name, v, jv in (("z·Jᵀc = Jz·c", step.z, step.jz), ("r·Jᵀc = Jr·c", step.r, step.jr)):
+    """Check that z·r = Jz·c and u·r = Ju·c, for r = Jᵀc."""
+    for name, v, jv in (("z·Jᵀc = Jz·c", step.z, step.jz), ("u·Jᵀc = Ju·c", step.u, step.ju)):
         left, right = sum(dot(a, b) for a, b in zip(v, step.r, strict=True)), dot(jv, step.c)
         scale = max(abs(left), abs(right), 0.1 * _norm([jv]) * _norm([step.c]))
         _judge(f"the adjoint identity {name}", abs(left - right) / scale if scale else 0.0, 2 * eps**0.5, about)
@@ -170,20 +174,20 @@ def _check_loss(step: Step) -> None:
     tolerance = max(1e-6 if dtype == torch.float64 else 2e-3, 2 * torch.finfo(dtype).eps)
     scale = float(x.square().mean().sqrt()) or 1.0
     curved = []
-    for v in (step.jz.to(x.dtype), step.jr.to(x.dtype)):
+    for v in (step.jz.to(x.dtype), step.ju.to(x.dtype)):
         length = float(v.square().mean().sqrt())
         unit = v / length if length else v
         along = lambda t, unit=unit: [_gradient(step, x + t * scale * unit)]  # noqa: E731
         ((hv, margin),) = difference_quotients(along, [g], 1.0)
         curved.append((hv.double() * (length / scale), margin.double() * (length / scale)))
-    (hz, z_margin), (hr, r_margin) = curved
-    g, jz, jr = g.double(), step.jz.double(), step.jr.double()
-    error = ((step.c.double() - g - hz).abs() - z_margin - 10 * rounding.abs() * (1 + jz.abs())).clamp(min=0)
+    (hz, z_margin), (hu, u_margin) = curved
+    g, jz, ju = g.double(), step.jz.double(), step.ju.double()
+    error = ((step.c.double() - g - step.theta * hz).abs() - z_margin - 10 * rounding.abs() * (1 + jz.abs())).clamp(min=0)
     blame = "loss_fn's Hessian product is wrong: please report it"
     if step.is_hessian:
-        _judge("c = H Jz + g", relative(error, g.abs() + hz.abs()), tolerance, blame)
-    names = ("g·Jz", "Jz·HJz", "g·Jr", "Jz·HJr", "Jr·HJr")
-    pairs = ((g, jz, rounding), (hz, jz, z_margin), (g, jr, rounding), (hz, jr, z_margin), (hr, jr, r_margin))
+        _judge("c = g + θ H Jz", relative(error, g.abs() + hz.abs()), tolerance, blame)
+    names = ("g·Jz", "Jz·HJz", "g·Ju", "Jz·HJu", "Ju·HJu")
+    pairs = ((g, jz, rounding), (hz, jz, z_margin), (g, ju, rounding), (hz, ju, z_margin), (hu, ju, u_margin))
     for name, (a, b, margin), found in zip(names, pairs, step.products.tolist(), strict=True):
         if "H" in name and not step.is_hessian:
             continue

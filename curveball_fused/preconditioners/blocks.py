@@ -56,6 +56,11 @@ class Block(NamedTuple):
         """Those that have a factor."""
         return [side for side in (self.left, self.right) if side is not None]
 
+    def widened(self) -> Block:
+        """Return the block in float64."""
+        wide = [None if side is None else Side(side.factor.double(), side.basis.double()) for side in self[1:]]
+        return Block(self.square_average.double(), *wide)
+
     def to_basis(self, r: Tensor) -> Tensor:
         """Return QᵀM S of a tensor of the parameter's shape."""
         r = r.to(self.square_average.dtype)

@@ -44,10 +44,13 @@ class Preconditioner:
         states: of the parameters that are trained, with what `fresh_state` has made.
         scalars: of the last step.
         backend: whose kernels do the arithmetic.
+
+    Attributes:
+        blocks: of the parameters, in their order.
     """
 
     def __init__(self, states: Sequence[Mapping[str, Tensor]], scalars: Tensor, backend: str) -> None:
-        self._blocks = [Block.of(state) for state in states]
+        self.blocks = [Block.of(state) for state in states]
         self._scalars = scalars
         self._backend = backend
 
@@ -63,7 +66,7 @@ class Preconditioner:
             turned = self._each_to_basis(r)
             turned_z = None if z is None else self._each_to_basis(z)
             u, dots = self._precondition(turned, turned_z, weight, None)
-            u = [block.from_basis(u_i) for block, u_i in zip(self._blocks, u, strict=True)]
+            u = [block.from_basis(u_i) for block, u_i in zip(self.blocks, u, strict=True)]
         return Direction(u, dots, r, turned, weight)
 
     def learn(self, direction: Direction, scalars: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ class Preconditioner:
         usable = torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
         with self._exactly():
             self._precondition(direction.turned, None, direction.weight, scalars)
-            for block, r in zip(self._blocks, direction.r, strict=True):
+            for block, r in zip(self.blocks, direction.r, strict=True):
                 block.gather(r, DECAY, usable)
         scalars = scalars.clone()
         scalars[GATHERED] = torch.where(usable, direction.weight, scalars[GATHERED])
@@ -79,19 +82,19 @@ class Preconditioner:
 
     def refresh(self, step: int) -> None:
         """Bring the bases up to date whose turn it is after the step of this number, counted from zero."""
-        sides = [side for block in self._blocks for side in block.sides]
+        sides = [side for block in self.blocks for side in block.sides]
         with self._exactly():
             for i in due_after(step, [len(side.factor) for side in sides]):
                 sides[i].basis.copy_(refreshed(*sides[i]))
 
     def _each_to_basis(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [block.to_basis(t) for block, t in zip(self._blocks, tensors, strict=True)]
+        return [block.to_basis(t) for block, t in zip(self.blocks, tensors, strict=True)]
 
     def _precondition(
         self, turned: list[Tensor], z: list[Tensor] | None, weight: Tensor, scalars: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
         return ops.precondition_(
-            [block.square_average for block in self._blocks],
+            [block.square_average for block in self.blocks],
             turned,
             z,
             weight,

@@ -225,7 +225,7 @@ def test_a_whole_product_that_is_wrong(method: Any, monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match=r"adjoint identity.*right by itself: linear"):
         debug(net, lambda: net(X).tanh(), curvature)
     monkeypatch.setattr(method, "vjp", lambda self, u: [1.01 * g for g in vjp(self, u)])
-    with pytest.raises(RuntimeError, match="Jr, against a finite difference"):
+    with pytest.raises(RuntimeError, match="Ju, against a finite difference"):
         debug(net, lambda: net(X).tanh(), curvature)
 
 
@@ -243,7 +243,7 @@ def test_a_wrong_closed_form(part: int, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setitem(losses.CLOSED_FORMS, F.mse_loss, wrong)
     net = nn.Linear(6, 3)
-    with pytest.raises(RuntimeError, match=r"debug=True: (c = |Jr·HJr).*loss_fn"):
+    with pytest.raises(RuntimeError, match=r"debug=True: (c = |Ju·HJu).*loss_fn"):
         debug(net, lambda: net(X.float()), loss=lambda out: F.mse_loss(out, torch.ones(4, 3)))
 
 

@@ -1,0 +1,132 @@
+"""CurveBall in a metric, with dense matrices in float64: J, H, P and A as in docs/method.md. For tiny nets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+DECAY, EPSILON, EARLY = 0.9, 1e-8, 10
+
+
+@dataclass
+class DenseBlock:
+    """One parameter's block of P; factors only for sides of 2 to `largest`."""
+
+    shape: torch.Size
+    kronecker: bool
+    largest: int
+    steps: int = 0
+    sides: list[Tensor] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
+    square: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def __post_init__(self) -> None:
+        self.matrix = (self.shape[0], math.prod(self.shape[1:])) if len(self.shape) > 1 else (1, math.prod(self.shape))
+        self.sides = [torch.eye(n, dtype=torch.float64) for n in self.matrix]
+        self.factors = [torch.zeros(n, n, dtype=torch.float64) for n in self.matrix]
+        self.square = torch.zeros(self.matrix, dtype=torch.float64)
+
+    def dense(self, r: Tensor) -> Tensor:
+        """See r and return this block of P, of all elements by all elements."""
+        m = r.view(self.matrix)
+        self.steps += 1
+        for factor, gram in zip(self.factors, (m @ m.T, m.T @ m), strict=True):
+            factor.mul_(DECAY).add_(gram, alpha=1 - DECAY)
+        turned = self.sides[0].T @ m @ self.sides[1]
+        self.square = DECAY * self.square + (1 - DECAY) * turned**2
+        p = (self.square / (1 - DECAY**self.steps)).sqrt() + EPSILON
+        basis = torch.kron(self.sides[0], self.sides[1])
+        return basis @ torch.diag(p.flatten()) @ basis.T
+
+    def refresh(self, due: Callable[[int], bool]) -> None:
+        for i, n in enumerate(self.matrix):
+            if self.kronecker and len(self.shape) > 1 and 1 < n <= self.largest and due(n):
+                self.sides[i] = torch.linalg.qr(self.factors[i] @ self.sides[i])[0]
+
+
+@dataclass
+class DensePreconditioned:
+    """The optimizer; with `preconditioner=None` P is the identity. λ stays as it is."""
+
+    net: nn.Module
+    loss_fn: Callable[[Tensor], Tensor]
+    preconditioner: str | None
+    theta: float
+    average: float
+    solve_interval: int
+    lambd: float
+    lr: float
+    weight_decay: float
+    largest: int = 1024
+    beta: float = 0.0
+    rho: float = 0.0
+    solves: int = 0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.named = {n: p.detach().clone() for n, p in self.net.named_parameters()}
+        self.w = torch.cat([p.flatten() for p in self.named.values()])
+        self.z = torch.zeros_like(self.w)
+        kronecker = self.preconditioner == "kronecker"
+        self.blocks = [DenseBlock(p.shape, kronecker, self.largest) for p in self.named.values()]
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        parts = w.split([p.numel() for p in self.named.values()])
+        values = {n: v.view(p.shape) for (n, p), v in zip(self.named.items(), parts, strict=True)}
+        out: Tensor = functional_call(self.net, values, (x,))
+        return out
+
+    def step(self, x: Tensor, part: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Take a step; `part` of the batch has the curvature. Return the loss and P."""
+        outputs = self.forward(x, self.w)
+        gradient = self._jacobian(x).T @ self._gradient(outputs)
+        seen = x if part is None else part
+        jacobian, out = self._jacobian(seen), self.forward(seen, self.w)
+        hessian = torch.autograd.functional.hessian(lambda o: self.loss_fn(o.view(out.shape)), out.flatten())
+        curvature = jacobian.T @ hessian @ jacobian
+        r = gradient + self.theta * curvature @ self.z
+        p = torch.eye(len(self.w), dtype=self.w.dtype)
+        if self.preconditioner is not None:
+            r_parts = r.split([p.numel() for p in self.named.values()])
+            p = torch.block_diag(*(block.dense(part) for block, part in zip(self.blocks, r_parts, strict=True)))
+        u = torch.linalg.solve(p, r)
+        delta = u + self.theta * self.lambd * self.z
+        if self.steps % self.solve_interval == 0:
+            basis = torch.stack((delta, self.z), dim=1)
+            self._solve(basis.T @ (curvature + self.lambd * p) @ basis, basis.T @ gradient, part is not None)
+        self.z = self.rho * self.z - self.beta * delta
+        self.w = (1 - self.lr * self.weight_decay) * self.w + self.lr * self.z
+        self.steps += 1
+        return self.loss_fn(outputs), p
+
+    def refresh(self, due: Callable[[int, int], bool]) -> None:
+        """Refresh the bases of the sides whose turn `due(block, side's length)` says it is."""
+        for i, block in enumerate(self.blocks):
+            block.refresh(lambda n, i=i: due(i, n))
+
+    def _solve(self, a: Tensor, b: Tensor, partial: bool) -> None:
+        bounded = partial or self.average > 0 or self.solve_interval > 1
+        if a[1, 1] == 0:
+            beta, rho = float(b[0] / a[0, 0]), 0.0
+        else:
+            beta, rho = (torch.linalg.solve(a, b) * torch.tensor([1.0, -1.0], dtype=a.dtype)).tolist()
+            if bounded and not 0 <= rho <= 1:
+                rho = min(max(rho, 0.0), 1.0)
+                beta = float((b[0] + rho * a[0, 1]) / a[0, 0])
+        kept = min(self.average, 1 - 1 / (self.solves + 1))
+        self.beta, self.rho = kept * self.beta + (1 - kept) * beta, kept * self.rho + (1 - kept) * rho
+        self.solves += 1
+
+    def _jacobian(self, x: Tensor) -> Tensor:
+        jacobian: Tensor = torch.autograd.functional.jacobian(lambda w: self.forward(x, w).flatten(), self.w)
+        return jacobian
+
+    def _gradient(self, outputs: Tensor) -> Tensor:
+        of = torch.autograd.functional.jacobian(lambda o: self.loss_fn(o.view(outputs.shape)), outputs.flatten())
+        gradient: Tensor = of
+        return gradient

@@ -1,0 +1,92 @@
+"""Steps in a metric: equal to dense matrices in float64, for all metrics, directions and averages."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curveball_fused import CurveBall
+from curveball_fused.preconditioners import blocks
+from curveball_fused.preconditioners.bases import due_after
+from tests.helpers.preconditioned_oracle import DensePreconditioned
+from tests.helpers.training import BACKENDS
+
+X = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(8) % 3
+
+
+class Net(nn.Module):
+    """Vectors, matrices, a convolution, an empty parameter, one of one row, and one without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first = nn.Linear(5, 8)
+        self.conv = nn.Conv1d(2, 3, 3, padding=1)
+        self.row = nn.Parameter(torch.randn(1, 12))
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.last = nn.Linear(12, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)).view(-1, 2, 4)
+        h = torch.tanh(self.conv(h)).flatten(1) + self.row
+        out: Tensor = self.last(h * self.scale) + self.empty.sum()
+        return out
+
+
+def loss_of(out: Tensor) -> Tensor:
+    return F.cross_entropy(out, Y[: len(out)], label_smoothing=0.1)
+
+
+CASES: list[dict[str, Any]] = [
+    dict(preconditioner=preconditioner, direction=direction, average=average, solve_interval=interval)
+    for preconditioner in (None, "kronecker")
+    for direction, average, interval in (
+        ("residual", 0.0, 1), ("residual", 0.7, 1), ("gradient", 0.0, 1), ("gradient", 0.8, 3), ("gradient", 0.0, 4),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
+def test_equals_dense_matrices(
+    case: dict[str, Any], partial: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "LARGEST_SIDE", 9)  # the last layer has a side of 12
+    net = Net()
+    options = case | {"theta": 1.0 if case["direction"] == "residual" else 0.0}
+    del options["direction"]
+    dense = DensePreconditioned(copy.deepcopy(net), loss_of, lambd=0.3, lr=0.8, weight_decay=0.02, largest=9, **options)
+    optimizer = CurveBall(
+        net.parameters(), lr=0.8, lambd=0.3, weight_decay=0.02, auto_lambda=False, backend=backend, **case
+    )
+    for step in range(20):
+        batch = X[step % 5 * 8 :][:8]
+        part = batch[:5] if partial else None
+        curvature_batch = (lambda part=part: net(part), loss_of) if partial else None
+        loss, _ = optimizer.step(lambda batch=batch: net(batch), loss_of, curvature_batch=curvature_batch)
+        expected, _ = dense.step(batch, part)
+        _refresh_as(dense, step)
+        ours = torch.stack([p.detach().double() for p in (loss, optimizer.stats()["beta"], optimizer.stats()["rho"])])
+        theirs = torch.tensor([float(expected), dense.beta, dense.rho], dtype=torch.float64)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        w = torch.cat([p.detach().flatten() for p in net.parameters()])
+        torch.testing.assert_close(w, dense.w, rtol=1e-9, atol=1e-10)
+    assert optimizer.stats()["skipped_steps"] == 0
+
+
+def _refresh_as(dense: DensePreconditioned, step: int) -> None:
+    """Refresh the dense blocks in the schedule of the package, which lists the sides of all blocks in order."""
+    sides = [
+        (i, n) for i, b in enumerate(dense.blocks) for n in b.matrix if len(b.shape) > 1 and b.matrix[0] and 1 < n <= 9
+    ]
+    due = {sides[i] for i in due_after(step, [n for _, n in sides])}
+    dense.refresh(lambda block, n: (block, n) in due)
