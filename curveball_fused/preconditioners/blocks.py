@@ -86,7 +86,9 @@ class Block(NamedTuple):
 
     def gather(self, r: Tensor, keep: float, usable: Tensor) -> None:
         """Let the factors become keep · L + (1 - keep) MMᵀ and likewise R, unless `usable`, 0-dim bool, is false."""
-        m = _matrix(r.to(self.square_average.dtype)) if self.sides else r
+        if not self.sides:
+            return
+        m = _matrix(r.to(self.square_average.dtype))
         for side, rows in ((self.left, m), (self.right, m.mT)):
             if side is not None:
                 side.factor.lerp_(torch.where(usable, rows @ rows.mT, side.factor), 1 - keep)

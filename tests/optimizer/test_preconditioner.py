@@ -64,9 +64,9 @@ def test_equals_dense_matrices(
     net = Net()
     options = case | {"theta": 1.0 if case["direction"] == "residual" else 0.0}
     del options["direction"]
-    dense = DensePreconditioned(copy.deepcopy(net), loss_of, lambd=0.3, lr=0.8, weight_decay=0.02, largest=9, **options)
+    dense = DensePreconditioned(copy.deepcopy(net), loss_of, lambd=2.0, lr=0.8, weight_decay=0.02, largest=9, **options)
     optimizer = CurveBall(
-        net.parameters(), lr=0.8, lambd=0.3, weight_decay=0.02, auto_lambda=False, backend=backend, **case
+        net.parameters(), lr=0.8, lambd=2.0, weight_decay=0.02, auto_lambda=False, backend=backend, **case
     )
     for step in range(20):
         batch = X[step % 5 * 8 :][:8]
