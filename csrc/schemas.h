@@ -12,7 +12,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
            "float[] weight_decay, Tensor? lr_tensor=None) -> Tensor",
            "dots(Tensor[] z, Tensor[] r) -> Tensor",
            "solve(Tensor scalars, Tensor loss, Tensor products, Tensor? dots, float? beta, float? rho, float lr, "
-           "Tensor? lr_tensor=None) -> Tensor",
+           "Tensor? lr_tensor=None, float theta=1.0, float average=0.0, bool bounded=False) -> Tensor",
            "adapt_damping(Tensor scalars, Tensor new_loss, float low, float high, float factor, float minimum, "
            "float maximum) -> Tensor",
 
