@@ -3,7 +3,8 @@
 //
 // Plain C++ without torch headers, so that the CPU loops, CUDA kernels and NVRTC all read this same text.
 // Notation, as in docs/method.md: w weights, z the state, J the Jacobian of the outputs, H the Hessian of the
-// loss in the outputs, g its gradient there, r = J'(HJz + g), Delta = r + lambda z.
+// loss in the outputs, g its gradient there, r = J'(g + theta HJz), u = r in the metric of the weights (P^-1 r),
+// Delta = u + s z with the direction damping s = theta lambda.
 #pragma once
 
 #if !defined(__CUDACC_RTC__)
@@ -38,21 +39,21 @@ CURVEBALL_INLINE Value zero_below(T limit, Value x) {
 // The four factors of the update in the type that computes it.
 template <typename T>
 struct UpdateFactors {
-  T keep;    // rho - beta lambda: how much of z stays
-  T beta;    // how much of r is subtracted
+  T keep;    // rho - beta s: how much of z stays
+  T beta;    // how much of u is subtracted
   T shrink;  // 1 - lr weight_decay
   T lr;
 };
 
-// Formed in double and rounded to T once, so that float32 does not see the cancellation in rho - beta lambda.
+// Formed in double and rounded to T once, so that float32 does not see the cancellation in rho - beta s.
 template <typename T>
-CURVEBALL_INLINE UpdateFactors<T> update_factors(double beta, double rho, double lambd, double lr,
+CURVEBALL_INLINE UpdateFactors<T> update_factors(double beta, double rho, double direction_damping, double lr,
                                                  double weight_decay) {
-  return {static_cast<T>(rho - beta * lambd), static_cast<T>(beta), static_cast<T>(1.0 - lr * weight_decay),
+  return {static_cast<T>(rho - beta * direction_damping), static_cast<T>(beta), static_cast<T>(1.0 - lr * weight_decay),
           static_cast<T>(lr)};
 }
 
-// z <- rho z - beta Delta = (rho - beta lambda) z - beta r. `Value` is a scalar T or a vector of T.
+// z <- rho z - beta Delta = (rho - beta s) z - beta r, where u = r. `Value` is a scalar T or a vector of T.
 //
 // Where r stays zero, as in a unit that is dead, z decays, and would become subnormal in the end, which a CPU
 // multiplies fifty times slower in Jz. So z is zero below the smallest normal number over epsilon, where its products
@@ -125,10 +126,15 @@ enum Scalar {
   kLoss,
   kSkippedSteps,
   kSafeSteps,
+  kDirectionDamping,  // s = theta lambda of the last solve
+  kAverageBeta,
+  kAverageRho,
+  kSolves,  // how many are in these averages
+  kGathered,
   kScalarCount
 };
 
-// Below this, 1 - c^2 counts as zero: r and z point the same way (c is the cosine of their angle under A).
+// Below this, 1 - c^2 counts as zero: u and z point the same way (c is the cosine of their angle under A).
 constexpr double kRankTolerance = 1e-12;
 // A squared off-diagonal entry may exceed the product of the diagonal ones by this much through float32 rounding.
 constexpr double kConvexTolerance = 1e-4;
@@ -136,7 +142,7 @@ constexpr double kConvexTolerance = 1e-4;
 // The quadratic model q(x) = x'Ax / 2 - x.b of the damped loss along x = [beta, -rho].
 struct System {
   double a11, a12, a22, b1, b2;
-  double safe_curvature;  // max(|a11|, lambda |Delta|^2): a positive stand-in for a11 if the loss is not convex
+  double safe_curvature;  // max(|a11|, lambda Delta.PDelta): a positive stand-in for a11 if the loss is not convex
   // A = Gauss-Newton + lambda Gram, so A - lambda Gram / 2 is positive semi-definite for a loss that is convex in the
   // outputs, with room for rounding. Where it is not, A^-1 b could climb or leap.
   bool convex_in_delta, convex_in_z, convex;
@@ -147,16 +153,17 @@ struct Step {
   bool safe;  // the loss is not convex in the outputs here: gradient direction only
 };
 
-// products = [g.Jz, Jz.HJz, g.Jr, Jz.HJr, Jr.HJr]. Everything about Delta follows by linearity:
-//   Delta.GDelta = rHr + 2 lambda zHr + lambda^2 zHz,  |Delta|^2 = rr + 2 lambda zr + lambda^2 zz,  ...
-CURVEBALL_INLINE System make_system(const double* products, double lambd, double zz, double zr, double rr) {
-  const double gz = products[0], zhz = products[1], gr = products[2], zhr = products[3], rhr = products[4];
-  const double delta_delta = rr + 2.0 * lambd * zr + lambd * lambd * zz, delta_z = zr + lambd * zz;
+// products = [g.Jz, Jz.HJz, g.Ju, Jz.HJu, Ju.HJu]; zz, zu, uu in the metric: z.Pz, z.Pu, u.Pu. Everything about
+// Delta = u + d z, with d = theta lambda, follows by linearity:
+//   Delta.GDelta = uHu + 2 d zHu + d^2 zHz,  Delta.PDelta = uu + 2 d zu + d^2 zz,  ...
+CURVEBALL_INLINE System make_system(const double* products, double lambd, double d, double zz, double zu, double uu) {
+  const double gz = products[0], zhz = products[1], gu = products[2], zhu = products[3], uhu = products[4];
+  const double delta_delta = uu + 2.0 * d * zu + d * d * zz, delta_z = zu + d * zz;
   System s;
-  s.a11 = rhr + 2.0 * lambd * zhr + lambd * lambd * zhz + lambd * delta_delta;
-  s.a12 = zhr + lambd * zhz + lambd * delta_z;
+  s.a11 = uhu + 2.0 * d * zhu + d * d * zhz + lambd * delta_delta;
+  s.a12 = zhu + d * zhz + lambd * delta_z;
   s.a22 = zhz + lambd * zz;
-  s.b1 = gr + lambd * gz;
+  s.b1 = gu + d * gz;
   s.b2 = gz;
   const double magnitude = s.a11 < 0.0 ? -s.a11 : s.a11, damping = lambd * delta_delta;
   s.safe_curvature = magnitude > damping ? magnitude : damping;
@@ -175,7 +182,7 @@ CURVEBALL_INLINE double divide_or_zero(double numerator, double denominator) {
 CURVEBALL_INLINE Step safe_step(const System& s) { return {divide_or_zero(s.b1, s.safe_curvature), 0.0, true}; }
 
 // Both coefficients free. Scaled by the diagonal, A becomes [[1, c], [c, 1]] and the answer does not depend on the
-// units of r and z; only then is "nearly singular" a statement about their directions.
+// units of u and z; only then is "nearly singular" a statement about their directions.
 CURVEBALL_INLINE Step solve_both(const System& s) {
   if (!s.convex) return safe_step(s);
   if (s.a22 == 0.0) return {divide_or_zero(s.b1, s.a11), 0.0, false};  // z = 0, as in the first step
@@ -203,32 +210,55 @@ CURVEBALL_INLINE Step solve_beta(const System& s, double rho) {
   return {divide_or_zero(s.b1 + s.a12 * rho, s.a11), rho, false};
 }
 
+// `bounded`: a rho outside [0, 1] becomes the nearest bound, and beta, unless it is fixed, the best one beside it.
+CURVEBALL_INLINE Step solve_free(const System& s, const double* beta, bool bounded) {
+  const Step step = beta ? solve_rho(s, *beta) : solve_both(s);
+  const double bound = step.rho < 0.0 ? 0.0 : 1.0;
+  if (!bounded || !(step.rho < 0.0 || step.rho > 1.0)) return step;
+  return beta ? Step{*beta, bound, false} : solve_beta(s, bound);
+}
+
+// The average with a new value in it; the value itself, bit for bit, if nothing of the old one is kept.
+CURVEBALL_INLINE double averaged(double keep, double average, double now) {
+  return keep == 0.0 ? now : keep * average + (1.0 - keep) * now;
+}
+
 // M = -lr x.b + lr^2 x'Ax / 2, the change of the loss that the model predicts for a step of lr x.
 CURVEBALL_INLINE double predicted_change(double linear_term, double quadratic_term, double lr) {
   return -lr * linear_term + 0.5 * lr * lr * quadratic_term;
 }
 
-// One step of the solver: fills `next` from `previous`. `dots` = [z.z, z.r, r.r] measured, or null: then adjointness
-// gives z.r = g.Jz + Jz.HJz and r.r = g.Jr + Jz.HJr. `beta`, `rho`: null, or what the user fixed.
+struct SolveOptions {
+  const double *beta, *rho;  // null, or what the user fixed
+  double lr;
+  double theta;    // the share of z's own residual in Delta
+  double average;  // how much of their averages over the solves beta and rho keep; what is fixed is not averaged
+  bool bounded;    // a rho that is solved for stays in [0, 1]
+};
+
+// One step of the solver: fills `next` from `previous`. `dots` = [z.Pz, z.Pu, u.Pu] measured, or null: then P = 1,
+// u = r, and adjointness gives z.r = g.Jz + theta Jz.HJz and r.r = g.Jr + theta Jz.HJr.
 // A system that is not finite makes beta = rho = NaN, which tells the update to leave w and z alone.
 CURVEBALL_INLINE void solve(const double* previous, double loss, const double* products, const double* dots,
-                            const double* beta, const double* rho, double lr, double* next) {
+                            const SolveOptions& options, double* next) {
+  const double *beta = options.beta, *rho = options.rho, lr = options.lr, theta = options.theta;
+  const double direction_damping = theta * previous[kLambda];
   for (int i = 0; i < kScalarCount; i++) next[i] = previous[i];
   next[kLoss] = loss;
+  next[kDirectionDamping] = direction_damping;
   const double zz = dots ? dots[0] : previous[kZDotZ];
   // z = 0, as in the first step: Jz is zero, whatever rounding has made of it.
   const double moving = zz == 0.0 ? 0.0 : 1.0;
   const double taken[5] = {products[0] * moving, products[1] * moving, products[2], products[3] * moving, products[4]};
-  const double zr = dots ? dots[1] : taken[0] + taken[1];
-  const double rr = dots ? dots[2] : taken[2] + taken[3];
-  bool usable = is_finite(lr) && is_finite(loss) && is_finite(zz) && is_finite(zr) && is_finite(rr);
+  const double zu = dots ? dots[1] : taken[0] + theta * taken[1];
+  const double uu = dots ? dots[2] : taken[2] + theta * taken[3];
+  bool usable = is_finite(lr) && is_finite(loss) && is_finite(zz) && is_finite(zu) && is_finite(uu);
   for (int i = 0; i < 5; i++) usable = usable && is_finite(products[i]);
 
-  const System s = make_system(taken, previous[kLambda], zz, zr, rr);
+  const System s = make_system(taken, previous[kLambda], direction_damping, zz, zu, uu);
   const Step step = beta && rho ? Step{*beta, *rho, false}
-                    : beta      ? solve_rho(s, *beta)
                     : rho       ? solve_beta(s, *rho)
-                                : solve_both(s);
+                                : solve_free(s, beta, options.bounded);
   if (!usable || !is_finite(step.beta) || !is_finite(step.rho)) {
     const double zero = loss - loss;  // or NaN, if the loss is not finite
     next[kBeta] = next[kRho] = zero / zero;
@@ -236,12 +266,17 @@ CURVEBALL_INLINE void solve(const double* previous, double loss, const double* p
     next[kSkippedSteps] += 1.0;
     return;
   }
-  const double x1 = step.beta, x2 = -step.rho;
+  // At most 1 - 1/n after n solves, so that the start at zero is no bias.
+  const double most = 1.0 - 1.0 / (previous[kSolves] + 1.0), keep = options.average < most ? options.average : most;
+  const double used_beta = beta ? step.beta : averaged(keep, previous[kAverageBeta], step.beta);
+  const double used_rho = rho ? step.rho : averaged(keep, previous[kAverageRho], step.rho);
+  const double x1 = used_beta, x2 = -used_rho;
   const double linear_term = x1 * s.b1 + x2 * s.b2;
   // A safe step does not believe the curvature: it predicts as if its length were the minimizer's.
   const double quadratic_term = step.safe ? linear_term : x1 * x1 * s.a11 + 2.0 * x1 * x2 * s.a12 + x2 * x2 * s.a22;
-  next[kBeta] = step.beta;
-  next[kRho] = step.rho;
+  next[kBeta] = next[kAverageBeta] = used_beta;
+  next[kRho] = next[kAverageRho] = used_rho;
+  next[kSolves] += 1.0;
   next[kLinearTerm] = linear_term;
   next[kQuadraticTerm] = quadratic_term;
   next[kPredictedChange] = predicted_change(linear_term, quadratic_term, lr);

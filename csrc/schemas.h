@@ -14,7 +14,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
            "precondition_(Tensor(a!)[] u, Tensor(b!)[] v, Tensor[] r, Tensor[] z, Tensor weight, float decay, "
            "float eps, Tensor? scalars=None) -> Tensor",
            "solve(Tensor scalars, Tensor loss, Tensor products, Tensor? dots, float? beta, float? rho, float lr, "
-           "Tensor? lr_tensor=None) -> Tensor",
+           "Tensor? lr_tensor=None, float theta=1.0, float average=0.0, bool bounded=False) -> Tensor",
            "adapt_damping(Tensor scalars, Tensor new_loss, float low, float high, float factor, float minimum, "
            "float maximum) -> Tensor",
 

@@ -24,7 +24,7 @@ from typing_extensions import override
 from curveball_fused import ops
 from curveball_fused._torch_private import foreach_mul, scaled_optimizers
 from curveball_fused.backends.dtypes import at_least_float32
-from curveball_fused.backends.scalars import BETA, LAMBD
+from curveball_fused.backends.scalars import BETA, DIRECTION_DAMPING, LAMBD
 from curveball_fused.curvature import LinearMap, Pullback
 
 _LEAST_S, _MOST_S = 2.0**-16, 2.0**24
@@ -188,11 +188,15 @@ def adapted(scale: Tensor, overflow: Overflow) -> Tensor:
 
 
 def update_by_scaled(update: Callable[[Tensor], Tensor], scalars: Tensor, factor: Tensor) -> Tensor:
-    """Return `update(scalars)` where its r is S r: (ρ - βλ) z - (β/S) (S r), by β/S and Sλ in the places of β and λ."""
+    """Return `update(scalars)` where its r is S r: (ρ - βs) z - (β/S) (S r), by β/S and Ss in the places of β and s.
+
+    s is the direction damping, θλ.
+    """
     folded = scalars.clone()
     folded[BETA].div_(factor)
-    folded[LAMBD].mul_(factor)
-    return torch.cat((scalars[: LAMBD + 1], update(folded)[LAMBD + 1 :]))
+    folded[DIRECTION_DAMPING].mul_(factor)
+    updated = update(folded)
+    return torch.cat((scalars[: LAMBD + 1], updated[LAMBD + 1 : DIRECTION_DAMPING], scalars[DIRECTION_DAMPING:]))
 
 
 def scale_from(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:

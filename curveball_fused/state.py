@@ -2,8 +2,8 @@
 
 `Optimizer.state` has parameters as keys and tensors as values, which torch's tools save, load and move. Each z is under
 its parameter; the numbers of all parameters are beside the z of the first that is trained: `scalars` (see
-`backends.scalars`), `system` (see `averaging`), `scale` (see `loss_scale`) and `guard` (see `guard`), which steps
-replace, and `history`, which has a row of scalars for each of the last steps.
+`backends.scalars`), `scale` (see `loss_scale`) and `guard` (see `guard`), which steps replace, and `history`, which has
+a row of scalars for each of the last steps.
 
 What the host decides is there too, as integers on the CPU: `step`, how many there were; `active`, a checksum of which
 parameters z·z is the sum over; `method`, how the model was linearized; `compute_dtype`, float16 or bfloat16 if the
@@ -24,15 +24,14 @@ from torch.nn.parameter import is_lazy
 
 from curveball_fused import ops
 from curveball_fused.backends.dtypes import compute_dtype
-from curveball_fused.backends.scalars import LAMBD, LOSS, RATIO, SCALARS, Z_DOT_Z
+from curveball_fused.backends.scalars import DIRECTION_DAMPING, LAMBD, LOSS, RATIO, SCALARS, Z_DOT_Z
 from curveball_fused.preconditioners import SQUARE_AVERAGE, fresh_state, shapes
 from curveball_fused.settings import Settings
 
-REPLACED = ("scalars", "system", "scale", "guard")
+REPLACED = ("scalars", "scale", "guard")
 HISTORY = 1024  # rows
 SHAPES = {
     "scalars": (len(SCALARS),),
-    "system": (9,),  # the average of products and dots, and the weight that it has gathered
     "scale": (3,),  # loss scale S, size T of tangents, and the steps since one of them last changed
     "guard": (2,),  # steps that it has skipped, and the largest error when it last compared
     "history": (HISTORY, len(SCALARS)),
@@ -43,8 +42,12 @@ _NONE_YET = -1  # no checksum
 # Their places are what checkpoints hold.
 _METHODS = (None, "linearize", "forward", "double_backward", "compiled", "linearize_operators")
 _COMPUTE_DTYPES = (None, torch.float16, torch.bfloat16)
-_INTERNAL = ("z_dot_z", "linear_term", "quadratic_term")
+_INTERNAL = (
+    *("z_dot_z", "linear_term", "quadratic_term"),
+    *("direction_damping", "average_beta", "average_rho", "solves", "gathered"),
+)
 _FORMER_KEY = "curveball"  # under which the numbers of all parameters once were
+_FORMER_SCALARS = 11  # those before the direction damping, which was λ then
 _FORMER_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -58,7 +61,6 @@ def fresh(lambd: float, device: torch.device) -> dict[str, Any]:
         scale[index].fill_(value)
     return dict(
         scalars=scalars,
-        system=torch.zeros(SHAPES["system"], dtype=torch.float64, device=device),
         scale=scale,
         guard=torch.zeros(SHAPES["guard"], dtype=torch.float64, device=device),
         history=torch.zeros(HISTORY, len(SCALARS), dtype=torch.float64, device=device),
@@ -113,6 +115,7 @@ def make(
         _remove(state, found)
     for name in SHAPES:
         shared[name] = shared[name].to(holder.device)
+    shared.setdefault("system", torch.zeros(9, dtype=torch.float64, device=holder.device))  # for `step` alone
     if shared["step"] == 0:
         shared["scalars"][LAMBD].fill_(lambd)
     _write(state[holder], shared)
@@ -272,9 +275,18 @@ def stats_of(scalars: Tensor, sign: float) -> dict[str, Tensor]:
 
 def upgraded(state_dict: Any) -> Any:
     """Return a `state_dict`, or what was pickled, of an earlier version as one of today; anything else as it is."""
-    former = state_dict.get("state", {}).get(_FORMER_KEY) if isinstance(state_dict, dict) else None
-    if not isinstance(former, dict):
+    state = state_dict.get("state") if isinstance(state_dict, dict) else None
+    if not isinstance(state, dict):
         return state_dict
+    if isinstance(state.get(_FORMER_KEY), dict):
+        state_dict = _with_numbers_under_a_parameter(state_dict)
+    entries = {name: _with_more_scalars(entry) for name, entry in state_dict["state"].items()}
+    return state_dict | {"state": defaultdict(dict, entries)}
+
+
+def _with_numbers_under_a_parameter(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a `state_dict` with the numbers of all parameters beside a z, where they were under a key of their own."""
+    former = state_dict["state"][_FORMER_KEY]
     shared: dict[str, Any] = {"guard": torch.zeros(SHAPES["guard"], dtype=torch.float64)} | former
     if {"way", "half"} <= shared.keys():
         shared |= {"method": shared.pop("way"), "compute_dtype": _FORMER_DTYPES.get(shared.pop("half"))}
@@ -285,7 +297,21 @@ def upgraded(state_dict: Any) -> Any:
         shared |= {name: torch.tensor(number, device="cpu") for name, number in _numbers(shared).items()}
     state = {name: entry for name, entry in state_dict["state"].items() if name != _FORMER_KEY}
     state[names[0]] = state.get(names[0], {}) | shared
-    return state_dict | {"state": defaultdict(dict, state)}
+    return state_dict | {"state": state}
+
+
+def _with_more_scalars(entry: Any) -> Any:
+    """Return the state of a parameter with zeros for the scalars that came later, and without averages of systems."""
+    if not isinstance(entry, dict) or "scalars" not in entry:
+        return entry
+    entry = {name: value for name, value in entry.items() if name != "system"}
+    for name in ("scalars", "history"):
+        former = entry.get(name)
+        if isinstance(former, Tensor) and former.shape[-1:] == (_FORMER_SCALARS,):
+            entry[name] = former.new_zeros(*former.shape[:-1], len(SCALARS))
+            entry[name][..., :_FORMER_SCALARS] = former
+            entry[name][..., DIRECTION_DAMPING] = former[..., LAMBD]
+    return entry
 
 
 def zeros_like(p: Tensor) -> Tensor:

@@ -60,10 +60,12 @@ class Kernel(NamedTuple):
 def kernels() -> list[Kernel]:
     """Every kernel, those over many elements in several dtypes."""
     scalar = dict(scalars="*fp64", new="*fp64")
-    doubles = dict.fromkeys(("low", "high", "factor", "minimum", "maximum", "beta", "rho", "lr"), "fp64")
+    doubles = dict.fromkeys(
+        ("low", "high", "factor", "minimum", "maximum", "beta", "rho", "lr", "theta", "average"), "fp64"
+    )
     found = [
         Kernel("solve", triton_solve.solve_kernel, scalar | doubles | dict(loss="*fp32", products="*fp64"),
-               dict(BETA_FIXED=False, RHO_FIXED=False), 1),
+               dict(BETA_FIXED=False, RHO_FIXED=False, BOUNDED=True), 1),
         Kernel("adapt_damping", triton_damping.adapt_damping_kernel, scalar | doubles | dict(new_loss="*fp32"), {}, 1),
         Kernel("finish update_", triton_parameters.finish_update_kernel,
                scalar | dict(partials="*fp64", bounds="*i64", lr="*fp64", groups="i32"),

@@ -14,7 +14,7 @@ from benchmarks.gpu.measure import BANDWIDTH_BAR, MARK, ROUNDS, Call, as_text, b
 from benchmarks.report import Report, bar
 from curveball_fused import ops
 from curveball_fused.backends.reference import parameters as reference
-from curveball_fused.backends.scalars import SCALARS
+from curveball_fused.backends.scalars import DIRECTION_DAMPING, SCALARS
 from tests.gpu.device import BACKENDS, DEVICE, launches, resnet50, to_device
 
 COUNT, SIZE = 256, 3_906_250  # 10⁹ elements
@@ -30,7 +30,9 @@ def tensors(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
 
 
 def scalars() -> Tensor:
-    return to_device(BETA, RHO, LAMBD, *[0.0] * (len(SCALARS) - 3))
+    values = to_device(BETA, RHO, LAMBD, *[0.0] * (len(SCALARS) - 3))
+    values[DIRECTION_DAMPING] = LAMBD
+    return values
 
 
 def sgd(w: list[Tensor], z: list[Tensor], r: list[Tensor]) -> torch.optim.SGD:

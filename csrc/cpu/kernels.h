@@ -11,7 +11,7 @@ namespace curveball::cpu {
 
 // The coefficients of one update, in double; a block rounds them to the type it computes in.
 struct UpdateArguments {
-  double beta, rho, lambd, lr, weight_decay;
+  double beta, rho, direction_damping, lr, weight_decay;
 };
 
 // Updates n elements of w and z in place and returns the sum of the squares of the new z.

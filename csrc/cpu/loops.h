@@ -32,7 +32,7 @@ double update_block(void* w_, void* z_, const void* r_, int64_t n, const UpdateA
   W* w = static_cast<W*>(w_);
   Z* z = static_cast<Z*>(z_);
   const R* r = static_cast<const R*>(r_);
-  const auto factors = update_factors<Z>(a.beta, a.rho, a.lambd, a.lr, a.weight_decay);
+  const auto factors = update_factors<Z>(a.beta, a.rho, a.direction_damping, a.lr, a.weight_decay);
   Sum sum;
   int64_t i = 0;
   for (; i + kRound <= n; i += kRound) {

@@ -36,7 +36,7 @@ struct Update {
   int64_t group;
 };
 
-// z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z, with each group's own lr and weight_decay.
+// z <- (rho - beta s) z - beta r;  w <- (1 - lr weight_decay) w + lr z, with each group's own lr and weight_decay.
 // If beta or rho is not finite (solve's signal for a step to skip), w and z stay. Returns the scalars with the z.z that
 // is there now, and with M where the groups' rates differ.
 Tensor update_cpu(std::vector<Tensor> params, std::vector<Tensor> z, std::vector<Tensor> r, Tensor scalars,
@@ -64,7 +64,7 @@ Tensor update_cpu(std::vector<Tensor> params, std::vector<Tensor> z, std::vector
   blocks.run([&](const Block& b, int64_t index) {
     const Update& u = updates[b.tensor];
     void* const z_block = at(u.z, b.begin, u.dtypes.z);
-    const UpdateArguments arguments{s[kBeta], s[kRho], s[kLambda], lr[u.group], weight_decay[u.group]};
+    const UpdateArguments arguments{s[kBeta], s[kRho], s[kDirectionDamping], lr[u.group], weight_decay[u.group]};
     partial[index] =
         skip ? kernels.squares[u.dtypes.z](z_block, b.count)
              : u.block(at(u.w, b.begin, u.dtypes.w), z_block, at(u.r, b.begin, u.dtypes.r), b.count, arguments);
@@ -109,13 +109,15 @@ Tensor dots_cpu(std::vector<Tensor> z, std::vector<Tensor> r) {
 }
 
 Tensor solve_cpu(Tensor scalars, Tensor loss, Tensor products, std::optional<Tensor> dots, std::optional<double> beta,
-                 std::optional<double> rho, double lr, std::optional<Tensor> lr_tensor) {
+                 std::optional<double> rho, double lr, std::optional<Tensor> lr_tensor, double theta, double average,
+                 bool bounded) {
   const double* previous = read_doubles(scalars, kScalarCount, "scalars");
   const double* five = read_doubles(products, 5, "products");
   const double* three = dots ? read_doubles(*dots, 3, "dots") : nullptr;
   Tensor next = new_doubles(scalars, {kScalarCount});
-  solve(previous, read_number(loss, "loss"), five, three, beta ? &*beta : nullptr, rho ? &*rho : nullptr,
-        learning_rate(lr, lr_tensor), next.mutable_data_ptr<double>());
+  const SolveOptions options{
+      beta ? &*beta : nullptr, rho ? &*rho : nullptr, learning_rate(lr, lr_tensor), theta, average, bounded};
+  solve(previous, read_number(loss, "loss"), five, three, options, next.mutable_data_ptr<double>());
   return next;
 }
 

@@ -221,7 +221,8 @@ Tensor dots_cuda(std::vector<Tensor> z, std::vector<Tensor> r) {
 // ---------------------------------------------------------------------------------------------- solve, damping
 
 Tensor solve_cuda(Tensor scalars, Tensor loss, Tensor products, std::optional<Tensor> dots, std::optional<double> beta,
-                  std::optional<double> rho, double lr, std::optional<Tensor> lr_tensor) {
+                  std::optional<double> rho, double lr, std::optional<Tensor> lr_tensor, double theta, double average,
+                  bool bounded) {
   SolveArguments a;
   a.previous = read_doubles(scalars, kScalarCount, "scalars");
   a.products = read_doubles(products, 5, "products");
@@ -233,6 +234,9 @@ Tensor solve_cuda(Tensor scalars, Tensor loss, Tensor products, std::optional<Te
   a.beta = beta.value_or(0.0);
   a.rho_is_fixed = rho.has_value();
   a.rho = rho.value_or(0.0);
+  a.theta = theta;
+  a.average = average;
+  a.bounded = bounded;
   check_device(loss, "loss", 0, scalars);
   check_device(products, "products", 0, scalars);
   if (dots) check_device(*dots, "dots", 0, scalars);

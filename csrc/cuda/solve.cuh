@@ -25,15 +25,20 @@ __device__ __forceinline__ double learning_rate(const Numbers& lr_tensor, int gr
 struct SolveArguments {
   const double *previous, *products, *dots;  // dots: null for the adjoint identities
   Numbers loss, lr_tensor;                   // lr_tensor.data: null for the number lr
-  double lr, beta, rho;
-  bool beta_is_fixed, rho_is_fixed;
+  double lr, beta, rho, theta, average;
+  bool beta_is_fixed, rho_is_fixed, bounded;
   double* next;
 };
 
 __global__ void solve_kernel(const SolveArguments __grid_constant__ a) {
   Scalars next;
-  solve(a.previous, read(a.loss, 0), a.products, a.dots, a.beta_is_fixed ? &a.beta : nullptr,
-        a.rho_is_fixed ? &a.rho : nullptr, learning_rate(a.lr_tensor, 0, a.lr), next.v);
+  const SolveOptions options{a.beta_is_fixed ? &a.beta : nullptr,
+                             a.rho_is_fixed ? &a.rho : nullptr,
+                             learning_rate(a.lr_tensor, 0, a.lr),
+                             a.theta,
+                             a.average,
+                             a.bounded};
+  solve(a.previous, read(a.loss, 0), a.products, a.dots, options, next.v);
   store_scalars(a.next, next);
 }
 

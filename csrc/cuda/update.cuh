@@ -15,7 +15,7 @@ struct UpdateVectors {
   Vector<R, N> r;
 };
 
-// z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z.  Returns this thread's part of z.z.
+// z <- (rho - beta s) z - beta r;  w <- (1 - lr weight_decay) w + lr z.  Returns this thread's part of z.z.
 template <typename W, typename Z, typename R>
 __device__ __forceinline__ double update_chunk(W* w, Z* z, const R* r, int count, const UpdateFactors<Z>& factors) {
   // 6 to 12 loads of 16 bytes under way for each thread.
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kListThreads, 2)
   double sum[1];
   if (is_finite(beta) && is_finite(rho)) {
     const double lr = learning_rate(lr_tensor, list.group[t], list.lr[t]);
-    sum[0] =
-        update_chunk(w, z, r, chunk.count, update_factors<Z>(beta, rho, scalars[kLambda], lr, list.weight_decay[t]));
+    sum[0] = update_chunk(w, z, r, chunk.count,
+                          update_factors<Z>(beta, rho, scalars[kDirectionDamping], lr, list.weight_decay[t]));
   } else {
     sum[0] = square_chunk(z, chunk.count);
   }

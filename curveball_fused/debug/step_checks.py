@@ -182,7 +182,9 @@ def _check_loss(step: Step) -> None:
         curved.append((hv.double() * (length / scale), margin.double() * (length / scale)))
     (hz, z_margin), (hu, u_margin) = curved
     g, jz, ju = g.double(), step.jz.double(), step.ju.double()
-    error = ((step.c.double() - g - step.theta * hz).abs() - z_margin - 10 * rounding.abs() * (1 + jz.abs())).clamp(min=0)
+    error = ((step.c.double() - g - step.theta * hz).abs() - z_margin - 10 * rounding.abs() * (1 + jz.abs())).clamp(
+        min=0
+    )
     blame = "loss_fn's Hessian product is wrong: please report it"
     if step.is_hessian:
         _judge("c = g + θ H Jz", relative(error, g.abs() + hz.abs()), tolerance, blame)

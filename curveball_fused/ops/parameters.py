@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curveball_fused import backends
-from curveball_fused.backends.scalars import SCALARS, Z_DOT_Z
+from curveball_fused.backends.scalars import DIRECTION_DAMPING, LAMBD, SCALARS, Z_DOT_Z
 
 from ._checks import check_lists
 from ._layouts import laid_out_as, same_dense_layout
@@ -36,8 +36,8 @@ def update_(
         params: w, float16, bfloat16, float32 or float64, of any shapes and strides; written.
         z: state of the same shapes; float64 for float64 parameters, else float32; written.
         r: Jᵀc, of the parameters' shapes, in the dtypes of w or z.
-        coefficients: float64, 1-dim, its first elements are β, ρ and λ. Where β or ρ is not finite, w and z stay
-            untouched.
+        coefficients: float64, 1-dim, its first elements are β, ρ and λ; or all scalars that `solve` has returned, whose
+            θλ takes the place of λ. Where β or ρ is not finite, w and z stay untouched.
         lr: number or 0-dim tensor.
         weight_decay: number (default: 0).
         backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
@@ -59,6 +59,8 @@ def update_(
         raise ValueError(f"coefficients must hold β, ρ and λ first; it has {coefficients.numel()} elements.")
     scalars = coefficients.new_zeros(len(SCALARS))
     scalars[: coefficients.numel()] = coefficients
+    if coefficients.numel() <= DIRECTION_DAMPING:
+        scalars[DIRECTION_DAMPING] = coefficients[LAMBD]
     updated = update_groups_(
         params, z, r, scalars, group_sizes=[len(params)], lr=[lr], weight_decay=[weight_decay], backend=backend
     )

@@ -46,7 +46,7 @@ def make(dtype: torch.dtype, sizes: tuple[tuple[int, ...], ...] = SIZES) -> Inpu
     """Random inputs whose floating-point lists have dtype `dtype`; some tensors are not aligned to 16 bytes."""
     arithmetic = compute_dtype(dtype)
     # β and ρ are solved for; λ, z·z, and the loss of the last step.
-    scalars = to_device(0.1, 0.2, 0.3, 1.7, 0.4, 0.5, -1.0, 0.7, 3.0, 4.0, 2.0)
+    scalars = to_device(0.1, 0.2, 0.3, 1.7, 0.4, 0.5, -1.0, 0.7, 3.0, 4.0, 2.0, 0.6, 0.05, 0.1, 3.0, 0.0)
     return Inputs(
         w=[_misaligned(draw(size, dtype)) for size in sizes],
         z=[draw(size, arithmetic) for size in sizes],
@@ -65,7 +65,10 @@ def run(inputs: Inputs, backend: str) -> list[Tensor]:
     """Everything that the operators make of `inputs`."""
     w, z = [t.clone() for t in inputs.w], [t.clone() for t in inputs.z]
     sums = ops.dots(z, inputs.r, backend=backend)
-    solved = ops.solve(inputs.scalars, inputs.loss, inputs.products, sums, lr=inputs.rates[0], backend=backend)
+    solved = ops.solve(
+        inputs.scalars, inputs.loss, inputs.products, sums,
+        lr=inputs.rates[0], theta=0.5, average=0.9, bounded=True, backend=backend,
+    )  # fmt: skip
     half = len(w) // 2
     updated = ops.update_groups_(
         w, z, inputs.r, solved, group_sizes=[half, len(w) - half], lr=inputs.rates, weight_decay=[0.05, 0.2],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curveball_fused import ops
 from curveball_fused.backends.dtypes import compute_dtype
-from curveball_fused.backends.scalars import PREDICTED_CHANGE, SCALARS, Z_DOT_Z
+from curveball_fused.backends.scalars import DIRECTION_DAMPING, PREDICTED_CHANGE, SCALARS, Z_DOT_Z
 from tests.gpu.device import DEVICE, DTYPES, draw, every_backend, to_device
 
 BETA, RHO, LAMBD = 0.3, 0.8, 0.25
@@ -118,7 +118,8 @@ def test_groups(backend: str, tensor_lr: bool, equal: bool) -> None:
     z, r = [draw(t.shape, compute_dtype(t.dtype)) for t in w], [draw(t.shape, t.dtype) for t in w]
     groups = [g for g, size in enumerate(sizes) for _ in range(size)]
     expected = [exact(*t, rates[g], decays[g]) for *t, g in zip(w, z, r, groups)]
-    scalars = to_device(BETA, RHO, LAMBD, *torch.randn(len(SCALARS) - 3).tolist())
+    scalars = to_device(BETA, RHO, *torch.randn(len(SCALARS) - 2).tolist())
+    scalars[DIRECTION_DAMPING] = LAMBD
     before = scalars.clone()
     lr = [torch.tensor(rate, device=DEVICE) if tensor_lr and g % 2 else rate for g, rate in enumerate(rates)]
     new = ops.update_groups_(w, z, r, scalars, group_sizes=sizes, lr=lr, weight_decay=decays, backend=backend)
@@ -216,7 +217,7 @@ def test_more_than_2_to_the_31_elements(backend: str, dtype: torch.dtype, need_m
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
-    namespace, scalars = torch.ops.curveball_fused, torch.rand(11, dtype=torch.float64, device=DEVICE)
+    namespace, scalars = torch.ops.curveball_fused, torch.rand(len(SCALARS), dtype=torch.float64, device=DEVICE)
     products, loss = to_device(0.1, 0.2, 0.3, 0.4, 0.5), torch.tensor(1.5, dtype=dtype, device=DEVICE)
     rates = torch.tensor([0.5, 0.7], device=DEVICE)
     w, r = ([draw((5, 3), dtype), draw((4,), dtype)] for _ in range(2))

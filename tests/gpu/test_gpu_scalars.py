@@ -11,6 +11,7 @@ from torch import Tensor
 from curveball_fused import backends, ops
 from curveball_fused.backends.scalars import SCALARS
 from tests.gpu.device import DEVICE, DTYPES, draw, every_backend
+from tests.helpers.solve_cases import cases
 
 NAN, INF = float("nan"), float("inf")
 SYSTEMS = ("convex", "concave", "no z", "parallel", "opposite", "nothing")
@@ -59,6 +60,17 @@ def test_solve(backend: str, kind: str, fixed: dict[str, float]) -> None:
         direct = seed % 2 or kind in ("parallel", "opposite")  # there r is no gradient: adjointness does not hold
         loss, lr = torch.tensor(1.25), 0.4 + 0.1 * seed
         check_solve(backend, state, loss, products, dots if direct else None, lr=lr, **fixed)
+
+
+@every_backend
+def test_every_combination_of_options(backend: str) -> None:
+    for case in cases():
+        options: dict[str, Any] = dict(lr=case.lr, **case.fixed, **case.options)
+        given = case.scalars, case.loss, case.products, case.dots
+        on_device = (None if t is None else t.to(DEVICE) for t in given)
+        result = ops.solve(*on_device, backend=backend, **options)
+        expected = ops.solve(*given, backend="torch", **options)
+        torch.testing.assert_close(result.cpu(), expected, rtol=1e-7, atol=1e-9, equal_nan=True)
 
 
 @every_backend

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curveball_fused import ops
+from curveball_fused.backends.scalars import SCALARS
 from tests.gpu.device import DEVICE, DTYPES, draw, every_backend, launches, resnet50, to_device
 from tests.gpu.operators import Inputs, make, run
 
@@ -136,7 +137,7 @@ def test_a_captured_update_goes_on_from_where_it_stands(backend: str) -> None:
 def test_the_parameter_arithmetic_is_three_launches(backend: str) -> None:
     """Copies and fills count, as kernels do."""
     w, z, r = ([draw(shape, torch.float32) for shape in resnet50()] for _ in range(3))
-    scalars, products, loss = to_device(*[0.5] * 11), to_device(-0.5, 1.5, 0.7, 0.3, 2.0), to_device(1.25)[0]
+    scalars, products, loss = to_device(*[0.5] * len(SCALARS)), to_device(-0.5, 1.5, 0.7, 0.3, 2.0), to_device(1.25)[0]
 
     def step() -> None:
         solved = ops.solve(scalars, loss, products, lr=0.7, backend=backend)

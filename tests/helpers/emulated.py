@@ -99,15 +99,16 @@ def fresh(device: Any) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def scalars(beta: float = 0.3, rho: float = 0.8, lambd: float = 0.25) -> Tensor:
+def scalars(beta: float = 0.3, rho: float = 0.8, direction_damping: float = 0.2) -> Tensor:
     values = dict(
         beta=beta,
         rho=rho,
-        lambd=lambd,
+        lambd=0.25,
         z_dot_z=-1.0,
         linear_term=0.7,
         quadratic_term=0.4,
         predicted_change=-0.5,
         loss=3.0,
+        direction_damping=direction_damping,
     )
     return torch.tensor([values.get(name, 2.0) for name in SCALARS], dtype=torch.float64)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curveball_fused.backends.scalars import BETA, LAMBD, RHO, Z_DOT_Z
+from curveball_fused.backends.scalars import BETA, DIRECTION_DAMPING, RHO, Z_DOT_Z
 from tests.helpers.emulated import operators
 
 CHUNK = 1024  # elements; CMakeLists.txt sets it, so that tensors of a few thousand are walked as large ones on a GPU
@@ -32,12 +32,12 @@ def update_(w: list[Tensor], z: list[Tensor], r: list[Tensor], s: Tensor, groups
 
 def check_update(w: list[Tensor], z: list[Tensor], r: list[Tensor], s: Tensor, lr: Any, decay: Any, run: Any) -> Tensor:
     """Runs the update and compares it with float64 arithmetic; lr and decay: of each tensor. Returns the scalars."""
-    beta, rho, lambd = s[BETA].item(), s[RHO].item(), s[LAMBD].item()
+    beta, rho, damping = s[BETA].item(), s[RHO].item(), s[DIRECTION_DAMPING].item()
     old = [(w_i.double().clone(), z_i.double().clone(), r_i.double()) for w_i, z_i, r_i in zip(w, z, r)]
     around = [surroundings(t) for t in w + z]
     result = run()
     for w_i, z_i, (w_old, z_old, r_old), lr_i, decay_i in zip(w, z, old, lr, decay):
-        z_new = (rho - beta * lambd) * z_old - beta * r_old
+        z_new = (rho - beta * damping) * z_old - beta * r_old
         w_new = (1 - lr_i * decay_i) * w_old + lr_i * z_new
         epsilon = 2 * torch.finfo(z_i.dtype).eps * (w_old.abs() + z_old.abs() + r_old.abs())
         assert ((z_i.double() - z_new).abs() <= epsilon).all()

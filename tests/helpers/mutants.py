@@ -121,8 +121,8 @@ LISTS = [
     Mutant(
         "factors_are_rounded_before_they_are_subtracted",
         "formulas.h",
-        "static_cast<T>(rho - beta * lambd)",
-        "static_cast<T>(rho) - static_cast<T>(beta) * static_cast<T>(lambd)",
+        "static_cast<T>(rho - beta * direction_damping)",
+        "static_cast<T>(rho) - static_cast<T>(beta) * static_cast<T>(direction_damping)",
         "test_numbers.py::test_factors_are_formed_in_double",
     ),
     Mutant(
@@ -131,6 +131,44 @@ LISTS = [
         "y.v[i + 1] = {static_cast<unsigned short>(pair >> 16)};",
         "y.v[i + 1] = y.v[i];",
         "test_numbers.py::test_every_16_bit_number_is_read_and_written_as_torch_does",
+    ),
+]
+
+SOLVE = [
+    Mutant(
+        "z_is_damped_as_if_all_of_its_residual_were_in_the_direction",
+        "cuda/update.cuh",
+        "scalars[kDirectionDamping]",
+        "scalars[kLambda]",
+        "test_lists.py::test_update_of_long_tensors",
+    ),
+    Mutant(
+        "the_direction_is_damped_by_all_of_lambda",
+        "formulas.h",
+        "uu + 2.0 * d * zu + d * d * zz",
+        "uu + 2.0 * lambd * zu + lambd * lambd * zz",
+        "test_solve.py::test_every_combination_of_options",
+    ),
+    Mutant(
+        "beta_stays_as_it_was_where_rho_is_bounded",
+        "formulas.h",
+        "solve_beta(s, bound)",
+        "Step{step.beta, bound, false}",
+        "test_solve.py::test_every_combination_of_options",
+    ),
+    Mutant(
+        "averages_are_biased_by_their_start",
+        "formulas.h",
+        "options.average < most ? options.average : most",
+        "options.average",
+        "test_solve.py::test_every_combination_of_options",
+    ),
+    Mutant(
+        "the_prediction_is_of_the_last_solve_alone",
+        "formulas.h",
+        "const double x1 = used_beta, x2 = -used_rho;",
+        "const double x1 = step.beta, x2 = -step.rho;",
+        "test_solve.py::test_every_combination_of_options",
     ),
 ]
 
@@ -186,4 +224,4 @@ LOSSES = [
     ),
 ]
 
-MUTANTS = LISTS + LOSSES
+MUTANTS = LISTS + SOLVE + LOSSES

@@ -113,6 +113,55 @@ QUADRATIC_MODEL = [
     ),
 ]
 
+SOLVE = [
+    PythonMutant(
+        "the_direction_has_all_of_the_residual_of_z",
+        "backends/reference/solve.py",
+        "a12 = z_hu + s * z_hz + lambd * dz",
+        "a12 = z_hu + lambd * z_hz + lambd * dz",
+        "ops/test_solve.py::test_minimizes_the_model_in_any_metric",
+        "torch",
+    ),
+    PythonMutant(
+        "beta_stays_as_it_was_where_rho_is_bounded",
+        "backends/reference/solve.py",
+        "torch.where(x2 == inside, x1, divide_or_zero(b1 - a12 * inside, a11)), inside",
+        "x1, inside",
+        "ops/test_solve.py::test_bounded_momentum_is_the_best_within_its_bounds",
+        "torch",
+    ),
+    PythonMutant(
+        "averages_are_biased_by_their_start",
+        "backends/reference/solve.py",
+        "(1 - 1 / (scalars[SOLVES] + 1)).clamp(max=average)",
+        "torch.full_like(loss, average)",
+        "ops/test_solve.py::test_coefficients_are_averaged_over_solves",
+        "torch",
+    ),
+    PythonMutant(
+        "a_skipped_step_enters_the_average",
+        "backends/reference/solve.py",
+        "torch.where(finite, -x2, scalars[AVERAGE_RHO])",
+        "-x2",
+        "ops/test_solve.py::test_coefficients_are_averaged_over_solves",
+        "torch",
+    ),
+    PythonMutant(
+        "coefficients_in_triton_know_no_bound",
+        "backends/triton/solve.py",
+        "inside = _in_bounds(x2)",
+        "inside = x2",
+        "backends/triton/test_solve.py::test_every_combination_of_options",
+    ),
+    PythonMutant(
+        "the_loss_scale_stays_in_the_damping_of_the_direction",
+        "loss_scale.py",
+        "folded[DIRECTION_DAMPING].mul_(factor)",
+        "folded[DIRECTION_DAMPING].mul_(1)",
+        "optimizer/test_loss_scale.py::test_an_update_by_scaled_gradients_is_the_update",
+    ),
+]
+
 AVERAGING = [
     PythonMutant(
         "the_average_keeps_what_it_should_forget",
@@ -182,6 +231,14 @@ STATE = [
         "state_dict and averages",
     ),
     PythonMutant(
+        "a_checkpoint_of_fewer_scalars_forgets_the_damping",
+        "state.py",
+        "entry[name][..., DIRECTION_DAMPING] = former[..., LAMBD]",
+        "entry[name][..., DIRECTION_DAMPING] = 0",
+        "optimizer/test_old_checkpoints.py::test_training_goes_on_from_fewer_scalars",
+        "state_dict",
+    ),
+    PythonMutant(
         "a_parameter_within_another_is_not_seen",
         "checks.py",
         "reaching = [other for other in reaching if other[1] > first]",
@@ -205,4 +262,4 @@ STATE = [
     ),
 ]
 
-MUTANTS = TAPE_RULES + QUADRATIC_MODEL + AVERAGING + REPLAY + STATE
+MUTANTS = TAPE_RULES + QUADRATIC_MODEL + SOLVE + AVERAGING + REPLAY + STATE

@@ -45,7 +45,8 @@ def scalars(**values: float) -> Tensor:
     standard = dict(
         beta=0.3, rho=0.8, lambd=0.25, z_dot_z=2.0, linear_term=1.5, quadratic_term=0.7, predicted_change=-0.4
     )
-    standard |= dict(ratio=0.7, loss=3.0, skipped_steps=4.0, safe_steps=2.0)
+    standard |= dict(ratio=0.7, loss=3.0, skipped_steps=4.0, safe_steps=2.0, direction_damping=0.2)
+    standard |= dict(average_beta=0.1, average_rho=0.6, solves=3.0, gathered=5.0)
     return torch.tensor([(standard | values)[name] for name in SCALARS], dtype=torch.float64, device=DEVICE)
 
 

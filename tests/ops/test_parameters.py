@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curveball_fused import backends, ops
 from curveball_fused.backends.dtypes import compute_dtype
-from curveball_fused.backends.scalars import PREDICTED_CHANGE, SCALARS, Z_DOT_Z
+from curveball_fused.backends.scalars import DIRECTION_DAMPING, PREDICTED_CHANGE, SCALARS, Z_DOT_Z
 from tests.helpers.subnormals import check_vanishing
 
 NATIVE = backends.has_operators()
@@ -119,7 +119,7 @@ def test_groups(backend: str, tensor_lr: bool, equal: bool) -> None:
     w = [draw((11, i), dtype) for i, dtype in enumerate(dtypes)]
     z, r = [draw(t.shape, compute_dtype(t.dtype)) for t in w], [draw(t.shape, t.dtype) for t in w]
     scalars = torch.randn(len(SCALARS), dtype=torch.float64)
-    scalars[:3] = COEFFICIENTS
+    scalars[:2], scalars[DIRECTION_DAMPING] = COEFFICIENTS[:2], COEFFICIENTS[2]
     groups = [g for g, size in enumerate(sizes) for _ in range(size)]
     expected = [exact(*t, COEFFICIENTS, rates[g], decays[g]) for *t, g in zip(w, z, r, groups)]
     lr = [torch.tensor(rate) if tensor_lr and g % 2 else rate for g, rate in enumerate(rates)]
@@ -137,6 +137,17 @@ def test_groups(backend: str, tensor_lr: bool, equal: bool) -> None:
     wanted[PREDICTED_CHANGE] = model["predicted_change"] if equal and not tensor_lr else change
     torch.testing.assert_close(new, wanted, rtol=1e-6, atol=0)
     assert torch.equal(scalars, given_scalars)
+
+
+@every_backend
+def test_all_scalars_as_coefficients(backend: str) -> None:
+    """Of three, the third is λ; all have θλ, by which Δ was formed."""
+    scalars = torch.randn(len(SCALARS), dtype=torch.float64)
+    for coefficients, damping in ((scalars, scalars[DIRECTION_DAMPING]), (scalars[:11], scalars[2])):
+        w, z, r = (torch.randn(5, dtype=torch.float64) for _ in range(3))
+        expected = (scalars[1] - scalars[0] * damping) * z - scalars[0] * r
+        ops.update_([w], [z], [r], coefficients, lr=1.0, backend=backend)
+        torch.testing.assert_close(z, expected)
 
 
 @every_backend
@@ -217,6 +228,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(namespace.dots.default, (z, r))
     torch.library.opcheck(namespace.solve.default, (scalars, loss, products, None, None, None, 1.0, rate))
     torch.library.opcheck(namespace.solve.default, (scalars, loss, products, torch.rand(3).double(), 0.1, 0.9, 1.0))
+    options = 0.5, 0.9, True  # θ, average, bounded
+    torch.library.opcheck(namespace.solve.default, (scalars, loss, products, None, None, None, 1.0, rate, *options))
     torch.library.opcheck(namespace.adapt_damping.default, (scalars, loss, 0.5, 1.5, 0.9, 1e-6, 1e6))
 
 

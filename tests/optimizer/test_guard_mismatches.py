@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curveball_fused import CurveBall, guard, ops
+from curveball_fused.backends.scalars import SCALARS
 
 torch.manual_seed(0)
 X, Y = torch.randn(24, 6, dtype=torch.float64), torch.randint(0, 3, (24,))
@@ -165,7 +166,7 @@ def test_rounding_is_no_mismatch() -> None:
 
 def test_what_is_at_rest_has_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where z = 0, products with Jz are of rounding: a solve does not take them for a direction."""
-    z_dot_z = torch.zeros(11, dtype=torch.float64)
+    z_dot_z = torch.zeros(len(SCALARS), dtype=torch.float64)
     z_dot_z[2] = 1e-20  # λ, by which nothing is damped
     rounding = torch.tensor([1e-17, 1e-34, 0.5, 1e-17, 0.25], dtype=torch.float64)
     exact = torch.tensor([0.0, 0.0, 0.5, 0.0, 0.25], dtype=torch.float64)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from curveball_fused import CurveBall, state
+from curveball_fused.backends.scalars import SCALARS
 from curveball_fused.cuda_graphs.host_reads import NoHostReads
 from tests.helpers.training import advance, assert_equal, small
 
@@ -30,7 +31,7 @@ def test_holds_the_figures_of_every_step() -> None:
 
 def test_keeps_the_last_1024(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "HISTORY", 4)
-    monkeypatch.setitem(state.SHAPES, "history", (4, 11))
+    monkeypatch.setitem(state.SHAPES, "history", (4, len(SCALARS)))
     net, x, y = small()
     optimizer = CurveBall(net.parameters(), maximize=True)
     seen = []

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curveball_fused import CurveBall, loss_scale, quadratic_model, state
+from curveball_fused import CurveBall, loss_scale, ops, quadratic_model, state
+from curveball_fused.backends.scalars import DIRECTION_DAMPING, SCALARS
 from curveball_fused.loss_scale import Overflow
 from tests.helpers.half_nets import METHODS, X, Y, cross_entropy, net, one_step, under
 from tests.helpers.training import assert_equal
@@ -34,6 +35,25 @@ def test_small_gradients_do_not_vanish_in_float16(monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as without:
         without.setattr(state, "FIRST_LOSS_SCALE", 1.0)
         assert error(one_step(torch.float16, size, curvature=curvature)) > 0.006
+
+
+def test_an_update_by_scaled_gradients_is_the_update() -> None:
+    """z ← (ρ - βs) z - (β/S) (S r), with the scalars as they are: S, a power of two, changes no bit of them."""
+    scalars = torch.rand(len(SCALARS), dtype=torch.float64)
+    scalars[DIRECTION_DAMPING] = 3.0
+    w, z, r = (torch.randn(50, dtype=torch.float64) for _ in range(3))
+    found = []
+    for s in (1.0, 2.0**12):
+        w_new, z_new = w.clone(), z.clone()
+
+        def update(given: Tensor, w: Tensor = w_new, z: Tensor = z_new, r: Tensor = s * r) -> Tensor:
+            options: dict[str, Any] = dict(group_sizes=[1, 1], lr=[0.7, 0.5], weight_decay=[0.1, 0.0])
+            return ops.update_groups_([w[:20], w[20:]], [z[:20], z[20:]], [r[:20], r[20:]], given, **options)
+
+        found.append([loss_scale.update_by_scaled(update, scalars, torch.tensor(s)), w_new, z_new])
+    assert_equal(*found)
+    torch.testing.assert_close(z_new, (scalars[1] - scalars[0] * 3.0) * z - scalars[0] * r)
+    assert_equal([found[1][0][DIRECTION_DAMPING:], found[1][0][:3]], [scalars[DIRECTION_DAMPING:], scalars[:3]])
 
 
 @pytest.mark.parametrize("scaler", [False, True], ids=["own scale", "GradScaler"])

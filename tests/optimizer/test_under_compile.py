@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from curveball_fused import CurveBall, ops
+from curveball_fused.backends.scalars import SCALARS
 from tests.helpers.training import BACKENDS, SETTINGS, assert_equal, small
 
 pytestmark = [
@@ -50,7 +51,7 @@ def test_the_parameter_arithmetic_is_one_graph(backend: str, lr: Any) -> None:
         torch._dynamo.reset()
         torch.manual_seed(3)
         w, z, r = ([torch.randn(7, 5), torch.randn(13)] for _ in range(3))
-        scalars = torch.zeros(11, dtype=torch.float64)
+        scalars = torch.zeros(len(SCALARS), dtype=torch.float64)
         scalars[2:4] = torch.tensor([0.7, 1.3])
         results.append([function(w, z, r, scalars, lr, backend), *w, *z])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curveball_fused.backends.scalars import BETA, LAMBD, PREDICTED_CHANGE, RHO, Z_DOT_Z
+from curveball_fused.backends.scalars import BETA, DIRECTION_DAMPING, PREDICTED_CHANGE, RHO, Z_DOT_Z
 
 from .damping import adapt_damping
 from .solve import divide_or_zero, predicted_change, solve
@@ -25,8 +25,9 @@ def update_(
     weight_decay: Sequence[float],
     lr_tensor: Tensor | None,
 ) -> Tensor:
-    """Do z ← (ρ - βλ) z - β r;  w ← (1 - lr·weight_decay) w + lr z, with the group's own lr and weight decay.
+    """Do z ← (ρ - βs) z - β r;  w ← (1 - lr·weight_decay) w + lr z, with the group's own lr and weight decay.
 
+    s is the direction damping, so that this is z ← ρ z - β Δ with Δ = r + s z.
     z that is nearly subnormal, as where r has been zero for long, becomes zero: CPUs multiply such numbers slowly.
     w and z stay untouched where β or ρ is not finite.
 
@@ -43,9 +44,9 @@ def update_(
     Returns:
         New scalars, with z·z and, for groups of unequal lr, with M.
     """
-    beta, rho, lambd = scalars[BETA], scalars[RHO], scalars[LAMBD]
+    beta, rho, damping = scalars[BETA], scalars[RHO], scalars[DIRECTION_DAMPING]
     rates = _filled(scalars, lr) if lr_tensor is None else lr_tensor.to(scalars)
-    finite, momentum = torch.isfinite(beta) & torch.isfinite(rho), rho - beta * lambd
+    finite, momentum = torch.isfinite(beta) & torch.isfinite(rho), rho - beta * damping
     squares = scalars.new_zeros(len(group_sizes))
     groups = [g for g, size in enumerate(group_sizes) for _ in range(size)]
     for g, w_i, z_i, r_i in zip(groups, params, z, r, strict=True):

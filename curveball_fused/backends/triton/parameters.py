@@ -24,7 +24,7 @@ from .solve import (
     BETA,
     BLOCK_SCALARS,
     COUNT,
-    LAMBD,
+    DIRECTION_DAMPING,
     LINEAR_TERM,
     PREDICTED_CHANGE,
     QUADRATIC_TERM,
@@ -89,7 +89,7 @@ def update_kernel(
     BLOCK_MAIN: tl.constexpr,
     BLOCK_TAIL: tl.constexpr,
 ):
-    """Update a chunk: z <- (rho - beta lambda) z - beta r;  w <- (1 - lr weight_decay) w + lr z."""
+    """Update a chunk: z <- (rho - beta s) z - beta r;  w <- (1 - lr weight_decay) w + lr z."""
     program = tl.program_id(0).to(tl.int64)
     entry = table + tl.load(table + 7 * tensors + program)
     w_address, z_address, r_address = tl.load(entry), tl.load(entry + tensors), tl.load(entry + 2 * tensors)
@@ -98,10 +98,11 @@ def update_kernel(
     slot = tl.load(entry + 6 * tensors) + chunk
 
     # The factors are formed in float64 and rounded once, so that float32 does not see the cancellation in them.
-    beta, rho, lambd = tl.load(scalars + BETA), tl.load(scalars + RHO), tl.load(scalars + LAMBD)
+    beta, rho = tl.load(scalars + BETA), tl.load(scalars + RHO)
+    direction_damping = tl.load(scalars + DIRECTION_DAMPING)
     finite = is_finite(beta) & is_finite(rho)
     rate = tl.load(lr + group).to(tl.float64)
-    keep, shrink = (rho - beta * lambd).to(Z), (1.0 - rate * tl.load(weight_decay + group)).to(Z)
+    keep, shrink = (rho - beta * direction_damping).to(Z), (1.0 - rate * tl.load(weight_decay + group)).to(Z)
     beta, rate = beta.to(Z), rate.to(Z)
 
     begin = chunk * CHUNK

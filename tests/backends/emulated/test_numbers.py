@@ -56,7 +56,7 @@ def test_rounding_to_16_bits_is_torchs(dtype: torch.dtype) -> None:
 
 
 def test_factors_are_formed_in_double() -> None:
-    """rho - beta lambda cancels to 1e-6 here, of which float32 would keep one digit."""
+    """rho - beta s cancels to 1e-6 here, of which float32 would keep one digit."""
     w, z, r = torch.zeros(64), torch.ones(64), torch.zeros(64)
     s = scalars(1.0, 1000.000001, 1000.0)
     update_([w], [z], [r], s, ([1], [1.0], [0.0]))
@@ -111,7 +111,7 @@ def test_more_than_2_31_elements(device: Any, dtype: torch.dtype) -> None:
     assert dots.isnan().all()  # of the blocks that did not run
     w_old = ends[0].double()
     update_([w], [z], [r], scalars())
-    expected_z = (0.8 - 0.3 * 0.25) * z_end - 0.3 * r_end
+    expected_z = (0.8 - 0.3 * 0.2) * z_end - 0.3 * r_end
     torch.testing.assert_close(ends[1].double(), expected_z, rtol=1e-5, atol=1e-6)
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(ends[0].double(), 0.97 * w_old + 0.6 * expected_z, rtol=rounding, atol=1e-5)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from curveball_fused.backends.reference import parameters as reference
 from curveball_fused.backends.scalars import PREDICTED_CHANGE, Z_DOT_Z
 from tests.helpers.emulated import DTYPES, operators, scalars
+from tests.helpers.solve_cases import cases
 
 
 @given(
@@ -43,6 +44,12 @@ def test_solve(
     result = operators.solve(s, loss, products, dots, *fixed, 0.4, lr_tensor)
     expected = reference.solve(s, loss, products, dots, *fixed, 0.4, lr_tensor)
     torch.testing.assert_close(result, expected, rtol=1e-7, atol=1e-9, equal_nan=True)
+
+
+def test_every_combination_of_options() -> None:
+    for case in cases():
+        result, expected = operators.solve(*case.arguments()), reference.solve(*case.arguments())
+        torch.testing.assert_close(result, expected, rtol=1e-7, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

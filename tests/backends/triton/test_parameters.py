@@ -44,12 +44,12 @@ def check_update(
 ) -> None:
     """Runs update_ and holds w, z and the new scalars against float64."""
     before = scalars()
-    beta, rho, lambd = before[:3].tolist()
+    beta, rho, damping = (named(before)[name] for name in ("beta", "rho", "direction_damping"))
     rates = lr if lr_tensor is None else lr_tensor.tolist()
     groups = [g for g, size in enumerate(sizes) for _ in range(size)]
     expected = []
     for g, w_i, z_i, r_i in zip(groups, w, z, r, strict=True):
-        z_new = (rho - beta * lambd) * z_i.double() - beta * r_i.double()
+        z_new = (rho - beta * damping) * z_i.double() - beta * r_i.double()
         w_new = (1 - rates[g] * decay[g]) * w_i.double() + rates[g] * z_new
         expected.append((z_new, w_new, w_i.double().abs() + z_i.double().abs() + r_i.double().abs()))
     new = triton_parameters.update_(w, z, r, before, sizes, lr, decay, lr_tensor)
@@ -185,7 +185,7 @@ def test_offsets_beyond_32_bits() -> None:
     torch.testing.assert_close(partials, torch.stack(expected), rtol=1e-12, atol=0)
 
     w, numbers = draw(n, torch.float32), torch.tensor([0.5, 0.0], dtype=torch.float64, device=DEVICE)
-    z_new = (0.8 - 0.3 * 0.25) * z.double() - 0.3 * r.double()
+    z_new = (0.8 - 0.3 * 0.2) * z.double() - 0.3 * r.double()
     w_new = w.double() + 0.5 * z_new
     addresses = [t.data_ptr() - begin * t.element_size() for t in (w, z, r)]
     table = torch.tensor([*addresses, begin + n, 0, -first, -first, 0], device=DEVICE)

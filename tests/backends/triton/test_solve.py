@@ -8,6 +8,7 @@ from torch import Tensor
 
 from curveball_fused.backends.reference import parameters as reference
 from curveball_fused.backends.triton import parameters as triton_parameters
+from tests.helpers.solve_cases import cases
 from tests.helpers.triton_cases import DEVICE, INF, NAN, RUNTIME_WARNINGS, every_dtype, named, scalars
 
 pytestmark = RUNTIME_WARNINGS
@@ -102,6 +103,13 @@ def test_solve_takes_loss_and_lr_of_any_dtype(dtype: torch.dtype) -> None:
     result = check_solve(products, dots, loss=torch.tensor(1.25, dtype=dtype), lr_tensor=number)
     assert result["loss"] == 1.25
     assert result["predicted_change"] == pytest.approx(-0.5 * 0.5 * 1.5 * result["linear_term"])
+
+
+def test_every_combination_of_options() -> None:
+    for case in cases():
+        arguments = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in case.arguments()]
+        ours, expected = triton_parameters.solve(*arguments), reference.solve(*arguments)
+        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.parametrize("lambd", [0.0105, 1.0, 9.9])
