@@ -30,7 +30,7 @@ from curveball_fused.between_solves import gradient, kept_coefficients
 from curveball_fused.curvature import METHODS, ModelFn
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.losses import LossFn, checked_loss
-from curveball_fused.preconditioners import Direction, Preconditioner
+from curveball_fused.preconditioners import Direction, Preconditioner, gathers, refresh
 from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure, measure_with_curvature_batch
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
@@ -52,21 +52,25 @@ class StepKind(NamedTuple):
         solve: whether the step solves for β and ρ.
         adapt_damping: whether it adapts λ.
         compare: whether the guard compares its products with dot products taken directly.
+        gather: whether the factors of P see the gradient.
     """
 
     solve: bool
     adapt_damping: bool
     compare: bool
+    gather: bool
 
 
 def kind_of(settings: Settings, step: int) -> StepKind:
     """Return the kind of the step of this number, counted from zero."""
     adaptation = settings.solve_interval * settings.lambda_interval
+    # β belongs to a metric, which in the first steps becomes another one: so each of those solves.
     return StepKind(
-        solve=step % settings.solve_interval == 0,
+        solve=step < settings.solve_interval or step % settings.solve_interval == 0,
         adapt_damping=settings.auto_lambda and step % adaptation == 0,
         # Steps that compare adapt λ, so that there is only one kind of them.
         compare=step % (adaptation * math.ceil(guard.INTERVAL / adaptation)) == 0,
+        gather=settings.preconditioner is not None and gathers(step),
     )
 
 
@@ -86,9 +90,8 @@ def take_step(optimizer: Optimizer, inputs: StepInputs, settings: Settings) -> t
 def finish(optimizer: Optimizer, shared: dict[str, Any], settings: Settings) -> None:
     """Count a step and note it in the history, and bring the bases of P up to date whose turn it is."""
     everything = _parameters(optimizer)
-    preconditioner = preconditioner_of(optimizer, [p for p in everything if p.requires_grad], shared, settings)
-    if preconditioner is not None:
-        preconditioner.refresh(shared["step"])
+    if settings.preconditioner is not None:
+        refresh([optimizer.state[p] for p in everything if p.requires_grad], shared["step"])
     state.finish_step(optimizer.state, everything, shared)
 
 
@@ -206,17 +209,17 @@ def _context(
         known_maps=guard.known_maps(optimizer),
         compares=kind.compare,
         is_first=is_first,
-        preconditioner=preconditioner_of(optimizer, params, shared, settings),
+        preconditioner=_preconditioner(optimizer, params, shared, settings, kind.gather),
     )
 
 
-def preconditioner_of(
-    optimizer: Optimizer, params: Sequence[Tensor], shared: dict[str, Any], settings: Settings
+def _preconditioner(
+    optimizer: Optimizer, params: Sequence[Tensor], shared: dict[str, Any], settings: Settings, gather: bool
 ) -> Preconditioner | None:
     """Return P as it is in the optimizer's state; None where P = 1."""
     if settings.preconditioner is None:
         return None
-    return Preconditioner([optimizer.state[p] for p in params], shared["scalars"], settings.backend)
+    return Preconditioner([optimizer.state[p] for p in params], shared["scalars"], settings.backend, gather)
 
 
 def _measure(context: StepContext, inputs: StepInputs, replay: Replay) -> QuadraticTerms:

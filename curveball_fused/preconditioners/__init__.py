@@ -1,6 +1,17 @@
 """The metric P in which a step measures lengths: how a parameter's r = Jᵀc becomes the direction u = P⁻¹r."""
 
+from .bases import gathers, refresh
 from .blocks import SQUARE_AVERAGE, Block, fresh_state, shapes
 from .preconditioner import PRECONDITIONERS, Direction, Preconditioner
 
-__all__ = ["PRECONDITIONERS", "SQUARE_AVERAGE", "Block", "Direction", "Preconditioner", "fresh_state", "shapes"]
+__all__ = [
+    "PRECONDITIONERS",
+    "SQUARE_AVERAGE",
+    "Block",
+    "Direction",
+    "Preconditioner",
+    "fresh_state",
+    "gathers",
+    "refresh",
+    "shapes",
+]

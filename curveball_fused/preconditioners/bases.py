@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from .blocks import Block
+
 INTERVAL = 10  # steps from one refresh of a basis to the next
 EARLY_STEPS = 10  # after each of the first steps all bases are refreshed, as they begin as the identity
+SHIFT = 1e-4  # δ over the mean eigenvalue of a factor
+GATHER_INTERVAL = 2  # steps, after the first ones, from one gradient that the factors see to the next
+
+
+def gathers(step: int) -> bool:
+    """Return whether the factors see the gradient in the step of this number, counted from zero."""
+    return step < EARLY_STEPS or step % GATHER_INTERVAL == 0
+
+
+@torch.no_grad()
+def refresh(states: Sequence[Mapping[str, Tensor]], step: int) -> None:
+    """Bring the bases up to date whose turn it is after a step.
+
+    Args:
+        states: of the parameters.
+        step: its number, counted from zero.
+    """
+    sides = [side for state in states for side in Block.of(state).sides]
+    for i in due_after(step, [len(side.factor) for side in sides]):
+        with torch.autocast(sides[i].factor.device.type, enabled=False):
+            sides[i].basis.copy_(refreshed(*sides[i]))
 
 
 def refreshed(factor: Tensor, basis: Tensor) -> Tensor:
-    """Return the orthogonal Q of F Q₀ = QR: one step of orthogonal iteration towards the eigenvectors of F.
+    """Return the orthogonal Q of (F + δ) Q₀ = QR: one step of orthogonal iteration towards the eigenvectors of F.
 
-    Nothing is read by the host, and every result is orthogonal anew, so that rounding does not add up.
+    With a δ that is small beside the mean eigenvalue, a direction that F has nothing to say of stays as it is, and is
+    not what rounding makes of zero. Nothing is read by the host, and every result is orthogonal anew, so that rounding
+    does not add up.
     """
-    basis, _ = torch.linalg.qr(factor @ basis)
+    shift = SHIFT * factor.trace() / len(factor)
+    basis, _ = torch.linalg.qr(torch.addmm(shift * basis, factor, basis))
     return basis
 
 

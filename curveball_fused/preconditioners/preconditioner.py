@@ -11,7 +11,6 @@ from torch import Tensor
 from curveball_fused import ops
 from curveball_fused.backends.scalars import BETA, GATHERED, RHO
 
-from .bases import due_after, refreshed
 from .blocks import Block
 
 PRECONDITIONERS = (None, "kronecker")
@@ -44,15 +43,17 @@ class Preconditioner:
         states: of the parameters that are trained, with what `fresh_state` has made.
         scalars: of the last step.
         backend: whose kernels do the arithmetic.
+        gather: whether the factors see r in this step.
 
     Attributes:
         blocks: of the parameters, in their order.
     """
 
-    def __init__(self, states: Sequence[Mapping[str, Tensor]], scalars: Tensor, backend: str) -> None:
+    def __init__(self, states: Sequence[Mapping[str, Tensor]], scalars: Tensor, backend: str, gather: bool) -> None:
         self.blocks = [Block.of(state) for state in states]
         self._scalars = scalars
         self._backend = backend
+        self._gather = gather
 
     def direction(self, r: Sequence[Tensor], z: Sequence[Tensor] | None = None) -> Direction:
         """Return P⁻¹r, for the P that has seen r; P itself stays as it is until `learn`.
@@ -74,18 +75,12 @@ class Preconditioner:
         usable = torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
         with self._exactly():
             self._precondition(direction.turned, None, direction.weight, scalars)
-            for block, r in zip(self.blocks, direction.r, strict=True):
-                block.gather(r, DECAY, usable)
+            if self._gather:
+                for block, r in zip(self.blocks, direction.r, strict=True):
+                    block.gather(r, DECAY, usable)
         scalars = scalars.clone()
         scalars[GATHERED] = torch.where(usable, direction.weight, scalars[GATHERED])
         return scalars
-
-    def refresh(self, step: int) -> None:
-        """Bring the bases up to date whose turn it is after the step of this number, counted from zero."""
-        sides = [side for block in self.blocks for side in block.sides]
-        with self._exactly():
-            for i in due_after(step, [len(side.factor) for side in sides]):
-                sides[i].basis.copy_(refreshed(*sides[i]))
 
     def _each_to_basis(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [block.to_basis(t) for block, t in zip(self.blocks, tensors, strict=True)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, hessian, jacrev
 
 DECAY, EPSILON, EARLY = 0.9, 1e-8, 10
 
@@ -33,10 +33,11 @@ class DenseBlock:
 
     def dense(self, r: Tensor) -> Tensor:
         """See r and return this block of P, of all elements by all elements."""
-        m = r.view(self.matrix)
+        m = r.reshape(self.matrix)
         self.steps += 1
-        for factor, gram in zip(self.factors, (m @ m.T, m.T @ m), strict=True):
-            factor.mul_(DECAY).add_(gram, alpha=1 - DECAY)
+        if self.steps <= EARLY or self.steps % 2 == 1:
+            for factor, gram in zip(self.factors, (m @ m.T, m.T @ m), strict=True):
+                factor.mul_(DECAY).add_(gram, alpha=1 - DECAY)
         turned = self.sides[0].T @ m @ self.sides[1]
         self.square = DECAY * self.square + (1 - DECAY) * turned**2
         p = (self.square / (1 - DECAY**self.steps)).sqrt() + EPSILON
@@ -46,7 +47,8 @@ class DenseBlock:
     def refresh(self, due: Callable[[int], bool]) -> None:
         for i, n in enumerate(self.matrix):
             if self.kronecker and len(self.shape) > 1 and 1 < n <= self.largest and due(n):
-                self.sides[i] = torch.linalg.qr(self.factors[i] @ self.sides[i])[0]
+                shifted = self.factors[i] + 1e-4 * self.factors[i].trace() / n * torch.eye(n, dtype=torch.float64)
+                self.sides[i] = torch.linalg.qr(shifted @ self.sides[i])[0].contiguous()
 
 
 @dataclass
@@ -87,8 +89,8 @@ class DensePreconditioned:
         gradient = self._jacobian(x).T @ self._gradient(outputs)
         seen = x if part is None else part
         jacobian, out = self._jacobian(seen), self.forward(seen, self.w)
-        hessian = torch.autograd.functional.hessian(lambda o: self.loss_fn(o.view(out.shape)), out.flatten())
-        curvature = jacobian.T @ hessian @ jacobian
+        curved = hessian(lambda o: self.loss_fn(o.view(out.shape)))(out.flatten())
+        curvature = jacobian.T @ curved @ jacobian
         r = gradient + self.theta * curvature @ self.z
         p = torch.eye(len(self.w), dtype=self.w.dtype)
         if self.preconditioner is not None:
@@ -96,7 +98,7 @@ class DensePreconditioned:
             p = torch.block_diag(*(block.dense(part) for block, part in zip(self.blocks, r_parts, strict=True)))
         u = torch.linalg.solve(p, r)
         delta = u + self.theta * self.lambd * self.z
-        if self.steps % self.solve_interval == 0:
+        if self.steps < self.solve_interval or self.steps % self.solve_interval == 0:
             basis = torch.stack((delta, self.z), dim=1)
             self._solve(basis.T @ (curvature + self.lambd * p) @ basis, basis.T @ gradient, part is not None)
         self.z = self.rho * self.z - self.beta * delta
@@ -123,10 +125,9 @@ class DensePreconditioned:
         self.solves += 1
 
     def _jacobian(self, x: Tensor) -> Tensor:
-        jacobian: Tensor = torch.autograd.functional.jacobian(lambda w: self.forward(x, w).flatten(), self.w)
+        jacobian: Tensor = jacrev(lambda w: self.forward(x, w).flatten())(self.w)
         return jacobian
 
     def _gradient(self, outputs: Tensor) -> Tensor:
-        of = torch.autograd.functional.jacobian(lambda o: self.loss_fn(o.view(outputs.shape)), outputs.flatten())
-        gradient: Tensor = of
+        gradient: Tensor = grad(lambda o: self.loss_fn(o.view(outputs.shape)))(outputs.flatten())
         return gradient

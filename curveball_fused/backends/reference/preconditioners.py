@@ -55,5 +55,6 @@ def precondition_(
             total[1] += (z_i * r_c.double()).sum()
         u_i.copy_(u_new)
         if scalars is not None:
-            v_i.copy_(torch.where(torch.isfinite(scalars[[BETA, RHO]]).all(), v_new, v_i))
+            is_taken = torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
+            v_i.copy_(torch.where(is_taken, v_new, v_i))
     return total
