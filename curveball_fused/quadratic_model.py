@@ -220,7 +220,10 @@ def _measure_by(
     """Measure by one method.
 
     `MethodUnsupported` is raised where it cannot follow the model, or its two products are not those of one linear map.
-    The arguments are those of `measure`, and it returns what that returns.
+    The arguments are those of `measure`.
+
+    Returns:
+        What `measure` returns.
     """
     linear, outputs, jz, compute_dtype = _linearize(context, method, model_fn, replay, full_gradient)
     map_ = (method.name, linear.operators)

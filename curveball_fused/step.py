@@ -35,6 +35,8 @@ from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
 
+EARLY_SOLVES = 10  # the first steps all solve: β belongs to a metric, which becomes another one there
+
 
 class StepInputs(NamedTuple):
     """The arguments of `CurveBall.step`."""
@@ -64,9 +66,8 @@ class StepKind(NamedTuple):
 def kind_of(settings: Settings, step: int) -> StepKind:
     """Return the kind of the step of this number, counted from zero."""
     adaptation = settings.solve_interval * settings.lambda_interval
-    # β belongs to a metric, which in the first steps becomes another one: so each of those solves.
     return StepKind(
-        solve=step < settings.solve_interval or step % settings.solve_interval == 0,
+        solve=step < EARLY_SOLVES or step % settings.solve_interval == 0,
         adapt_damping=settings.auto_lambda and step % adaptation == 0,
         # Steps that compare adapt λ, so that there is only one kind of them.
         compare=step % (adaptation * math.ceil(guard.INTERVAL / adaptation)) == 0,
@@ -91,7 +92,7 @@ def finish(optimizer: Optimizer, shared: dict[str, Any], settings: Settings) -> 
     """Count a step and note it in the history, and bring the bases of P up to date whose turn it is."""
     everything = _parameters(optimizer)
     if settings.preconditioner is not None:
-        refresh([optimizer.state[p] for p in everything if p.requires_grad], shared["step"])
+        refresh([optimizer.state[p] for p in everything if p.requires_grad], shared["step"], shared["scalars"])
     state.finish_step(optimizer.state, everything, shared)
 
 

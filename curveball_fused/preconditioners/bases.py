@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from curveball_fused.backends.scalars import BETA, RHO
+
 from .blocks import Block
 
 INTERVAL = 10  # steps from one refresh of a basis to the next
@@ -21,17 +23,19 @@ def gathers(step: int) -> bool:
 
 
 @torch.no_grad()
-def refresh(states: Sequence[Mapping[str, Tensor]], step: int) -> None:
-    """Bring the bases up to date whose turn it is after a step.
+def refresh(states: Sequence[Mapping[str, Tensor]], step: int, scalars: Tensor) -> None:
+    """Bring the bases up to date whose turn it is after a step, unless it was skipped.
 
     Args:
         states: of the parameters.
         step: its number, counted from zero.
+        scalars: as the step has left them.
     """
+    is_taken = torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
     sides = [side for state in states for side in Block.of(state).sides]
     for i in due_after(step, [len(side.factor) for side in sides]):
         with torch.autocast(sides[i].factor.device.type, enabled=False):
-            sides[i].basis.copy_(refreshed(*sides[i]))
+            sides[i].basis.copy_(torch.where(is_taken, refreshed(*sides[i]), sides[i].basis))
 
 
 def refreshed(factor: Tensor, basis: Tensor) -> Tensor:

@@ -67,12 +67,14 @@ def both(
     [
         {},
         SETTINGS | dict(lambda_interval=3),
-        dict(average=0.8, solve_interval=4, lambda_interval=6),
+        dict(average=0.8, direction="gradient", solve_interval=4, lambda_interval=6),
         dict(curvature="forward", lambda_interval=2),
         dict(curvature="double_backward"),
         dict(auto_lambda=False, rho=0.9, backend="torch"),
         dict(half=torch.bfloat16),
-        dict(half=torch.float16, solve_interval=2),
+        dict(half=torch.float16, direction="gradient", solve_interval=2),
+        dict(preconditioner="kronecker"),
+        dict(preconditioner="kronecker", solve_interval=3, half=torch.float16),
     ],
     ids=str,
 )
@@ -164,7 +166,10 @@ def test_ordinary_steps_and_checkpoints_in_between() -> None:
     assert_equal(*results)
 
 
-@pytest.mark.parametrize("options", [{}, dict(average=0.8, solve_interval=2)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(average=0.8, direction="gradient", solve_interval=2), dict(preconditioner="kronecker", solve_interval=2)],
+)
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("how", ["frozen", "cleared", "fresh"])
 def test_state_that_others_have_changed(how: str, half: bool, options: dict[str, Any]) -> None:
@@ -213,7 +218,12 @@ def test_inside_autocast() -> None:
 
 def test_long_intervals_need_no_search() -> None:
     model = net()
-    step = graphed(CurveBall(model.parameters(), lambda_interval=10**9, solve_interval=10**8 + 1, average=0.5), model)
+    step = graphed(
+        CurveBall(
+            model.parameters(), lambda_interval=10**9, direction="gradient", solve_interval=10**8 + 1, average=0.5
+        ),
+        model,
+    )
     assert step(X[0], Y[0])[0].isfinite()
 
 

@@ -77,7 +77,8 @@ def told(read: Callable[[Tensor], Any]) -> None:
 OPTIONS: list[dict[str, Any]] = [
     {},
     dict(lambda_interval=2, weight_decay=0.1),
-    dict(average=0.8, solve_interval=2),
+    dict(average=0.8, direction="gradient", solve_interval=2),
+    dict(preconditioner="kronecker", solve_interval=2),
     dict(curvature="forward"),
     dict(curvature="double_backward"),
 ]

@@ -98,7 +98,7 @@ class DensePreconditioned:
             p = torch.block_diag(*(block.dense(part) for block, part in zip(self.blocks, r_parts, strict=True)))
         u = torch.linalg.solve(p, r)
         delta = u + self.theta * self.lambd * self.z
-        if self.steps < self.solve_interval or self.steps % self.solve_interval == 0:
+        if self.steps < EARLY or self.steps % self.solve_interval == 0:
             basis = torch.stack((delta, self.z), dim=1)
             self._solve(basis.T @ (curvature + self.lambd * p) @ basis, basis.T @ gradient, part is not None)
         self.z = self.rho * self.z - self.beta * delta

@@ -162,24 +162,6 @@ SOLVE = [
     ),
 ]
 
-AVERAGING = [
-    PythonMutant(
-        "the_average_keeps_what_it_should_forget",
-        "averaging.py",
-        "decay * system + (1 - decay) * now",
-        "(1 - decay) * system + decay * now",
-        "optimizer/test_averaging.py::test_equals_dense_matrices",
-        "attention and torch",
-    ),
-    PythonMutant(
-        "momentum_has_no_bound",
-        "averaging.py",
-        "torch.where(solved[RHO] > RHO_MAX, bounded, solved)",
-        "torch.where(solved[RHO] > 9 * RHO_MAX, bounded, solved)",
-        "optimizer/test_averaging.py::test_momentum_is_bounded",
-    ),
-]
-
 REPLAY = [
     PythonMutant(
         "of_two_views_of_one_memory_the_newer_value_is_put_back",
@@ -329,4 +311,4 @@ PRECONDITIONERS = [
     ),
 ]
 
-MUTANTS = TAPE_RULES + QUADRATIC_MODEL + SOLVE + AVERAGING + REPLAY + STATE + PRECONDITIONERS
+MUTANTS = TAPE_RULES + QUADRATIC_MODEL + SOLVE + REPLAY + STATE + PRECONDITIONERS

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curveball_fused import CurveBall, backends
+from curveball_fused import CurveBall, backends, state
 
 NATIVE = backends.has_operators()
 
@@ -32,8 +32,13 @@ def advance(optimizer: CurveBall, net: nn.Module, x: Tensor, y: Tensor, steps: i
 
 
 def everything(optimizer: CurveBall, net: nn.Module) -> list[Tensor]:
-    z = [optimizer.state[p]["z"] for p in net.parameters()]
-    return [*net.state_dict().values(), *z, *optimizer.stats().values()]
+    return [*net.state_dict().values(), *own_state(optimizer, net), *optimizer.stats().values()]
+
+
+def own_state(optimizer: CurveBall, net: nn.Module) -> list[Tensor]:
+    """z of each parameter, and its block of P."""
+    shared = (*state.SHAPES, *state.ON_HOST)
+    return [t for p in net.parameters() for name, t in sorted(optimizer.state[p].items()) if name not in shared]
 
 
 def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:

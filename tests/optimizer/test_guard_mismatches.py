@@ -82,7 +82,8 @@ def test_a_later_mismatch_is_a_skipped_step_with_its_reason(wrong: Any, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("options", "compared"), [({}, [0, 100]), (dict(lambda_interval=3, solve_interval=7), [0, 105])]
+    ("options", "compared"),
+    [({}, [0, 100]), (dict(lambda_interval=3, direction="gradient", solve_interval=7), [0, 105])],
 )
 def test_how_often_it_looks(options: dict[str, Any], compared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     net, looked = nn.Linear(6, 3).double(), []

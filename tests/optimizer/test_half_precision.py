@@ -91,7 +91,7 @@ def test_autocast_around_the_loop_sees_the_new_weights(curvature: str, half: tor
 @pytest.mark.parametrize("half", [None, *HALVES])
 def test_precision_may_change_between_solves(half: torch.dtype | None) -> None:
     model = net()
-    optimizer = CurveBall(model.parameters(), average=0.8, solve_interval=3)
+    optimizer = CurveBall(model.parameters(), average=0.8, direction="gradient", solve_interval=3)
     first = optimizer.step(under(None, model), cross_entropy)[0]
     for precision in (half, half, None, half, torch.float16, None):
         last = optimizer.step(under(precision, model), cross_entropy)[0]
@@ -125,7 +125,10 @@ def test_float16_parameters_that_the_model_converts() -> None:
     torch.testing.assert_close(figures[1], figures[0], rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("options", [dict(average=0.7), dict(average=0.7, solve_interval=2)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(average=0.7), dict(average=0.7, direction="gradient", solve_interval=2), dict(preconditioner="kronecker")],
+)
 @pytest.mark.parametrize("part", [False, True], ids=["", "part of the batch"])
 def test_averaging_in_float16(options: dict[str, Any], part: bool) -> None:
     results = []

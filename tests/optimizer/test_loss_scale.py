@@ -79,7 +79,13 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(scaler: bool) -> None:
     assert last == 2.0 ** (18 - skipped)
 
 
-ECONOMIES: list[dict[str, Any]] = [{}, dict(average=0.8, solve_interval=4), dict(average=0.8, part=True)]
+ECONOMIES: list[dict[str, Any]] = [
+    {},
+    dict(average=0.8, direction="gradient", solve_interval=4),
+    dict(average=0.8, part=True),
+    dict(preconditioner="kronecker"),
+    dict(preconditioner="kronecker", part=True),
+]
 
 
 def step_of(optimizer: CurveBall, model: nn.Module, factor: float, part: Any = "") -> None:

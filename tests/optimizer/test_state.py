@@ -73,7 +73,13 @@ def two_groups_and_averages() -> tuple[Net, CurveBall]:
     ours = [net.last.weight, net.last.bias]
     rest = [p for p in net.parameters() if all(p is not q for q in ours)]
     groups = [dict(params=rest), dict(params=ours, lr=torch.tensor(0.3), weight_decay=0.1)]
-    return net, CurveBall(groups, average=0.7, solve_interval=2, lambd=0.4)
+    return net, CurveBall(groups, average=0.7, direction="gradient", solve_interval=2, lambd=0.4)
+
+
+@case
+def kronecker() -> tuple[Net, CurveBall]:
+    net = Net()
+    return net, CurveBall(net.parameters(), preconditioner="kronecker", solve_interval=2, lambd=30.0)
 
 
 @case
