@@ -27,17 +27,20 @@ Numbers optional_numbers(const std::optional<Tensor>& tensor, size_t count, cons
 
 // ---------------------------------------------------------------------------------------------- lists
 
-// One tensor of the lists, as a kernel sees it.
+// One index of the lists, as a kernel sees it: the address of each operand, as many as there are.
 struct Entry {
-  void *w, *z, *r;
+  void* data[4];
   int64_t numel;
-  int first_partial, group;
-  double lr, weight_decay;
+  int first_partial;
+  int group = 0;
+  double lr = 0.0, weight_decay = 0.0;
 };
 
 int64_t chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-// The entries of one combination of dtypes: [of w or z][of r].
+void* address(const Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); }
+
+// The entries of each combination of dtypes: [of w, v or z][of r].
 using Entries = std::vector<Entry>[kDTypeCount][kDTypeCount];
 
 // Gives every tensor that is not empty the places of its chunks' sums, in the order of the list: so the order of
@@ -56,36 +59,43 @@ class Places {
   int64_t end_ = 0;
 };
 
-template <int Capacity, typename Launch>
+template <int Operands, int Capacity>
+void fill(TensorList<Operands, Capacity>& list, int i, const Entry& e) {
+  list.first_partial[i] = e.first_partial;
+  list.numel[i] = e.numel;
+  for (int operand = 0; operand < Operands; operand++) list.data[operand][i] = e.data[operand];
+}
+
+template <int Capacity>
+void fill(UpdateList<Capacity>& list, int i, const Entry& e) {
+  fill(static_cast<TensorList<3, Capacity>&>(list), i, e);
+  list.group[i] = e.group;
+  list.lr[i] = e.lr;
+  list.weight_decay[i] = e.weight_decay;
+}
+
+template <typename List, typename Launch>
 void launch_list(const Entry* entries, int count, const Launch& launch_) {
-  TensorList<Capacity> list;
+  List list;
   int64_t blocks = 0;
   for (int i = 0; i < count; i++) {
-    const Entry& e = entries[i];
     list.first_block[i] = static_cast<int>(blocks);
-    list.first_partial[i] = e.first_partial;
-    list.group[i] = e.group;
-    list.lr[i] = e.lr;
-    list.weight_decay[i] = e.weight_decay;
-    list.numel[i] = e.numel;
-    list.data[0][i] = e.w;
-    list.data[1][i] = e.z;
-    list.data[2][i] = e.r;
-    blocks += chunks(e.numel);
+    fill(list, i, entries[i]);
+    blocks += chunks(entries[i].numel);
   }
   list.tensors = count;
   launch_(list, blocks);
 }
 
 // launch_(list, blocks) for as many lists as it takes.
-template <typename Launch>
+template <template <int> class List, typename Launch>
 void launch_lists(const std::vector<Entry>& entries, const Launch& launch_) {
   for (size_t begin = 0; begin < entries.size(); begin += kLongList) {
     const int count = static_cast<int>(std::min<size_t>(kLongList, entries.size() - begin));
     if (count <= kShortList) {
-      launch_list<kShortList>(&entries[begin], count, launch_);
+      launch_list<List<kShortList>>(&entries[begin], count, launch_);
     } else {
-      launch_list<kLongList>(&entries[begin], count, launch_);
+      launch_list<List<kLongList>>(&entries[begin], count, launch_);
     }
   }
 }
@@ -107,8 +117,8 @@ struct UpdateCall {
 
 template <typename W, typename R>
 void launch_update(const std::vector<Entry>& entries, const UpdateCall& call) {
-  launch_lists(entries, [&](const auto& list, int64_t blocks) {
-    constexpr int capacity = sizeof(list.group) / sizeof(list.group[0]);
+  launch_lists<UpdateList>(entries, [&](const auto& list, int64_t blocks) {
+    constexpr int capacity = sizeof(list.numel) / sizeof(list.numel[0]);
     launch(update_kernel<W, Compute<W>, R, capacity>, blocks, kListThreads, 0, call.stream, list, call.scalars,
            call.lr_tensor, call.partials);
   });
@@ -144,9 +154,12 @@ Tensor update_cuda(std::vector<Tensor> params, std::vector<Tensor> z, std::vecto
       check_device(r[i], "r", i, scalars);
       const int64_t numel = params[i].numel();
       if (numel == 0) continue;
-      entries[dtypes.w][dtypes.r].push_back({params[i].mutable_data_ptr(), z[i].mutable_data_ptr(),
-                                             const_cast<void*>(r[i].const_data_ptr()), numel, places.next(numel),
-                                             static_cast<int>(g), lr[g], weight_decay[g]});
+      entries[dtypes.w][dtypes.r].push_back({{params[i].mutable_data_ptr(), z[i].mutable_data_ptr(), address(r[i])},
+                                             numel,
+                                             places.next(numel),
+                                             static_cast<int>(g),
+                                             lr[g],
+                                             weight_decay[g]});
     }
     group_ends.push_back(places.end());
   }
@@ -179,8 +192,8 @@ Tensor update_cuda(std::vector<Tensor> params, std::vector<Tensor> z, std::vecto
 
 template <typename Z, typename R>
 void launch_dots(const std::vector<Entry>& entries, double* partials, Stream stream) {
-  launch_lists(entries, [&](const auto& list, int64_t blocks) {
-    constexpr int capacity = sizeof(list.group) / sizeof(list.group[0]);
+  launch_lists<DotsList>(entries, [&](const auto& list, int64_t blocks) {
+    constexpr int capacity = sizeof(list.numel) / sizeof(list.numel[0]);
     launch(dots_kernel<Z, R, capacity>, blocks, kListThreads, 0, stream, list, partials);
   });
 }
@@ -196,9 +209,7 @@ Tensor dots_cuda(std::vector<Tensor> z, std::vector<Tensor> r) {
     check_device(r[i], "r", i, z[0]);
     const int64_t numel = z[i].numel();
     if (numel == 0) continue;
-    entries[z_dtype][r_dtype].push_back({nullptr, const_cast<void*>(z[i].const_data_ptr()),
-                                         const_cast<void*>(r[i].const_data_ptr()), numel, places.next(numel), 0, 0.0,
-                                         0.0});
+    entries[z_dtype][r_dtype].push_back({{address(z[i]), address(r[i])}, numel, places.next(numel)});
   }
 
   const DeviceGuard guard(z[0].get_device_index());
