@@ -1,4 +1,5 @@
-// The formulas of CurveBall, each written once: the update of an element, the 2x2 solve, the rule for lambda.
+// The formulas of CurveBall, each written once: the update of an element, Adam's diagonal, the 2x2 solve, the rule for
+// lambda.
 //
 // Plain C++ without torch headers, so that the CPU loops, CUDA kernels and NVRTC all read this same text.
 // Notation, as in docs/method.md: w weights, z the state, J the Jacobian of the outputs, H the Hessian of the
@@ -19,6 +20,18 @@ namespace curveball {
 
 // True for numbers, false for NaN and infinities (inf - inf is NaN). Needs no header, so it works everywhere.
 CURVEBALL_INLINE bool is_finite(double x) { return x - x == 0.0; }
+
+// The smallest normal number, and that over epsilon: from there on the product with an epsilon is normal, too.
+template <typename T>
+constexpr T kSmallestNormal = static_cast<T>(sizeof(T) == 4 ? 0x1p-126 : 0x1p-1022);
+template <typename T>
+constexpr T kNegligible = static_cast<T>(sizeof(T) == 4 ? 0x1p-103 : 0x1p-970);
+
+// x, and zero where |x| < limit. NaN stays. `Value` is a scalar T or a vector of T.
+template <typename Value, typename T>
+CURVEBALL_INLINE Value zero_below(T limit, Value x) {
+  return (x < limit) & (x > -limit) ? Value{} : x;
+}
 
 // ---------------------------------------------------------------------------------------------- update
 
@@ -46,15 +59,55 @@ CURVEBALL_INLINE UpdateFactors<T> update_factors(double beta, double rho, double
 // are normal.
 template <typename Value, typename T>
 CURVEBALL_INLINE Value next_z(Value z, Value r, const UpdateFactors<T>& f) {
-  constexpr T negligible = sizeof(T) == 4 ? static_cast<T>(0x1p-103) : static_cast<T>(0x1p-970);
-  const Value next = f.keep * z - f.beta * r;
-  return (next < negligible) & (next > -negligible) ? Value{} : next;
+  return zero_below(kNegligible<T>, f.keep * z - f.beta * r);
 }
 
 // w <- (1 - lr weight_decay) w + lr z, with the new z.
 template <typename Value, typename T>
 CURVEBALL_INLINE Value next_w(Value w, Value z, const UpdateFactors<T>& f) {
   return f.shrink * w + f.lr * z;
+}
+
+// ---------------------------------------------------------------------------------------------- precondition
+
+// What Adam's diagonal is made of, in the type that computes it.
+template <typename T>
+struct DiagonalFactors {
+  T keep;   // decay: how much of v stays
+  T take;   // 1 - decay: how much of r^2 comes in
+  T scale;  // weight^(-1/2), with weight = 1 - decay^t: v starts at zero, and so is too small by that
+  T eps;
+};
+
+// Formed in double and rounded to T once.
+template <typename T>
+CURVEBALL_INLINE DiagonalFactors<T> diagonal_factors(double decay, double weight, double eps) {
+  return {static_cast<T>(decay), static_cast<T>(1.0 - decay), static_cast<T>(1.0 / sqrt(weight)), static_cast<T>(eps)};
+}
+
+// v <- decay v + (1 - decay) r^2
+//
+// Where r stays zero, v decays and would become subnormal, which a CPU multiplies fifty times slower; so it is zero
+// then. Its bound is lower than that of z: nothing small is multiplied with v, only its root is used, and v is a
+// square. Zero below 2^-103 would leave |r| < 1e-14 divided by eps alone.
+template <typename Value, typename T>
+CURVEBALL_INLINE Value next_v(Value v, Value r, const DiagonalFactors<T>& f) {
+  return zero_below(kSmallestNormal<T>, f.keep * v + f.take * (r * r));
+}
+
+// p = sqrt(v / weight) + eps, out of the square root of the new v, which a vector takes in another way than a scalar.
+template <typename Value, typename T>
+CURVEBALL_INLINE Value diagonal(Value root_v, const DiagonalFactors<T>& f) {
+  return f.scale * root_v + f.eps;
+}
+
+// u = r / p, with the new v. Zero if it is nearly subnormal, as u goes into Ju as z goes into Jz (next_z).
+//
+// v - v is zero, but NaN where v is not finite. So u is NaN where r is infinite, or so large that r^2 is, which would
+// otherwise give a u of zero: r.u then says that the step is none.
+template <typename T, typename Value>
+CURVEBALL_INLINE Value preconditioned(Value r, Value v, Value p) {
+  return zero_below(kNegligible<T>, r / p + (v - v));
 }
 
 // ---------------------------------------------------------------------------------------------- solve

@@ -11,6 +11,8 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
            "update_(Tensor(a!)[] params, Tensor(b!)[] z, Tensor[] r, Tensor scalars, int[] group_sizes, float[] lr, "
            "float[] weight_decay, Tensor? lr_tensor=None) -> Tensor",
            "dots(Tensor[] z, Tensor[] r) -> Tensor",
+           "precondition_(Tensor(a!)[] u, Tensor(b!)[] v, Tensor[] r, Tensor[] z, Tensor weight, float decay, "
+           "float eps, Tensor? scalars=None) -> Tensor",
            "solve(Tensor scalars, Tensor loss, Tensor products, Tensor? dots, float? beta, float? rho, float lr, "
            "Tensor? lr_tensor=None) -> Tensor",
            "adapt_damping(Tensor scalars, Tensor new_loss, float low, float high, float factor, float minimum, "

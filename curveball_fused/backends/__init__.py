@@ -9,6 +9,7 @@ from .selection import (
     has_fused_losses,
     kernels,
     loss_kernels,
+    preconditioner_kernels,
     tangent_kernels,
     why_not,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "has_operators",
     "kernels",
     "loss_kernels",
+    "preconditioner_kernels",
     "tangent_kernels",
     "why_not",
 ]

@@ -18,6 +18,7 @@ ADVICE = {
 OPERATORS = (
     "update_",
     "dots",
+    "precondition_",
     "solve",
     "adapt_damping",
     "cross_entropy_cotangent",

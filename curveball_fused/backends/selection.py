@@ -118,6 +118,15 @@ def kernels(chosen: str) -> Any:
     return torch.ops.curveball_fused
 
 
+def preconditioner_kernels(chosen: str) -> Any:
+    """Return what holds a chosen backend's `precondition_`, called by position."""
+    if chosen == "torch":
+        from .reference import preconditioners as reference_preconditioners
+
+        return reference_preconditioners
+    return torch.ops.curveball_fused
+
+
 def loss_kernels(chosen: str) -> Any:
     """Return what holds a chosen backend's loss operators, called by position."""
     if chosen == "torch":

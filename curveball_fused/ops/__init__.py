@@ -7,5 +7,6 @@ from . import losses, tangents
 from ._damping import adapt_damping
 from ._solve import solve
 from .parameters import dots, update_, update_groups_
+from .preconditioners import precondition_
 
-__all__ = ["adapt_damping", "dots", "losses", "solve", "tangents", "update_", "update_groups_"]
+__all__ = ["adapt_damping", "dots", "losses", "precondition_", "solve", "tangents", "update_", "update_groups_"]

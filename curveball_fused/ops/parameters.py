@@ -14,6 +14,7 @@ from curveball_fused import backends
 from curveball_fused.backends.scalars import SCALARS, Z_DOT_Z
 
 from ._checks import check_lists
+from ._layouts import laid_out_as, same_dense_layout
 from ._rates import rates_on_device
 
 
@@ -103,12 +104,12 @@ def update_groups_(
     w_flat, z_flat, r_flat, copies = [], [], [], []
     for w_i, z_i, r_i in zip(params, z, r, strict=True):
         w_k, z_k = w_i, z_i
-        if not _same_dense_layout(w_i, z_i):
+        if not same_dense_layout(w_i, z_i):
             w_k, z_k = w_i.contiguous(), z_i.contiguous()
             copies += [(w_i, w_k), (z_i, z_k)]
         w_flat.append(w_k)
         z_flat.append(z_k)
-        r_flat.append(r_i if _same_dense_layout(w_k, r_i) else torch.empty_like(w_k, dtype=r_i.dtype).copy_(r_i))
+        r_flat.append(laid_out_as(w_k, r_i))
     updated: Tensor = kernels.update_(w_flat, z_flat, r_flat, scalars, group_sizes, rates, weight_decay, rate_tensor)
     for original, copy in copies:
         original.copy_(copy)
@@ -138,21 +139,10 @@ def dots(z: Sequence[Tensor], r: Sequence[Tensor], *, backend: str = "auto") -> 
     if not z:
         return torch.zeros(3, dtype=torch.float64)
     kernels = backends.kernels(backends.choose(backend, z[0].device))
-    z_flat = [z_i if _same_dense_layout(z_i, z_i) else z_i.contiguous() for z_i in z]
-    r_flat = [
-        r_i if _same_dense_layout(z_i, r_i) else torch.empty_like(z_i, dtype=r_i.dtype).copy_(r_i)
-        for z_i, r_i in zip(z_flat, r, strict=True)
-    ]
+    z_flat = [z_i if same_dense_layout(z_i, z_i) else z_i.contiguous() for z_i in z]
+    r_flat = [laid_out_as(z_i, r_i) for z_i, r_i in zip(z_flat, r, strict=True)]
     result: Tensor = kernels.dots(z_flat, r_flat)
     return result
-
-
-def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
-    """Return whether both fill their memory without gaps, in the same order: a flat walk pairs their elements."""
-    if a.is_contiguous():
-        return b.is_contiguous()
-    # empty_like keeps the strides of a tensor exactly if it is dense and does not overlap itself.
-    return a.stride() == b.stride() and a.stride() == torch.empty_like(a, device="meta").stride()
 
 
 if backends.has_operators():
