@@ -151,6 +151,45 @@ inline std::pair<DType, DType> check_dots(const Tensor& z, const Tensor& r, size
   return {z_dtype, r_dtype};
 }
 
+// ---------------------------------------------------------------------------------------------- precondition
+
+// The lengths of the lists that `precondition_` takes (z may be empty) and its numbers.
+inline void check_precondition_lists(const std::vector<Tensor>& u, const std::vector<Tensor>& v,
+                                     const std::vector<Tensor>& r, const std::vector<Tensor>& z, double decay,
+                                     double eps) {
+  check_lengths(v.size(), "v", u.size(), "u");
+  check_lengths(v.size(), "v", r.size(), "r");
+  if (!z.empty()) check_lengths(v.size(), "v", z.size(), "z");
+  STD_TORCH_CHECK(decay >= 0.0 && decay < 1.0, "decay must be at least 0 and less than 1; got ", decay, ".");
+  STD_TORCH_CHECK(static_cast<float>(eps) > 0.0f, "eps must be positive in float32; got ", eps, ".");
+}
+
+struct PreconditionDTypes {
+  DType v, r;  // u and z have that of v
+};
+
+// One place of the lists that `precondition_` takes; `z` may be null.
+inline PreconditionDTypes check_precondition(const Tensor& u, const Tensor& v, const Tensor& r, const Tensor* z,
+                                             size_t index) {
+  const PreconditionDTypes dtypes{dtype_of(v, "v", index), dtype_of(r, "r", index)};
+  STD_TORCH_CHECK(dtypes.v == kFloat32 || dtypes.v == kFloat64, "v[", index, "] has dtype ", name_of(dtypes.v),
+                  ": convert it to float32 or float64.");
+  STD_TORCH_CHECK(dtypes.r == dtypes.v || dtypes.r == kFloat16 || dtypes.r == kBFloat16, "r[", index, "] has dtype ",
+                  name_of(dtypes.r), " beside a v of ", name_of(dtypes.v),
+                  ": convert it to that, float16 or bfloat16.");
+  const auto check_like_v = [&](const Tensor& tensor, const char* name) {
+    const DType dtype = dtype_of(tensor, name, index);
+    STD_TORCH_CHECK(dtype == dtypes.v, name, "[", index, "] has dtype ", name_of(dtype), " beside a v of ",
+                    name_of(dtypes.v), ": convert it to that.");
+    check_same_layout(v, "v", tensor, name, index);
+  };
+  check_dense(v, "v", index);
+  check_same_layout(v, "v", r, "r", index);
+  check_like_v(u, "u");
+  if (z) check_like_v(*z, "z");
+  return dtypes;
+}
+
 // ---------------------------------------------------------------------------------------------- small vectors
 
 // Uninitialized, where `like` is.

@@ -8,6 +8,7 @@
 #include "../tensor_checks.h"
 #include "dots.cuh"
 #include "launch.h"
+#include "preconditioner.cuh"
 #include "solve.cuh"
 #include "update.cuh"
 
@@ -229,6 +230,65 @@ Tensor dots_cuda(std::vector<Tensor> z, std::vector<Tensor> r) {
   return result;
 }
 
+// ---------------------------------------------------------------------------------------------- precondition
+
+struct PreconditionCall {
+  const double* weight;
+  double decay, eps;
+  const double* scalars;  // or null
+  double* partials;
+  Stream stream;
+};
+
+template <typename V, typename R>
+void launch_precondition(const Entries& entries, const PreconditionCall& call) {
+  launch_lists<DiagonalList>(entries[dtype_of_type<V>][dtype_of_type<R>], [&](const auto& list, int64_t blocks) {
+    constexpr int capacity = sizeof(list.numel) / sizeof(list.numel[0]);
+    launch(precondition_kernel<V, R, capacity>, blocks, kListThreads, 0, call.stream, list, call.weight, call.decay,
+           call.eps, call.scalars, call.partials);
+  });
+}
+
+// As curveball_fused.ops.precondition_ says, with u given.
+Tensor precondition_cuda(std::vector<Tensor> u, std::vector<Tensor> v, std::vector<Tensor> r, std::vector<Tensor> z,
+                         Tensor weight, double decay, double eps, std::optional<Tensor> scalars) {
+  check_precondition_lists(u, v, r, z, decay, eps);
+  const double* weight_data = read_doubles(weight, 1, "weight");
+  const double* scalars_data = scalars ? read_doubles(*scalars, 2, "scalars") : nullptr;
+  if (scalars) check_device(*scalars, "scalars", 0, weight);
+  Entries entries;
+  Places places;
+  for (size_t i = 0; i < v.size(); i++) {
+    const Tensor* z_i = z.empty() ? nullptr : &z[i];
+    const auto [v_dtype, r_dtype] = check_precondition(u[i], v[i], r[i], z_i, i);
+    check_device(u[i], "u", i, weight);
+    check_device(v[i], "v", i, weight);
+    check_device(r[i], "r", i, weight);
+    if (z_i) check_device(*z_i, "z", i, weight);
+    const int64_t numel = v[i].numel();
+    if (numel == 0) continue;
+    entries[v_dtype][r_dtype].push_back(
+        {{u[i].mutable_data_ptr(), v[i].mutable_data_ptr(), address(r[i]), z_i ? address(*z_i) : nullptr},
+         numel,
+         places.next(numel)});
+  }
+
+  const DeviceGuard guard(weight.get_device_index());
+  const Stream stream = current_stream(weight.get_device_index());
+  Tensor scratch = new_doubles(weight, {3 * int64_t(places.end())}), result = new_doubles(weight, {3});
+  double* partials = scratch.mutable_data_ptr<double>();
+  const PreconditionCall call{weight_data, decay, eps, scalars_data, partials, stream};
+  launch_precondition<float, Float16>(entries, call);
+  launch_precondition<float, BFloat16>(entries, call);
+  launch_precondition<float, float>(entries, call);
+  launch_precondition<double, Float16>(entries, call);
+  launch_precondition<double, BFloat16>(entries, call);
+  launch_precondition<double, double>(entries, call);
+  launch(finish_dots_kernel<kFinishThreads>, 1, kFinishThreads, 0, stream, partials, places.end(),
+         result.mutable_data_ptr<double>());
+  return result;
+}
+
 // ---------------------------------------------------------------------------------------------- solve, damping
 
 Tensor solve_cuda(Tensor scalars, Tensor loss, Tensor products, std::optional<Tensor> dots, std::optional<double> beta,
@@ -274,6 +334,7 @@ Tensor adapt_damping_cuda(Tensor scalars, Tensor new_loss, double low, double hi
 CURVEBALL_REGISTER(library) {
   library.impl("update_", TORCH_BOX(&curveball::cuda::update_cuda));
   library.impl("dots", TORCH_BOX(&curveball::cuda::dots_cuda));
+  library.impl("precondition_", TORCH_BOX(&curveball::cuda::precondition_cuda));
   library.impl("solve", TORCH_BOX(&curveball::cuda::solve_cuda));
   library.impl("adapt_damping", TORCH_BOX(&curveball::cuda::adapt_damping_cuda));
 }
