@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../tensor_checks.h"
+
 namespace curveball::cpu {
 
 // Small enough for the caches and for an even share of work, large enough to make the bookkeeping invisible.
@@ -21,6 +23,12 @@ struct Block {
   int64_t count;   // how many elements
   int64_t place;   // its first element if all tensors stood in a row
 };
+
+inline char* at(void* data, int64_t element, DType dtype) { return static_cast<char*>(data) + element * bytes(dtype); }
+
+inline const char* at(const void* data, int64_t element, DType dtype) {
+  return static_cast<const char*>(data) + element * bytes(dtype);
+}
 
 class Blocks {
  public:

@@ -1,5 +1,5 @@
 // The loops over one block of memory, the CPU's kernels: update, dots and squares, for every offered combination of
-// dtypes, and the table of them all.
+// dtypes, and the table of all loops.
 //
 // loops_*.cpp include this, and the other *_loops.h, after choosing an instruction set. Everything has internal
 // linkage: the linker must never merge a function compiled for AVX-512 with its namesake for older processors.
@@ -9,6 +9,7 @@
 #include "cross_entropy_loops.h"
 #include "elementwise_loss_loops.h"
 #include "kernels.h"
+#include "preconditioner_loops.h"
 #include "sums.h"
 
 namespace curveball::cpu {
@@ -111,7 +112,7 @@ constexpr void add_losses(LossKernels& k, DType dtype) {
 
 // z is float32 for weights of at most 32 bits and float64 for float64; r has the dtype of w or of z.
 constexpr Kernels make_kernels(const char* name) {
-  Kernels k{name, {}, {}, {}, {}};
+  Kernels k{name, {}, {}, {}, {}, {}};
   add_losses<Float16>(k.losses, kFloat16);
   add_losses<BFloat16>(k.losses, kBFloat16);
   add_losses<float>(k.losses, kFloat32);
@@ -132,6 +133,12 @@ constexpr Kernels make_kernels(const char* name) {
   k.dots[kFloat64][kFloat64] = dots_block<double, double>;
   k.squares[kFloat32] = squares_block<float>;
   k.squares[kFloat64] = squares_block<double>;
+  k.precondition[kFloat32][kFloat16] = precondition_block<float, Float16>;
+  k.precondition[kFloat32][kBFloat16] = precondition_block<float, BFloat16>;
+  k.precondition[kFloat32][kFloat32] = precondition_block<float, float>;
+  k.precondition[kFloat64][kFloat16] = precondition_block<double, Float16>;
+  k.precondition[kFloat64][kBFloat16] = precondition_block<double, BFloat16>;
+  k.precondition[kFloat64][kFloat64] = precondition_block<double, double>;
   return k;
 }
 

@@ -21,12 +21,6 @@ double learning_rate(double lr, const std::optional<Tensor>& lr_tensor) {
   return lr_tensor ? read_number(*lr_tensor, "lr_tensor") : lr;
 }
 
-char* at(void* data, int64_t element, DType dtype) { return static_cast<char*>(data) + element * bytes(dtype); }
-
-const char* at(const void* data, int64_t element, DType dtype) {
-  return static_cast<const char*>(data) + element * bytes(dtype);
-}
-
 // One index of the lists: addresses and dtypes, read once, outside the parallel region.
 struct Update {
   void *w, *z;

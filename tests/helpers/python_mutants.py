@@ -205,4 +205,71 @@ STATE = [
     ),
 ]
 
-MUTANTS = TAPE_RULES + QUADRATIC_MODEL + AVERAGING + REPLAY + STATE
+PRECONDITIONERS = [
+    PythonMutant(
+        "the_average_of_squares_keeps_what_it_should_forget",
+        "backends/reference/preconditioners.py",
+        "decay * v_i + (1 - decay) * r_c.square()",
+        "(1 - decay) * v_i + decay * r_c.square()",
+        "ops/test_preconditioners.py::test_is_adams_step_without_momentum",
+        "torch",
+    ),
+    PythonMutant(
+        "the_bias_of_the_average_stays",
+        "backends/reference/preconditioners.py",
+        "(1 / root_weight).to(",
+        "(root_weight / root_weight).to(",
+        "ops/test_preconditioners.py::test_is_adams_step_without_momentum",
+        "torch",
+    ),
+    PythonMutant(
+        "an_infinite_diagonal_passes_for_a_step",
+        "backends/reference/preconditioners.py",
+        " + (v_new - v_new)",
+        "",
+        "ops/test_preconditioners.py::test_r_whose_square_overflows_is_told_by_the_sum",
+        "torch",
+    ),
+    PythonMutant(
+        "a_skipped_step_moves_the_average",
+        "backends/reference/preconditioners.py",
+        "torch.isfinite(scalars[[BETA, RHO]]).all()",
+        "torch.isfinite(scalars[[BETA]]).all()",
+        "ops/test_preconditioners.py::test_a_step_that_is_skipped_leaves_v",
+        "torch",
+    ),
+    PythonMutant(
+        "the_average_becomes_subnormal",
+        "backends/reference/preconditioners.py",
+        "v_new.masked_fill(v_new < info.tiny, 0)",
+        "v_new.masked_fill(v_new < 0, 0)",
+        "ops/test_preconditioners.py::test_nothing_becomes_subnormal",
+        "torch",
+    ),
+    PythonMutant(
+        "small_squares_are_forgotten",
+        "backends/reference/preconditioners.py",
+        "v_new.masked_fill(v_new < info.tiny, 0)",
+        "v_new.masked_fill(v_new < info.tiny / info.eps, 0)",
+        "ops/test_preconditioners.py::test_small_r_is_not_forgotten",
+        "torch",
+    ),
+    PythonMutant(
+        "an_average_that_was_copied_is_not_written_back",
+        "ops/preconditioners.py",
+        "            if copy is not original:",
+        "            if copy is original:",
+        "ops/test_preconditioners.py::test_against_float64",
+        "torch",
+    ),
+    PythonMutant(
+        "a_tensor_is_walked_in_the_order_of_another",
+        "ops/_layouts.py",
+        "        return b.is_contiguous()",
+        "        return b.numel() > 0",
+        "ops/test_preconditioners.py::test_against_float64",
+        "cpu",
+    ),
+]
+
+MUTANTS = TAPE_RULES + QUADRATIC_MODEL + AVERAGING + REPLAY + STATE + PRECONDITIONERS

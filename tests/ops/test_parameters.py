@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +11,7 @@ from torch import Tensor
 from curveball_fused import backends, ops
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import PREDICTED_CHANGE, SCALARS, Z_DOT_Z
+from tests.helpers.layouts import LAYOUTS, layouts, shapes
 from tests.helpers.subnormals import check_vanishing
 
 NATIVE = backends.has_operators()
@@ -21,21 +20,6 @@ COEFFICIENTS = torch.tensor([0.3, 0.8, 0.25], dtype=torch.float64)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 native_only = pytest.mark.skipif(not NATIVE, reason="needs the native kernels")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-# Ways to lay a tensor of given shape out in memory.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda t: t.clone(),
-    "reversed": lambda t: t.permute(list(range(t.dim()))[::-1]).contiguous().permute(list(range(t.dim()))[::-1]),
-    "channels last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t.clone(),
-    "with gaps": lambda t: torch.stack((t, t), dim=-1)[..., 0],
-    "misaligned": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
-}
-shapes = st.one_of(
-    st.sampled_from([(), (0,), (3, 0, 2), (1,), (15,), (16,), (17,), (1, 7, 1, 1), (70_001,)]),
-    st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple),
-)
-layouts = st.sampled_from(list(LAYOUTS))
 tensors = st.lists(st.tuples(shapes, st.sampled_from(DTYPES), layouts, layouts, layouts), max_size=5)
 
 
