@@ -46,13 +46,15 @@ class Kernel(NamedTuple):
     def registers(self) -> int:
         """The bound. 80 lets a multiprocessor of 65536 registers run three programs of 8 warps at once, 128 two."""
         if self.name.startswith(("update_", "dots", "precondition_")):
-            return 128 if "fp64" in self.name.split()[1] else 80
+            wide = "fp64" in self.name or self.name.startswith("precondition_ fp32 bf16")
+            return 128 if wide else 80
         return 255 if "attention" in self.name or "_norm fp64" in self.name else 144
 
     @property
     def may_spill(self) -> bool:
         """A few values, outside the hot loops: ptxas does so to fit one more warp."""
-        return any(name in self.name for name in ("mse", "bce", "cross_entropy", "_norm", "attention"))
+        names = ("mse", "bce", "cross_entropy", "_norm", "attention", "precondition_ fp64")
+        return any(name in self.name for name in names)
 
     @property
     def fused(self) -> bool:

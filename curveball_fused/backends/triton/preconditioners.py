@@ -15,13 +15,15 @@ from .reduce import SUM_BLOCK, reduce_vectors, sum_rows_kernel, zeros
 from .scalar import as_double, is_finite
 from .solve import BETA, RHO
 
+THREADS = tl.constexpr(32 * WARPS)
+
 
 def block_main(v: torch.dtype, r: torch.dtype) -> int:
     """Return how many elements a program works on at a time: 16 bytes of the narrower operand for each thread.
 
     No more than two float64 numbers, though: their arithmetic takes many registers.
     """
-    return 16 * 32 * WARPS // (8 if v == torch.float64 else r.itemsize)
+    return 32 * WARPS * 16 // (8 if v == torch.float64 else r.itemsize)
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def precondition_kernel(
     begin = chunk * CHUNK
     count = tl.minimum(numel - begin, CHUNK)
     main = main_elements(count, u_address | v_address | r_address | z_address, BLOCK_MAIN)
-    VECTOR: tl.constexpr = 128 // V.primitive_bitwidth
+    VECTOR: tl.constexpr = BLOCK_MAIN // THREADS
     zpz, zr, ru = zeros(BLOCK_MAIN // VECTOR), zeros(BLOCK_MAIN // VECTOR), zeros(BLOCK_MAIN // VECTOR)
     for start in range(0, main, BLOCK_MAIN):
         u, v = aligned(u_address, begin, U), aligned(v_address, begin, V)
