@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton.language as tl
 
 from curveball_fused.backends.triton import activations as triton_activations
@@ -16,10 +17,12 @@ from curveball_fused.backends.triton import layer_norm as triton_layer_norm
 from curveball_fused.backends.triton import losses as triton_losses
 from curveball_fused.backends.triton import norms as triton_norms
 from curveball_fused.backends.triton import parameters as triton_parameters
+from curveball_fused.backends.triton import preconditioners as triton_preconditioners
 from curveball_fused.backends.triton import reduce as triton_reduce
 from curveball_fused.backends.triton import row_blocks as triton_rows
 from curveball_fused.backends.triton import solve as triton_solve
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 TYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
 
 
@@ -42,14 +45,16 @@ class Kernel(NamedTuple):
     @property
     def registers(self) -> int:
         """The bound. 80 lets a multiprocessor of 65536 registers run three programs of 8 warps at once, 128 two."""
-        if self.name.startswith(("update_", "dots")):
-            return 128 if "fp64" in self.name.split()[1] else 80
+        if self.name.startswith(("update_", "dots", "precondition_")):
+            wide = "fp64" in self.name or self.name.startswith("precondition_ fp32 bf16")
+            return 128 if wide else 80
         return 255 if "attention" in self.name or "_norm fp64" in self.name else 144
 
     @property
     def may_spill(self) -> bool:
         """A few values, outside the hot loops: ptxas does so to fit one more warp."""
-        return any(name in self.name for name in ("mse", "bce", "cross_entropy", "_norm", "attention"))
+        names = ("mse", "bce", "cross_entropy", "_norm", "attention", "precondition_ fp64")
+        return any(name in self.name for name in names)
 
     @property
     def fused(self) -> bool:
@@ -83,6 +88,8 @@ def kernels() -> list[Kernel]:
         found.append(_update(*dtypes.split()))
     for dtypes in ("fp32 fp32", "fp32 bf16", "fp64 fp64"):
         found.append(_dots(*dtypes.split()))
+    for dtypes in ("fp32 fp32", "fp32 bf16", "fp64 fp64"):
+        found += [_precondition(*dtypes.split(), has_z, moves) for has_z in (True, False) for moves in (True, False)]
     for x in ("bf16", "fp32"):
         for second in (False, True):
             found += [_loss(x, second, bce) for bce in (False, True)]
@@ -130,6 +137,17 @@ def _dots(z: str, r: str) -> Kernel:
     return Kernel(
         f"dots {z} {r}", triton_parameters.dots_kernel, types, constants, warps, (_vectors(block, warps, z, r), 0)
     )
+
+
+def _precondition(v: str, r: str, has_z: bool, moves: bool) -> Kernel:
+    types = dict(table="*i64", tensors="i32", weight="*fp64", decay="fp64", eps="fp64", partials="*fp64", slots="i32")
+    types |= dict(scalars="*fp64") if moves else {}
+    block, warps = triton_preconditioners.block_main(DTYPES[v], DTYPES[r]), triton_parameters.WARPS
+    constants = dict(U=TYPES[v], V=TYPES[v], R=TYPES[r], Z=TYPES[v], HAS_Z=has_z)
+    constants |= _list_options() | dict(BLOCK_MAIN=block)
+    vectors = _vectors(block, warps, *[v] * (1 + has_z), r), _vectors(block, warps, *[v] * (1 + moves))
+    name = f"precondition_ {v} {r}{'' if has_z else ' -z'}{'' if moves else ' -scalars'}"
+    return Kernel(name, triton_preconditioners.precondition_kernel, types, constants, warps, vectors)
 
 
 def _loss(x: str, second: bool, bce: bool) -> Kernel:

@@ -12,13 +12,13 @@ from torch import Tensor
 from benchmarks.compare import Spread
 from benchmarks.gpu.measure import BANDWIDTH_BAR, MARK, ROUNDS, Call, as_text, bandwidth_table, in_turn, ratio
 from benchmarks.report import Report, bar
-from curveball_fused import ops
+from curveball_fused import backends, ops
 from curveball_fused.backends.reference import parameters as reference
 from curveball_fused.backends.scalars import DIRECTION_DAMPING, SCALARS
 from tests.gpu.device import BACKENDS, DEVICE, launches, resnet50, to_device
 
 COUNT, SIZE = 256, 3_906_250  # 10⁹ elements
-SGD, COMPILED = "torch.optim.SGD, fused", "torch.compile"
+SGD, ADAM, COMPILED = "torch.optim.SGD, fused", "torch.optim.Adam, fused", "torch.compile"
 # By these, the numbers stay in range however often the update is repeated.
 BETA, RHO, LAMBD, LR = 1e-3, 0.9, 0.1, 1e-3
 LAUNCHES_BAR = 3
@@ -42,6 +42,17 @@ def sgd(w: list[Tensor], z: list[Tensor], r: list[Tensor]) -> torch.optim.SGD:
     for p, z_i, r_i in zip(params, z, r, strict=True):
         p.grad = r_i
         optimizer.state[p]["momentum_buffer"] = z_i
+    return optimizer
+
+
+def adam(w: list[Tensor], z: list[Tensor], v: list[Tensor], r: list[Tensor]) -> torch.optim.Adam:
+    """Fused Adam on the tensors given: parameters, averages of gradients and of their squares, and gradients."""
+    params = [torch.nn.Parameter(w_i) for w_i in w]
+    optimizer = torch.optim.Adam(params, lr=1e-6, fused=True)
+    for p, z_i, v_i, r_i in zip(params, z, v, r, strict=True):
+        p.grad = r_i
+        step = torch.zeros((), device=DEVICE)
+        optimizer.state[p] |= {"step": step, "exp_avg": z_i, "exp_avg_sq": v_i}
     return optimizer
 
 
@@ -81,6 +92,34 @@ def test_low_precision(report: Report, copy: Call) -> None:
     bandwidth_table(report, "update_, 10⁹ bfloat16", note, copy, calls, 14.0 * COUNT * SIZE, BANDWIDTH_BAR, "torch")
     calls = {name: lambda b=name: ops.dots(z, r, backend=b) for name in ("torch", *BACKENDS)}
     bandwidth_table(report, "dots, 10⁹ bfloat16", note, copy, calls, 6.0 * COUNT * SIZE, BANDWIDTH_BAR, "torch")
+
+
+@pytest.mark.parametrize("kind", ["v moves", "v stays", "v moves, no z", "v moves, bfloat16 r"])
+def test_precondition(kind: str, report: Report, copy: Call) -> None:
+    """Into u that are there: making them takes the host's time."""
+    shapes, r_dtype = [(SIZE,)] * COUNT, torch.bfloat16 if "bfloat16" in kind else torch.float32
+    u, v, z = (tensors(shapes, torch.float32) for _ in range(3))
+    r, weight = tensors(shapes, r_dtype), to_device(0.5)[0]
+    for v_i in v:
+        v_i.square_()
+    has_z, taken = "no z" not in kind, None if "stays" in kind else to_device(BETA, RHO)
+
+    def precondition(backend: str) -> Tensor:
+        kernels = backends.preconditioner_kernels(backend)
+        sums: Tensor = kernels.precondition_(u, v, r, z if has_z else [], weight, 0.999, 1e-8, taken)
+        return sums
+
+    calls: dict[str, Call] = {name: lambda b=name: precondition(b) for name in (*BACKENDS, "torch")}
+    if kind == "v moves":
+        calls = {ADAM: adam(u, z, v, r).step, **calls}
+    baseline = ADAM if kind == "v moves" else "torch"
+    # v, r and z are read, u and v written.
+    traffic = (4.0 + r_dtype.itemsize + 4.0 * has_z + 4.0 + 4.0 * (taken is not None)) * COUNT * SIZE
+    note = (
+        f"u ← r / p with p = √(v / weight) + ε, {kind}; and {'r·u, z·Pz, z·r' if has_z else 'r·u'}, in double "
+        f"precision: 10⁹ numbers in {COUNT} tensors. A step of Adam reads and writes 28 bytes a number."
+    )
+    bandwidth_table(report, f"precondition_, 10⁹, {kind}", note, copy, calls, traffic, BANDWIDTH_BAR, baseline)
 
 
 def test_small_list(report: Report) -> None:

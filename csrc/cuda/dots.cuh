@@ -6,20 +6,23 @@
 
 namespace curveball::cuda {
 
+template <int Capacity>
+using DotsList = TensorList<2, Capacity>;  // z and r
+
 template <int N, typename Z, typename R>
 struct DotsVectors {
   Vector<Z, N> z;
   Vector<R, N> r;
 };
 
-// A block writes the three sums of one chunk. The table's places for w, lr and the like are not used.
+// A block writes the three sums of one chunk.
 template <typename Z, typename R, int Capacity>
 __global__ void __launch_bounds__(kListThreads, 2)
-    dots_kernel(const TensorList<Capacity> __grid_constant__ list, double* partials) {
+    dots_kernel(const DotsList<Capacity> __grid_constant__ list, double* partials) {
   __shared__ double shared[kBlockSumSize<3>];
   const Chunk chunk = find_chunk(list, static_cast<int>(blockIdx.x));
-  const Z* z = static_cast<const Z*>(list.data[1][chunk.tensor]) + chunk.begin;
-  const R* r = static_cast<const R*>(list.data[2][chunk.tensor]) + chunk.begin;
+  const Z* z = static_cast<const Z*>(list.data[0][chunk.tensor]) + chunk.begin;
+  const R* r = static_cast<const R*>(list.data[1][chunk.tensor]) + chunk.begin;
   // Vectors have 16 bytes of the narrower and up to 64 of the wider; 8 to 10 loads of 16 bytes are under way.
   constexpr int narrow = sizeof(Z) < sizeof(R) ? sizeof(Z) : sizeof(R), N = 16 / narrow;
   constexpr int loads = N * (sizeof(Z) + sizeof(R)) / 16, unroll = loads > 4 ? 2 : 8 / loads;

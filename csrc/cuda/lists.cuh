@@ -18,17 +18,19 @@ constexpr int kListThreads = 512;
 // lists use the short table. 512 tensors are more than a ResNet-152 has.
 constexpr int kShortList = 64, kLongList = 512;
 
-template <int Capacity>
+// `Operands` lists side by side, of up to `Capacity` tensors each.
+template <int Operands, int Capacity>
 struct TensorList {
   int tensors;
   int first_block[Capacity];    // the tensor's chunks are the blocks from here to the next tensor's
   int first_partial[Capacity];  // where the first chunk's sum goes
-  int group[Capacity];
-  double lr[Capacity], weight_decay[Capacity];
   int64 numel[Capacity];
-  void* data[3][Capacity];  // w, z, r
+  void* data[Operands][Capacity];
 };
-static_assert(sizeof(TensorList<kShortList>) < 4096 - 64 && sizeof(TensorList<kLongList>) < 32764 - 64);
+
+// Whether both lengths of a kind of list leave room for the other arguments.
+template <template <int> class List>
+constexpr bool kFits = sizeof(List<kShortList>) < 4096 - 64 && sizeof(List<kLongList>) < 32764 - 64;
 
 struct Chunk {
   int tensor;
@@ -37,8 +39,8 @@ struct Chunk {
   int partial;
 };
 
-template <int Capacity>
-__device__ __forceinline__ Chunk find_chunk(const TensorList<Capacity>& list, int block) {
+template <int Operands, int Capacity>
+__device__ __forceinline__ Chunk find_chunk(const TensorList<Operands, Capacity>& list, int block) {
   // The last tensor whose first block is not after this one.
   int low = 0, high = list.tensors;
   while (high - low > 1) {

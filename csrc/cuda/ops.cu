@@ -8,6 +8,7 @@
 #include "../tensor_checks.h"
 #include "dots.cuh"
 #include "launch.h"
+#include "preconditioner.cuh"
 #include "solve.cuh"
 #include "update.cuh"
 
@@ -27,17 +28,20 @@ Numbers optional_numbers(const std::optional<Tensor>& tensor, size_t count, cons
 
 // ---------------------------------------------------------------------------------------------- lists
 
-// One tensor of the lists, as a kernel sees it.
+// One index of the lists, as a kernel sees it: the address of each operand, as many as there are.
 struct Entry {
-  void *w, *z, *r;
+  void* data[4];
   int64_t numel;
-  int first_partial, group;
-  double lr, weight_decay;
+  int first_partial;
+  int group = 0;
+  double lr = 0.0, weight_decay = 0.0;
 };
 
 int64_t chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-// The entries of one combination of dtypes: [of w or z][of r].
+void* address(const Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); }
+
+// The entries of each combination of dtypes: [of w, v or z][of r].
 using Entries = std::vector<Entry>[kDTypeCount][kDTypeCount];
 
 // Gives every tensor that is not empty the places of its chunks' sums, in the order of the list: so the order of
@@ -56,36 +60,43 @@ class Places {
   int64_t end_ = 0;
 };
 
-template <int Capacity, typename Launch>
+template <int Operands, int Capacity>
+void fill(TensorList<Operands, Capacity>& list, int i, const Entry& e) {
+  list.first_partial[i] = e.first_partial;
+  list.numel[i] = e.numel;
+  for (int operand = 0; operand < Operands; operand++) list.data[operand][i] = e.data[operand];
+}
+
+template <int Capacity>
+void fill(UpdateList<Capacity>& list, int i, const Entry& e) {
+  fill(static_cast<TensorList<3, Capacity>&>(list), i, e);
+  list.group[i] = e.group;
+  list.lr[i] = e.lr;
+  list.weight_decay[i] = e.weight_decay;
+}
+
+template <typename List, typename Launch>
 void launch_list(const Entry* entries, int count, const Launch& launch_) {
-  TensorList<Capacity> list;
+  List list;
   int64_t blocks = 0;
   for (int i = 0; i < count; i++) {
-    const Entry& e = entries[i];
     list.first_block[i] = static_cast<int>(blocks);
-    list.first_partial[i] = e.first_partial;
-    list.group[i] = e.group;
-    list.lr[i] = e.lr;
-    list.weight_decay[i] = e.weight_decay;
-    list.numel[i] = e.numel;
-    list.data[0][i] = e.w;
-    list.data[1][i] = e.z;
-    list.data[2][i] = e.r;
-    blocks += chunks(e.numel);
+    fill(list, i, entries[i]);
+    blocks += chunks(entries[i].numel);
   }
   list.tensors = count;
   launch_(list, blocks);
 }
 
 // launch_(list, blocks) for as many lists as it takes.
-template <typename Launch>
+template <template <int> class List, typename Launch>
 void launch_lists(const std::vector<Entry>& entries, const Launch& launch_) {
   for (size_t begin = 0; begin < entries.size(); begin += kLongList) {
     const int count = static_cast<int>(std::min<size_t>(kLongList, entries.size() - begin));
     if (count <= kShortList) {
-      launch_list<kShortList>(&entries[begin], count, launch_);
+      launch_list<List<kShortList>>(&entries[begin], count, launch_);
     } else {
-      launch_list<kLongList>(&entries[begin], count, launch_);
+      launch_list<List<kLongList>>(&entries[begin], count, launch_);
     }
   }
 }
@@ -107,8 +118,8 @@ struct UpdateCall {
 
 template <typename W, typename R>
 void launch_update(const std::vector<Entry>& entries, const UpdateCall& call) {
-  launch_lists(entries, [&](const auto& list, int64_t blocks) {
-    constexpr int capacity = sizeof(list.group) / sizeof(list.group[0]);
+  launch_lists<UpdateList>(entries, [&](const auto& list, int64_t blocks) {
+    constexpr int capacity = sizeof(list.numel) / sizeof(list.numel[0]);
     launch(update_kernel<W, Compute<W>, R, capacity>, blocks, kListThreads, 0, call.stream, list, call.scalars,
            call.lr_tensor, call.partials);
   });
@@ -144,9 +155,12 @@ Tensor update_cuda(std::vector<Tensor> params, std::vector<Tensor> z, std::vecto
       check_device(r[i], "r", i, scalars);
       const int64_t numel = params[i].numel();
       if (numel == 0) continue;
-      entries[dtypes.w][dtypes.r].push_back({params[i].mutable_data_ptr(), z[i].mutable_data_ptr(),
-                                             const_cast<void*>(r[i].const_data_ptr()), numel, places.next(numel),
-                                             static_cast<int>(g), lr[g], weight_decay[g]});
+      entries[dtypes.w][dtypes.r].push_back({{params[i].mutable_data_ptr(), z[i].mutable_data_ptr(), address(r[i])},
+                                             numel,
+                                             places.next(numel),
+                                             static_cast<int>(g),
+                                             lr[g],
+                                             weight_decay[g]});
     }
     group_ends.push_back(places.end());
   }
@@ -179,8 +193,8 @@ Tensor update_cuda(std::vector<Tensor> params, std::vector<Tensor> z, std::vecto
 
 template <typename Z, typename R>
 void launch_dots(const std::vector<Entry>& entries, double* partials, Stream stream) {
-  launch_lists(entries, [&](const auto& list, int64_t blocks) {
-    constexpr int capacity = sizeof(list.group) / sizeof(list.group[0]);
+  launch_lists<DotsList>(entries, [&](const auto& list, int64_t blocks) {
+    constexpr int capacity = sizeof(list.numel) / sizeof(list.numel[0]);
     launch(dots_kernel<Z, R, capacity>, blocks, kListThreads, 0, stream, list, partials);
   });
 }
@@ -196,9 +210,7 @@ Tensor dots_cuda(std::vector<Tensor> z, std::vector<Tensor> r) {
     check_device(r[i], "r", i, z[0]);
     const int64_t numel = z[i].numel();
     if (numel == 0) continue;
-    entries[z_dtype][r_dtype].push_back({nullptr, const_cast<void*>(z[i].const_data_ptr()),
-                                         const_cast<void*>(r[i].const_data_ptr()), numel, places.next(numel), 0, 0.0,
-                                         0.0});
+    entries[z_dtype][r_dtype].push_back({{address(z[i]), address(r[i])}, numel, places.next(numel)});
   }
 
   const DeviceGuard guard(z[0].get_device_index());
@@ -213,6 +225,65 @@ Tensor dots_cuda(std::vector<Tensor> z, std::vector<Tensor> r) {
   launch_dots<double, BFloat16>(entries[kFloat64][kBFloat16], partials, stream);
   launch_dots<double, float>(entries[kFloat64][kFloat32], partials, stream);
   launch_dots<double, double>(entries[kFloat64][kFloat64], partials, stream);
+  launch(finish_dots_kernel<kFinishThreads>, 1, kFinishThreads, 0, stream, partials, places.end(),
+         result.mutable_data_ptr<double>());
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------- precondition
+
+struct PreconditionCall {
+  const double* weight;
+  double decay, eps;
+  const double* scalars;  // or null
+  double* partials;
+  Stream stream;
+};
+
+template <typename V, typename R>
+void launch_precondition(const Entries& entries, const PreconditionCall& call) {
+  launch_lists<DiagonalList>(entries[dtype_of_type<V>][dtype_of_type<R>], [&](const auto& list, int64_t blocks) {
+    constexpr int capacity = sizeof(list.numel) / sizeof(list.numel[0]);
+    launch(precondition_kernel<V, R, capacity>, blocks, kListThreads, 0, call.stream, list, call.weight, call.decay,
+           call.eps, call.scalars, call.partials);
+  });
+}
+
+// As curveball_fused.ops.precondition_ says, with u given.
+Tensor precondition_cuda(std::vector<Tensor> u, std::vector<Tensor> v, std::vector<Tensor> r, std::vector<Tensor> z,
+                         Tensor weight, double decay, double eps, std::optional<Tensor> scalars) {
+  check_precondition_lists(u, v, r, z, decay, eps);
+  const double* weight_data = read_doubles(weight, 1, "weight");
+  const double* scalars_data = scalars ? read_doubles(*scalars, 2, "scalars") : nullptr;
+  if (scalars) check_device(*scalars, "scalars", 0, weight);
+  Entries entries;
+  Places places;
+  for (size_t i = 0; i < v.size(); i++) {
+    const Tensor* z_i = z.empty() ? nullptr : &z[i];
+    const auto [v_dtype, r_dtype] = check_precondition(u[i], v[i], r[i], z_i, i);
+    check_device(u[i], "u", i, weight);
+    check_device(v[i], "v", i, weight);
+    check_device(r[i], "r", i, weight);
+    if (z_i) check_device(*z_i, "z", i, weight);
+    const int64_t numel = v[i].numel();
+    if (numel == 0) continue;
+    entries[v_dtype][r_dtype].push_back(
+        {{u[i].mutable_data_ptr(), v[i].mutable_data_ptr(), address(r[i]), z_i ? address(*z_i) : nullptr},
+         numel,
+         places.next(numel)});
+  }
+
+  const DeviceGuard guard(weight.get_device_index());
+  const Stream stream = current_stream(weight.get_device_index());
+  Tensor scratch = new_doubles(weight, {3 * int64_t(places.end())}), result = new_doubles(weight, {3});
+  double* partials = scratch.mutable_data_ptr<double>();
+  const PreconditionCall call{weight_data, decay, eps, scalars_data, partials, stream};
+  launch_precondition<float, Float16>(entries, call);
+  launch_precondition<float, BFloat16>(entries, call);
+  launch_precondition<float, float>(entries, call);
+  launch_precondition<double, Float16>(entries, call);
+  launch_precondition<double, BFloat16>(entries, call);
+  launch_precondition<double, double>(entries, call);
   launch(finish_dots_kernel<kFinishThreads>, 1, kFinishThreads, 0, stream, partials, places.end(),
          result.mutable_data_ptr<double>());
   return result;
@@ -267,6 +338,7 @@ Tensor adapt_damping_cuda(Tensor scalars, Tensor new_loss, double low, double hi
 CURVEBALL_REGISTER(library) {
   library.impl("update_", TORCH_BOX(&curveball::cuda::update_cuda));
   library.impl("dots", TORCH_BOX(&curveball::cuda::dots_cuda));
+  library.impl("precondition_", TORCH_BOX(&curveball::cuda::precondition_cuda));
   library.impl("solve", TORCH_BOX(&curveball::cuda::solve_cuda));
   library.impl("adapt_damping", TORCH_BOX(&curveball::cuda::adapt_damping_cuda));
 }

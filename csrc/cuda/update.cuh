@@ -8,6 +8,14 @@
 
 namespace curveball::cuda {
 
+// w, z and r, and each tensor's group and its rates.
+template <int Capacity>
+struct UpdateList : TensorList<3, Capacity> {
+  int group[Capacity];
+  double lr[Capacity], weight_decay[Capacity];
+};
+static_assert(kFits<UpdateList>);
+
 template <int N, typename W, typename Z, typename R>
 struct UpdateVectors {
   Vector<W, N> w;
@@ -64,7 +72,7 @@ __device__ __forceinline__ double square_chunk(const Z* z, int count) {
 // skip), w and z stay as they are.
 template <typename W, typename Z, typename R, int Capacity>
 __global__ void __launch_bounds__(kListThreads, 2)
-    update_kernel(const TensorList<Capacity> __grid_constant__ list, const double* scalars, Numbers lr_tensor,
+    update_kernel(const UpdateList<Capacity> __grid_constant__ list, const double* scalars, Numbers lr_tensor,
                   double* partials) {
   __shared__ double shared[kBlockSumSize<1>];
   const Chunk chunk = find_chunk(list, static_cast<int>(blockIdx.x));

@@ -124,6 +124,10 @@ def preconditioner_kernels(chosen: str) -> Any:
         from .reference import preconditioners as reference_preconditioners
 
         return reference_preconditioners
+    if chosen == "triton":
+        from .triton import preconditioners as triton_preconditioners
+
+        return triton_preconditioners
     return torch.ops.curveball_fused
 
 

@@ -65,6 +65,9 @@ def run(inputs: Inputs, backend: str) -> list[Tensor]:
     """Everything that the operators make of `inputs`."""
     w, z = [t.clone() for t in inputs.w], [t.clone() for t in inputs.z]
     sums = ops.dots(z, inputs.r, backend=backend)
+    v = [t.square() for t in z]
+    metric = dict(decay=0.99, eps=1e-8, scalars=inputs.scalars, backend=backend)
+    u, metric_sums = ops.precondition_(v, inputs.r, z, inputs.loss, **metric)
     solved = ops.solve(
         inputs.scalars, inputs.loss, inputs.products, sums,
         lr=inputs.rates[0], theta=0.5, average=0.9, bounded=True, backend=backend,
@@ -75,7 +78,7 @@ def run(inputs: Inputs, backend: str) -> list[Tensor]:
         backend=backend,
     )  # fmt: skip
     adapted = ops.adapt_damping(updated, inputs.loss * 0.5, **RULE, backend=backend)
-    results = [*w, *z, sums, solved, updated, adapted]
+    results = [*w, *z, sums, *u, *v, metric_sums, solved, updated, adapted]
     for (x, v, u), y, weight in zip(inputs.logits, inputs.classes, inputs.weight, strict=True):
         entropy = dict(ignore_index=3, label_smoothing=0.1, backend=backend)
         first = loss_ops.cross_entropy_cotangent(x, v, y, weight, **entropy)

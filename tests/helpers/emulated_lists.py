@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ def draw(n: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
     """Random numbers, `offset` elements behind an address that is a multiple of 64 bytes."""
     buffer = torch.randn(offset + n + 9, dtype=torch.float64).to(dtype)
     return buffer[offset : offset + n]
+
+
+def reserved(n: int, dtype: torch.dtype) -> Tensor:
+    """n zeros that take memory only where they are touched."""
+    no_reserve = 0x4000
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, n * dtype.itemsize, flags=flags), dtype=dtype)
 
 
 def surroundings(t: Tensor) -> Tensor:

@@ -42,19 +42,21 @@ WARPS = 8
 
 
 @triton.jit
-def _main_elements(count, addresses, BLOCK_MAIN: tl.constexpr):
+def main_elements(count, addresses, BLOCK_MAIN: tl.constexpr):
     """Return how many elements of a chunk are whole blocks at aligned addresses."""
     # They are accessed without a mask, which makes every access 128 bits wide.
     return tl.where(addresses % 16 == 0, count // BLOCK_MAIN * BLOCK_MAIN, 0)
 
 
 @triton.jit
-def _at(address, begin, TYPE: tl.constexpr):
+def at(address, begin, TYPE: tl.constexpr):
+    """Return a pointer to an element, as a table holds addresses."""
     return address.to(tl.pointer_type(TYPE)) + begin
 
 
 @triton.jit
-def _aligned(address, begin, TYPE: tl.constexpr):
+def aligned(address, begin, TYPE: tl.constexpr):
+    """Return the same, where that is at a multiple of 16 bytes, as the compiler is told."""
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)) + begin, 16)
 
 
@@ -107,15 +109,15 @@ def update_kernel(
 
     begin = chunk * CHUNK
     count = tl.minimum(numel - begin, CHUNK)
-    main = _main_elements(count, w_address | z_address | r_address, BLOCK_MAIN)
+    main = main_elements(count, w_address | z_address | r_address, BLOCK_MAIN)
     squares = zeros(BLOCK_MAIN)
     for start in range(0, main, BLOCK_MAIN):
-        w, z, r = _aligned(w_address, begin, W), _aligned(z_address, begin, Z), _aligned(r_address, begin, R)
+        w, z, r = aligned(w_address, begin, W), aligned(z_address, begin, Z), aligned(r_address, begin, R)
         offsets = start + tl.arange(0, BLOCK_MAIN)
         squares += _move(w, z, r, offsets, None, keep, beta, shrink, rate, finite)
     rest = zeros(BLOCK_TAIL)
     for start in range(main, count, BLOCK_TAIL):
-        w, z, r = _at(w_address, begin, W), _at(z_address, begin, Z), _at(r_address, begin, R)
+        w, z, r = at(w_address, begin, W), at(z_address, begin, Z), at(r_address, begin, R)
         offsets = start + tl.arange(0, BLOCK_TAIL)
         more = _move(w, z, r, offsets, offsets < count, keep, beta, shrink, rate, finite)
         rest += tl.where(offsets < count, more, 0.0)
@@ -174,13 +176,13 @@ def dots_kernel(
 
     begin = chunk * CHUNK
     count = tl.minimum(numel - begin, CHUNK)
-    main = _main_elements(count, z_address | r_address, BLOCK_MAIN)
+    main = main_elements(count, z_address | r_address, BLOCK_MAIN)
     VECTOR: tl.constexpr = 128 // Z.primitive_bitwidth
     zz, zr, rr = zeros(BLOCK_MAIN // VECTOR), zeros(BLOCK_MAIN // VECTOR), zeros(BLOCK_MAIN // VECTOR)
     for start in range(0, main, BLOCK_MAIN):
         offsets = start + tl.arange(0, BLOCK_MAIN)
-        z = tl.load(_aligned(z_address, begin, Z) + offsets).to(tl.float64)
-        r = tl.load(_aligned(r_address, begin, R) + offsets).to(tl.float64)
+        z = tl.load(aligned(z_address, begin, Z) + offsets).to(tl.float64)
+        r = tl.load(aligned(r_address, begin, R) + offsets).to(tl.float64)
         zz += reduce_vectors(z * z, BLOCK_MAIN, VECTOR)
         zr += reduce_vectors(z * r, BLOCK_MAIN, VECTOR)
         rr += reduce_vectors(r * r, BLOCK_MAIN, VECTOR)
@@ -188,8 +190,8 @@ def dots_kernel(
     zz, zr, rr = zeros(BLOCK_TAIL), zeros(BLOCK_TAIL), zeros(BLOCK_TAIL)
     for start in range(main, count, BLOCK_TAIL):
         offsets = start + tl.arange(0, BLOCK_TAIL)
-        z = tl.load(_at(z_address, begin, Z) + offsets, offsets < count, other=0.0).to(tl.float64)
-        r = tl.load(_at(r_address, begin, R) + offsets, offsets < count, other=0.0).to(tl.float64)
+        z = tl.load(at(z_address, begin, Z) + offsets, offsets < count, other=0.0).to(tl.float64)
+        r = tl.load(at(r_address, begin, R) + offsets, offsets < count, other=0.0).to(tl.float64)
         zz, zr, rr = zz + z * z, zr + z * r, rr + r * r
     tl.store(slot, zz_sum + tl.sum(zz))
     tl.store(slot + slots, zr_sum + tl.sum(zr))
@@ -265,7 +267,7 @@ def dots(z: Sequence[Tensor], r: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def run(kernel: Any, launch: Launch, *arguments: Any) -> None:
+def run(kernel: Any, launch: Launch, *arguments: Any, **constants: Any) -> None:
     """Run one launch of a kernel over lists."""
     types = (TYPES[dtype] for dtype in launch.dtypes)
     kernel[(launch.programs,)](
@@ -273,9 +275,7 @@ def run(kernel: Any, launch: Launch, *arguments: Any) -> None:
         launch.tensors,
         *arguments,
         *types,
-        CHUNK=CHUNK,
-        BLOCK_MAIN=BLOCK_MAIN,
-        BLOCK_TAIL=BLOCK_TAIL,
+        **(dict(CHUNK=CHUNK, BLOCK_MAIN=BLOCK_MAIN, BLOCK_TAIL=BLOCK_TAIL) | constants),
         num_warps=WARPS,
         enable_fp_fusion=True,
     )

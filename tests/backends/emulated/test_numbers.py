@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import Z_DOT_Z
 from tests.helpers.emulated import DTYPES, operators, scalars
-from tests.helpers.emulated_lists import CHUNK, draw, update_
+from tests.helpers.emulated_lists import CHUNK, draw, reserved, update_
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -87,13 +85,6 @@ def test_the_same_bits_in_any_order_of_warps_and_blocks(device: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- more than 2^31 elements
-
-
-def reserved(n: int, dtype: torch.dtype) -> Tensor:
-    """n zeros that take memory only where they are touched."""
-    no_reserve = 0x4000
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    return torch.frombuffer(mmap.mmap(-1, n * dtype.itemsize, flags=flags), dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
