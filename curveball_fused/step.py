@@ -65,14 +65,20 @@ class StepKind(NamedTuple):
 
 def kind_of(settings: Settings, step: int) -> StepKind:
     """Return the kind of the step of this number, counted from zero."""
-    adaptation = settings.solve_interval * settings.lambda_interval
+    solve, adaptation, comparison = intervals(settings)
     return StepKind(
-        solve=step < EARLY_SOLVES or step % settings.solve_interval == 0,
+        solve=step < EARLY_SOLVES or step % solve == 0,
         adapt_damping=settings.auto_lambda and step % adaptation == 0,
-        # Steps that compare adapt λ, so that there is only one kind of them.
-        compare=step % (adaptation * math.ceil(guard.INTERVAL / adaptation)) == 0,
+        compare=step % comparison == 0,
         gather=settings.preconditioner is not None and gathers(step),
     )
+
+
+def intervals(settings: Settings) -> tuple[int, int, int]:
+    """Return after how many steps a step solves, adapts λ and compares; each is a multiple of the one before."""
+    solve = settings.solve_interval
+    adaptation = solve * settings.lambda_interval
+    return solve, adaptation, adaptation * math.ceil(guard.INTERVAL / adaptation)
 
 
 # torch.compile(optimizer.step) runs the step as it is: its kernels are compiled already.

@@ -33,7 +33,7 @@ from curveball_fused.optimizer import CurveBall
 from curveball_fused.replay import Replay
 from curveball_fused.replay.generators import host_positions
 from curveball_fused.settings import Settings
-from curveball_fused.step import EARLY_SOLVES, StepInputs, StepKind, finish, kind_of, prepared, run_step
+from curveball_fused.step import EARLY_SOLVES, StepInputs, StepKind, finish, intervals, kind_of, prepared, run_step
 
 from .capture import Capture, Pool
 from .host_reads import refuse_host_reads
@@ -294,9 +294,8 @@ def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> No
 
 def _examples(settings: Settings) -> tuple[int, ...]:
     """Return numbers of steps among which there are all kinds."""
-    adaptation = settings.solve_interval * settings.lambda_interval
-    multiples = (n * (-(-EARLY_SOLVES // n) + i) for n in (1, settings.solve_interval, adaptation) for i in (0, 1))
-    return 0, 1, *multiples
+    later = (n * (-(-EARLY_SOLVES // n) + i) for n in (1, *intervals(settings)) for i in range(4))
+    return 0, 1, *later
 
 
 def _a_step_of(kind: StepKind, settings: Settings) -> int:

@@ -143,7 +143,9 @@ def test_averaging_in_float16(options: dict[str, Any], part: bool) -> None:
         for _ in range(6):
             optimizer.step(under(half, model), cross_entropy, curvature_batch=given)
         results.append([optimizer.stats()[name] for name in ("loss", "beta", "rho")])
-    torch.testing.assert_close(results[1], results[0], rtol=0.02, atol=0)
+    # In a metric a gradient that is mostly rounding counts like any other, and ρ is a small difference: 0.004.
+    atol = 1e-3 if "preconditioner" in options else 0
+    torch.testing.assert_close(results[1], results[0], rtol=0.02, atol=atol)
 
 
 class NoFloat64(TorchDispatchMode):
