@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curveball_fused import backends, checks, state
-from curveball_fused.settings import DEFAULTS, Settings, with_former_options
+from curveball_fused.settings import Settings, defaults_of, with_former_options
 from curveball_fused.step import StepInputs, take_step
 
 
@@ -147,7 +147,7 @@ class CurveBall(Optimizer):
             "debug": debug,
         }
         checks.preconditioner(preconditioner)
-        chosen = DEFAULTS[preconditioner]
+        chosen = defaults_of(preconditioner, direction)
         defaults = {name: chosen.get(name) if value is None else value for name, value in defaults.items()}
         checks.hyper_parameters(defaults)
         super().__init__(params, defaults)

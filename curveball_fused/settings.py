@@ -15,7 +15,7 @@ PER_GROUP = ("lr", "weight_decay")
 DIRECTIONS = ("residual", "gradient")
 # What the defaults depend on: in the metric P of a preconditioner a gradient has no scale of its own, so that one λ
 # suits all models, and the direction is good enough to be solved for now and then.
-DEFAULTS: dict[str | None, dict[str, Any]] = {
+_DEFAULTS: dict[str | None, dict[str, Any]] = {
     None: dict(lambd=1.0, lambda_factor=0.999, direction="residual", average=0.0, solve_interval=1),
     "kronecker": dict(lambd=100.0, lambda_factor=0.99, direction="gradient", average=0.9, solve_interval=10),
 }
@@ -79,6 +79,12 @@ class Settings:
         curvature = "compiled" if self.compile else self.curvature
         methods = AUTO if curvature == "auto" else (curvature,)
         return methods[methods.index(last) :] if last in methods else methods
+
+
+def defaults_of(preconditioner: str | None, direction: str | None) -> dict[str, Any]:
+    """Return the defaults of the options whose default depends on the metric; a residual is solved for in each step."""
+    defaults = _DEFAULTS[preconditioner]
+    return defaults | {"solve_interval": 1} if direction == "residual" else defaults
 
 
 def with_former_options(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

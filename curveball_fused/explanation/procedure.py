@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from curveball_fused.losses import LossFn, checked_loss
 from curveball_fused.losses.fused import fused
 from curveball_fused.losses.recognition import Recognizer
 from curveball_fused.optimizer import CurveBall
+from curveball_fused.preconditioners import multiply_adds, shapes
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
 from curveball_fused.step import StepInputs, take_step
@@ -102,6 +104,10 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
         parameter_bytes=sum(p.nbytes for p in trained),
         state_bytes=sum(p.numel() * compute_dtype(p.dtype).itemsize for p in trained),
         lambda_interval=optimizer.defaults["lambda_interval"],
+        metric_multiply_adds=sum(map(multiply_adds, trained)),
+        metric_bytes=sum(
+            math.prod(shape) * compute_dtype(p.dtype).itemsize for p in trained for shape in shapes(p).values()
+        ),
     )
 
 

@@ -65,6 +65,8 @@ class Explanation:
         parameters: number of their elements.
         parameter_bytes, state_bytes: of the parameters that are trained, and of CurveBall's state for them.
         lambda_interval: one of so many steps adapts λ, which costs a forward pass more.
+        metric_multiply_adds: of u = P⁻¹r, in each step with `preconditioner="kronecker"`.
+        metric_bytes: of P in the optimizer's state, likewise.
 
     Example::
 
@@ -85,6 +87,8 @@ class Explanation:
     parameter_bytes: int
     state_bytes: int
     lambda_interval: int
+    metric_multiply_adds: int
+    metric_bytes: int
 
     @property
     def method(self) -> str | None:
@@ -158,6 +162,10 @@ def _costs(e: Explanation) -> Iterator[str]:
     beside = f"the parameters ({_bytes(e.parameter_bytes)}), CurveBall's state ({_bytes(e.state_bytes)}) and the data"
     yield f"{_SEEN_BY.get(e.device.type, _SEEN_BY['cpu'])} Beside it:"
     yield f"{beside}."
+    over = e.backward.multiply_adds if e.backward is not None else 0
+    ratio = f" ({e.metric_multiply_adds / over:.2f} of forward + backward)" if over else ""
+    yield 'With preconditioner="kronecker" most steps are a forward and a backward pass, and for the metric'
+    yield f"{_si(e.metric_multiply_adds)}multiply-adds{ratio} and {_bytes(e.metric_bytes)} of state."
 
 
 def _row(name: str, cost: Cost, e: Explanation) -> str:

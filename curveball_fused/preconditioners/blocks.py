@@ -107,6 +107,12 @@ def shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def multiply_adds(p: Tensor) -> int:
+    """Return those of u = P⁻¹r for one parameter: two products with each basis, of m² n for a side of m beside n."""
+    sides = (shape[0] for name, shape in shapes(p).items() if name.endswith("_basis"))
+    return sum(2 * length * p.numel() for length in sides)
+
+
 def fresh_state(p: Tensor) -> dict[str, Tensor]:
     """Return the state of a new block: no gradient seen, and the bases those that the parameter is written in."""
     options: dict[str, Any] = dict(dtype=compute_dtype(p.dtype), device=p.device)
