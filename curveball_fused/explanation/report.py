@@ -165,7 +165,7 @@ def _costs(e: Explanation) -> Iterator[str]:
     over = e.backward.multiply_adds if e.backward is not None else 0
     ratio = f" ({e.metric_multiply_adds / over:.2f} of forward + backward)" if over else ""
     yield 'With preconditioner="kronecker" most steps are a forward and a backward pass, and for the metric'
-    yield f"{_si(e.metric_multiply_adds)}multiply-adds{ratio} and {_bytes(e.metric_bytes)} of state."
+    yield f"{_si(e.metric_multiply_adds).strip()} multiply-adds{ratio} and {_bytes(e.metric_bytes)} of state."
 
 
 def _row(name: str, cost: Cost, e: Explanation) -> str:
