@@ -92,7 +92,8 @@ CURVEBALL_INLINE DiagonalFactors<T> diagonal_factors(double decay, double weight
 // square. Zero below 2^-103 would leave |r| < 1e-14 divided by eps alone.
 template <typename Value, typename T>
 CURVEBALL_INLINE Value next_v(Value v, Value r, const DiagonalFactors<T>& f) {
-  return zero_below(kSmallestNormal<T>, f.keep * v + f.take * (r * r));
+  const Value next = f.keep * v + f.take * (r * r);  // is not negative
+  return next < kSmallestNormal<T> ? Value{} : next;
 }
 
 // p = sqrt(v / weight) + eps, out of the square root of the new v, which a vector takes in another way than a scalar.

@@ -62,24 +62,6 @@ CURVEBALL_LANES Doubles widen(Floats v) { return (Doubles)_mm256_cvtps_pd((__m12
 CURVEBALL_LANES Doubles widen(Floats v) { return __builtin_convertvector(v, Doubles); }
 #endif
 
-// IEEE 754 has the root rounded correctly, so every instruction set has the same.
-#if defined(CURVEBALL_AVX512)
-CURVEBALL_LANES Floats square_root(Floats v) { return (Floats)_mm256_sqrt_ps((__m256)v); }
-CURVEBALL_LANES Doubles square_root(Doubles v) { return (Doubles)_mm512_maskz_sqrt_pd(0xff, (__m512d)v); }
-#elif defined(CURVEBALL_AVX2)
-CURVEBALL_LANES Floats square_root(Floats v) { return (Floats)_mm_sqrt_ps((__m128)v); }
-CURVEBALL_LANES Doubles square_root(Doubles v) { return (Doubles)_mm256_sqrt_pd((__m256d)v); }
-#else
-CURVEBALL_LANES Floats square_root(Floats v) {
-  for (int64_t i = 0; i < kLanes; i++) v[i] = __builtin_sqrtf(v[i]);
-  return v;
-}
-CURVEBALL_LANES Doubles square_root(Doubles v) {
-  for (int64_t i = 0; i < kLanes; i++) v[i] = __builtin_sqrt(v[i]);
-  return v;
-}
-#endif
-
 // sum + a b. The product of two numbers that were float32 is exact in double (2 x 24 bits <= 53), so it does not matter
 // to the bits whether the instruction set fuses.
 template <typename A, typename B>

@@ -1,4 +1,4 @@
-// Arithmetic on whole registers of float or double, for the loops of the tangent operators.
+// Arithmetic on whole registers of float or double, for the loops of the tangent operators and of Adam's diagonal.
 //
 // As in lanes.h the vector types are GCC's and Clang's own extension. Included after a source file has chosen its
 // instruction set.
@@ -55,6 +55,23 @@ CURVEBALL_LANES Register<T> multiply_add(Register<T> a, Register<T> b, Register<
   if constexpr (sizeof(T) == sizeof(double)) return (Register<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #endif
   return a * b + c;
+}
+
+// Rounded correctly, as IEEE 754 asks, and so the same from every instruction set.
+template <typename T>
+CURVEBALL_LANES Register<T> square_root(Register<T> v) {
+#if defined(CURVEBALL_AVX512)  // a mask of ones: as for widen
+  if constexpr (sizeof(T) == sizeof(float)) return (Register<T>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+  if constexpr (sizeof(T) == sizeof(double)) return (Register<T>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+#elif defined(CURVEBALL_AVX2)
+  if constexpr (sizeof(T) == sizeof(float)) return (Register<T>)_mm256_sqrt_ps((__m256)v);
+  if constexpr (sizeof(T) == sizeof(double)) return (Register<T>)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int64_t i = 0; i < kWidth<T>; i++) {
+    v[i] = sizeof(T) == sizeof(float) ? __builtin_sqrtf(static_cast<float>(v[i])) : __builtin_sqrt(v[i]);
+  }
+#endif
+  return v;
 }
 
 }  // namespace
