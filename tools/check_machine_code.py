@@ -30,7 +30,7 @@ RULES = (
     (r"^update_kernel",                       64,          3,           2),  # reads r, z, w; writes z, w
     (r"^dots_kernel",                         64,          2,           0),  # reads z, r
     (r"^precondition_kernel<float",           64,          3,           2),  # reads v, r, z; writes u, v
-    (r"^precondition_kernel<double",          64,          2,           2),  # r may be of 16 bits
+    (r"^precondition_kernel<double",         128,          2,           2),  # r may be of 16 bits
     (r"^cross_entropy_cotangent",            168,          2,           1),  # reads x, v; writes c
     (r"^cross_entropy_products",             168,          3,           0),  # reads x, v, u
     (r"^element_cotangent",                  128,          2,           1),

@@ -23,9 +23,9 @@ struct DiagonalVectors {
 template <typename V, typename R>
 __device__ __forceinline__ void precondition_chunk(V* u, V* v, const R* r, const V* z, int count, bool stores_v,
                                                    const DiagonalFactors<V>& factors, double (&sums)[3]) {
-  // Vectors have 16 bytes of the narrower, but no more than two doubles, whose arithmetic takes many registers. 3 to 6
-  // loads of 16 bytes are under way for each thread.
-  constexpr int N = sizeof(V) == 8 ? 2 : kVectorLength<R>, unroll = sizeof(R) == 4 ? 2 : 1;
+  // Vectors have 16 bytes of the narrower, but no more than two doubles, whose arithmetic takes many registers. 5 or 6
+  // loads are under way for each thread.
+  constexpr int N = sizeof(V) == 8 ? 2 : kVectorLength<R>, unroll = N > 4 ? 1 : 2;
   for_each_element<N, unroll>(
       count, unaligned_head<N>(count, u, v, r, z ? z : v),
       [&](auto length, int i) {
@@ -57,9 +57,10 @@ __device__ __forceinline__ void precondition_chunk(V* u, V* v, const R* r, const
       });
 }
 
-// A block does one chunk and writes its three sums. v is written if there are scalars, with finite beta and rho.
+// A block does one chunk and writes its three sums. v is written if there are scalars, with finite beta and rho. Roots
+// and quotients of doubles are subroutines: with 64 registers for each thread they would spill.
 template <typename V, typename R, int Capacity>
-__global__ void __launch_bounds__(kListThreads, 2)
+__global__ void __launch_bounds__(kListThreads, sizeof(V) == 8 ? 1 : 2)
     precondition_kernel(const DiagonalList<Capacity> __grid_constant__ list, const double* weight, double decay,
                         double eps, const double* scalars, double* partials) {
   __shared__ double shared[kBlockSumSize<3>];

@@ -27,12 +27,6 @@ def block_main(v: torch.dtype, r: torch.dtype) -> int:
 
 
 @triton.jit
-def _zero_below(limit: tl.constexpr, x):
-    """Return x, and zero where |x| < limit; NaN stays."""
-    return tl.where(tl.abs(x) < limit, 0.0, x)
-
-
-@triton.jit
 def _precondition(u, v, r, z, offsets, mask, keep, take, scale, eps, moves, HAS_Z: tl.constexpr):
     """Write u and, if `moves`, v; return the terms of z·Pz, z·r and r·u, float64. `mask` and `moves` may be None."""
     # What is nearly subnormal becomes zero, as in csrc/formulas.h.
@@ -40,10 +34,12 @@ def _precondition(u, v, r, z, offsets, mask, keep, take, scale, eps, moves, HAS_
     negligible: tl.constexpr = 2.0**-970 if v.dtype.element_ty == tl.float64 else 2.0**-103
     v_old = tl.load(v + offsets, mask)
     r_value = tl.load(r + offsets, mask).to(v_old.dtype)
-    v_new = _zero_below(tiny, keep * v_old + take * (r_value * r_value))
+    v_new = keep * v_old + take * (r_value * r_value)
+    v_new = tl.where(v_new < tiny, 0.0, v_new)
     p = scale * tl.sqrt(v_new) + eps
     # v - v is NaN where v is not finite: u would be zero there.
-    u_new = _zero_below(negligible, r_value / p + (v_new - v_new))
+    u_new = r_value / p + (v_new - v_new)
+    u_new = tl.where(tl.abs(u_new) < negligible, 0.0, u_new)
     r_double = r_value.to(tl.float64)
     ru = r_double * u_new.to(tl.float64)
     zpz, zr = ru, ru
