@@ -59,10 +59,9 @@ def kept_coefficients(scalars: Tensor, loss: Tensor, squares: Tensor) -> Tensor:
         loss: of this step, minimized, 0-dim.
         squares: a sum over the gradient that is finite if all of it is, 0-dim.
     """
-    finite = torch.isfinite(loss) & torch.isfinite(squares)
+    finite = torch.isfinite(loss + squares)
     scalars = scalars.clone()
-    for index, average in ((BETA, AVERAGE_BETA), (RHO, AVERAGE_RHO)):
-        scalars[index] = torch.where(finite, scalars[average], torch.nan)
+    scalars[BETA : RHO + 1] = torch.where(finite, scalars[AVERAGE_BETA : AVERAGE_RHO + 1], torch.nan)
     scalars[LOSS] = loss
     scalars[SKIPPED_STEPS] += ~finite
     return scalars

@@ -1,0 +1,78 @@
+"""The bases of the Kronecker factors stay orthogonal, find the eigenvectors, and are refreshed in turns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curveball_fused.preconditioners.bases import EARLY_STEPS, INTERVAL, due_after, refresh, refreshed
+from curveball_fused.preconditioners.blocks import fresh_state
+
+SCALARS = torch.ones(2, dtype=torch.float64)
+
+
+def random_factor(n: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    m = torch.randn(n, 2 * n, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return (m * torch.logspace(0, -3, 2 * n, dtype=dtype)) @ m.T / n
+
+
+@pytest.mark.parametrize(("n", "refreshes"), [(8, 10_000), (96, 300)])
+def test_a_basis_stays_orthogonal(n: int, refreshes: int) -> None:
+    """As each is orthogonal anew, its error does not grow with their number: 10,000 are those of 100,000 steps."""
+    factor, basis = random_factor(n, torch.float32), torch.eye(n)
+    for i in range(refreshes):
+        m = torch.randn(n, 4, generator=torch.Generator().manual_seed(i))
+        factor.lerp_(m @ m.T * 10.0 ** (i % 7 - 3), 0.1)
+        basis = refreshed(factor, basis)
+    assert (basis.T @ basis - torch.eye(n)).abs().max() < 1e-5
+
+
+def test_a_basis_becomes_that_of_the_eigenvectors() -> None:
+    factor, basis = random_factor(12, torch.float64), torch.eye(12, dtype=torch.float64)
+    for _ in range(2000):
+        basis = refreshed(factor, basis)
+    turned = basis.T @ factor @ basis
+    assert (turned - torch.diag(turned.diag())).abs().max() < 1e-6 * turned.diag().max()
+
+
+def test_directions_of_which_a_factor_says_nothing_stay() -> None:
+    a = torch.tensor([[1.0, 2.0, 0.0, 0.0]], dtype=torch.float64)
+    basis = refreshed(a.T @ a, torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(basis[2:, 2:].abs(), torch.eye(2, dtype=torch.float64))
+    assert basis[:2, 2:].abs().max() < 1e-12
+
+
+def test_before_the_first_gradient_nothing_turns() -> None:
+    torch.testing.assert_close(refreshed(torch.zeros(5, 5), torch.eye(5)).abs(), torch.eye(5))
+
+
+@pytest.mark.parametrize("lengths", [[], [3], [64] * 30, [1024, 8, 8, 512, 4, 300, 300, 77], list(range(2, 40))])
+def test_each_side_has_its_turn_and_no_step_has_much_more_than_its_share(lengths: list[int]) -> None:
+    for step in range(EARLY_STEPS):
+        assert due_after(step, lengths) == list(range(len(lengths)))
+    turns = [due_after(EARLY_STEPS + step, lengths) for step in range(INTERVAL)]
+    assert sorted(i for turn in turns for i in turn) == list(range(len(lengths)))
+    work = [sum(lengths[i] ** 3 for i in turn) for turn in turns]
+    assert max(work) <= sum(work) / INTERVAL + max([n**3 for n in lengths], default=0)
+
+
+@pytest.mark.parametrize("beta", [1.0, torch.nan])
+def test_a_skipped_step_refreshes_nothing(beta: float) -> None:
+    state = fresh_state(torch.zeros(4, 3))
+    state["left_factor"].copy_(random_factor(4, torch.float32))
+    refresh([state], 0, SCALARS * beta)
+    assert torch.equal(state["left_basis"], torch.eye(4)) == (beta != 1.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [((), {}), ((7,), {}), ((0, 4), {}), ((1, 5), {"right": 5}), ((5, 1), {"left": 5}),
+     ((3, 4), {"left": 3, "right": 4}), ((3, 2, 3, 3), {"left": 3, "right": 18}), ((2000, 6), {"right": 6}), ((2000, 2000), {}), ((4, 0, 3), {})],
+)  # fmt: skip
+def test_which_sides_have_factors(shape: tuple[int, ...], sides: dict[str, int]) -> None:
+    state = fresh_state(torch.zeros(shape, dtype=torch.bfloat16))
+    assert state.pop("square_average").shape == shape
+    assert {name: tuple(t.shape) for name, t in state.items()} == {
+        f"{side}_{what}": (n, n) for side, n in sides.items() for what in ("factor", "basis")
+    }
+    assert all(t.dtype == torch.float32 for t in state.values())
