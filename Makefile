@@ -32,7 +32,7 @@ install: .venv/.made-install  ## make .venv with torch, the tools and this packa
 	$(PIP) install --no-build-isolation --editable '.[dev]'
 	touch $@
 
-demo: install  ## train a small model beside SGD and Adam; options in ARGS
+demo: install  ## train a small model by CurveBall, SGD and Adam; options in ARGS
 	$(BIN)/python examples/demo.py $(ARGS)
 
 # As many processes as cores, each with one thread.
