@@ -39,7 +39,7 @@ class CurveBall(Optimizer):
         preconditioner: the metric P in which a step measures lengths. None: the Euclidean metric, as published, in the
             memory of momentum SGD. "kronecker": for each matrix M of weights the eigenbasis of averages of MMᵀ and MᵀM
             over the gradients, and the root of their mean square in it (SOAP's): no option has to be tuned, at the
-            memory of some four to six copies of the weights (default: None).
+            memory of six copies of a square matrix of weights, and of more for other shapes (default: None).
         direction: "residual": Δ = P⁻¹Jᵀ(g + HJz) + λz, as published, or "gradient": Δ = P⁻¹Jᵀg, which needs no
             curvature between solves (default: "residual"; "gradient" with a preconditioner).
         lambd: damping λ, or its first value, at least 0, and within its bounds if it adapts; in the Euclidean metric 10

@@ -14,7 +14,7 @@ from curveball_fused.backends.scalars import BETA, GATHERED, RHO
 from .blocks import Block
 
 PRECONDITIONERS = (None, "kronecker")
-DECAY = 0.9  # of the factors and of the squares, a step
+DECAY = 0.95  # of the factors and of the squares, a step
 EPSILON = 1e-8  # added to √v̂, in the units of the gradient
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 
-DECAY, EPSILON, EARLY = 0.9, 1e-8, 10
+DECAY, EPSILON, EARLY = 0.95, 1e-8, 10
 
 
 @dataclass

@@ -67,7 +67,8 @@ def test_a_skipped_step_refreshes_nothing(beta: float) -> None:
 @pytest.mark.parametrize(
     ("shape", "sides"),
     [((), {}), ((7,), {}), ((0, 4), {}), ((1, 5), {"right": 5}), ((5, 1), {"left": 5}),
-     ((3, 4), {"left": 3, "right": 4}), ((3, 2, 3, 3), {"left": 3, "right": 18}), ((2000, 6), {"right": 6}), ((2000, 2000), {}), ((4, 0, 3), {})],
+     ((3, 4), {"left": 3, "right": 4}),
+     ((3, 2, 3, 3), {"left": 3, "right": 18}), ((2000, 6), {"right": 6}), ((2000, 2000), {}), ((4, 0, 3), {})],
 )  # fmt: skip
 def test_which_sides_have_factors(shape: tuple[int, ...], sides: dict[str, int]) -> None:
     state = fresh_state(torch.zeros(shape, dtype=torch.bfloat16))
