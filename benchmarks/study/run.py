@@ -10,15 +10,17 @@ depend on how busy the machine is; seconds are none of this program's business.
 from __future__ import annotations
 
 import argparse
+import functools
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
-from benchmarks.report import environment
 from benchmarks.study import baselines, results
 from benchmarks.study.methods import CURVEBALL, Method
 from benchmarks.study.results import Result, rounded
@@ -44,7 +46,6 @@ def train(name: str, method: Method, seed: int) -> Result:
         training.finish(seed)
         final = task.evaluate(net)
         train_loss, validation_loss, error = map(rounded, (final.train, final.validation, final.error))
-    environment_ = environment()
     return Result(
         name,
         method.name,
@@ -55,9 +56,21 @@ def train(name: str, method: Method, seed: int) -> Result:
         validation_loss,
         error,
         task.steps,
-        {"torch": environment_["torch"]} | {package: version(package) for package in method.packages},
-        environment_["commit"],
+        {"torch": torch.__version__} | {package: version(package) for package in method.packages},
+        commit(),
     )
+
+
+@functools.cache
+def commit() -> str:
+    """The commit at the first call, marked where what belongs to it has been changed, results apart."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(("git", *arguments), cwd=Path(__file__).parent, text=True).strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    short = git("rev-parse", "--short=12", "HEAD")
+    return f"{short}, with changes" if changed else short
 
 
 def everything(seeds: int) -> Iterator[tuple[str, str, int]]:
