@@ -1,8 +1,9 @@
 """The study's table, from the results that are there: `python -m benchmarks.study.report`.
 
 For every task: the best baseline by final training loss, and for each CurveBall setting the share of the run's steps
-after which its smoothed loss is at the best baseline's smoothed loss at the end. With `--times FILE`, a JSON object
-{task: {method: seconds of a step}}, also the seconds until then, and their ratio to those of the baseline's whole run.
+after which its smoothed loss is at the best baseline's smoothed loss at the end (Schedule-Free's: at the loss of its
+averaged weights). With `--times FILE`, a JSON object {task: {method: seconds of a step}}, also the seconds until then,
+and their ratio to those of the baseline's whole run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def best(runs: Runs, families: tuple[str, ...] = ()) -> str | None:
 def shares(runs: Runs, method: str, baseline: str) -> list[float | None]:
     """For each seed that both have: the share of steps after which the method is where the baseline ends."""
     return [
-        result.share_until(runs[baseline][seed].smoothed()[-1])
+        result.share_until(runs[baseline][seed].target())
         for seed, result in sorted(runs[method].items())
         if seed in runs[baseline]
     ]
@@ -95,9 +96,10 @@ def summary(half: str, folder: Path, families: tuple[str, ...], times: Times) ->
         if found:
             reached = sorted(share for share in found if share is not None)
             median = statistics.median([share if share is not None else float("inf") for share in found])
+            middle = f"{median:.2f}" if median < float("inf") else "never"
             spread = f"{reached[0]:.2f} to {reached[-1]:.2f}" if reached else ""
             table.append([
-                method, f"{len(reached)} of {len(found)}", f"{median:.2f}", spread,
+                method, f"{len(reached)} of {len(found)}", middle, spread,
                 _text(statistics.median(ratios) if ratios else None),
             ])  # fmt: skip
     return table
@@ -125,13 +127,9 @@ def document(folder: Path, times: Times) -> str:
             if short := summary(half, folder, families, times):
                 columns = "method", "reached it on", "median share of steps", "range", "median of seconds' ratio"
                 parts.append(markdown(columns, short))
-    about = [[name, task.about, str(task.steps), _settings(name, folder)] for name, task in TASKS.items()]
+    about = [[name, task.about, str(task.steps), str(len(results.read(name, folder)))] for name, task in TASKS.items()]
     parts.append("## Tasks\n\n" + markdown(("task", "", "steps", "runs"), about))
     return "\n".join(parts)
-
-
-def _settings(task: str, folder: Path) -> str:
-    return str(len(results.read(task, folder)))
 
 
 def _text(value: float | None) -> str:

@@ -52,8 +52,14 @@ class Result:
             means.append(total / min(i + 1, width))
         return means
 
-    def share_until(self, loss: float) -> float | None:
+    def target(self) -> float | None:
+        """The loss that others should reach: the smoothed one at the end; that of the average where weights are one."""
+        return self.final_train if self.method.startswith("Schedule-Free") else self.smoothed()[-1]
+
+    def share_until(self, loss: float | None) -> float | None:
         """The share of the steps after which the smoothed loss is at most `loss`; None: never."""
+        if loss is None:
+            return None
         reached = (i for i, mean in enumerate(self.smoothed(), 1) if mean <= loss)
         step = next(reached, None)
         return step / self.steps if step else None
