@@ -4,7 +4,7 @@ Example::
 
     from curveball_fused import CurveBall
 
-    optimizer = CurveBall(model.parameters())
+    optimizer = CurveBall(model.parameters(), preconditioner="kronecker")
     loss, outputs = optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
 """
 

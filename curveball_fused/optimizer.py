@@ -81,7 +81,7 @@ class CurveBall(Optimizer):
 
     Example::
 
-        optimizer = CurveBall(model.parameters())
+        optimizer = CurveBall(model.parameters(), preconditioner="kronecker")
         for x, y in loader:
             loss, outputs = optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
 

@@ -87,7 +87,5 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "Kronecker, λ 300": KRONECKER | {"lambd": 300.0},
     "Kronecker, average 0.8": KRONECKER | {"average": 0.8},
     "Kronecker, average 0.95": KRONECKER | {"average": 0.95},
-    "diagonal": {"preconditioner": "diagonal"},
-    "diagonal, cosine": {"preconditioner": "diagonal", "schedule": "cosine"},
 }
 CURVEBALL = {name: Method(name, SecondOrder, options, ("curveball_fused",)) for name, options in _SETTINGS.items()}

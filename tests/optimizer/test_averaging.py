@@ -193,3 +193,22 @@ def test_curvature_of_a_part_with_a_loss_of_some_outputs() -> None:
         for _ in range(20)
     ]
     assert losses[-1] < 0.5 * losses[0] and optimizer.stats()["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "options", [dict(average=0.8, solve_interval=4), dict(average=0.9, solve_interval=10)], ids=str
+)
+@pytest.mark.parametrize("preconditioner", [None, "kronecker"])
+def test_a_convolutional_net_trains_with_few_solves(preconditioner: str | None, options: dict[str, Any]) -> None:
+    """Its gradient in the Euclidean metric changes tenfold in these steps, and β is up to nine steps old."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.Linear(128, 4))
+    patterns = torch.randn(4, 1, 8, 8)
+    optimizer = CurveBall(net.parameters(), preconditioner=preconditioner, direction="gradient", **options)
+    losses = []
+    for _ in range(80):
+        y = torch.randint(4, (64,))
+        x = patterns[y] + torch.randn(64, 1, 8, 8)
+        losses.append(float(optimizer.step(lambda x=x: net(x), lambda out, y=y: F.cross_entropy(out, y))[0]))
+    assert max(losses[10:]) < losses[0] and max(losses[-10:]) < 0.15 * losses[0]
