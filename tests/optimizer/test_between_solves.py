@@ -1,0 +1,56 @@
+"""Steps between solves: what they compute, return and refuse is what a step that solves does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curveball_fused import CurveBall
+from tests.helpers.training import small
+
+SOLVES, BETWEEN = 10, 11  # steps taken before
+
+
+def after(steps: int) -> tuple[CurveBall, nn.Module, Tensor, Tensor]:
+    net, x, y = small()
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker")
+    for _ in range(steps):
+        optimizer.step(lambda: net(x), lambda out: F.cross_entropy(out, y))
+    return optimizer, net, x, y
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda out, w: out.detach().square().sum(),
+        lambda out, w: torch.tensor(1.0),
+        lambda out, w: out.square().sum() + w.square().sum(),
+        lambda out, w: out.mul_(2).square().sum(),
+        lambda out, w: out,
+        lambda out, w: 1.0,
+    ],
+)
+def test_a_loss_that_a_solve_refuses_is_refused(wrong: Callable[[Tensor, Tensor], Tensor]) -> None:
+    errors = []
+    for steps in (SOLVES, BETWEEN):
+        optimizer, net, x, _ = after(steps)
+        w = next(net.parameters())
+        with pytest.raises((RuntimeError, TypeError)) as error:
+            optimizer.step(lambda: net(x), lambda out, w=w: wrong(out, w))
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("steps", [SOLVES, BETWEEN])
+def test_a_loss_that_is_the_parameter_is_that_before_the_step(steps: int) -> None:
+    w = nn.Parameter(torch.tensor(2.0))
+    optimizer = CurveBall([w], preconditioner="kronecker")
+    for _ in range(steps):
+        optimizer.step(lambda: w * 1, torch.square)
+    before = w.item()
+    loss, outputs = optimizer.step(lambda: w, lambda out: out)
+    assert loss == before == outputs and w.item() != before
