@@ -37,11 +37,12 @@ class Gradient(NamedTuple):
 
 def gradient(context: StepContext, model_fn: ModelFn, loss_fn: LossFn) -> Gradient:
     """Run the model and its backward pass once."""
-    is_scaled = context.compute_dtype is torch.float16
     with torch.enable_grad():
         outputs = checked_outputs(model_fn())
         if not outputs.requires_grad:
             raise independent_outputs()
+        # The model may compute in float16 only since the last solve.
+        is_scaled = torch.float16 in {context.compute_dtype, outputs.dtype, *(p.dtype for p in context.params)}
         own = in_own_memory(outputs.detach(), context.params)
         leaf = at_least_float32(own).detach().requires_grad_()  # by which the loss sees what it sees in a solve
         loss = loss_at(loss_fn, leaf, context.params)

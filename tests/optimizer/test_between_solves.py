@@ -54,3 +54,14 @@ def test_a_loss_that_is_the_parameter_is_that_before_the_step(steps: int) -> Non
     before = w.item()
     loss, outputs = optimizer.step(lambda: w, lambda out: out)
     assert loss == before == outputs and w.item() != before
+
+
+def test_a_model_that_was_converted_to_float16_after_the_last_solve_gets_a_loss_scale() -> None:
+    net, x, y = small()
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker", beta=0.01, rho=0.0)
+    for step in range(BETWEEN + 3):
+        if step == BETWEEN:
+            net.half()
+        optimizer.step(lambda: net(x.to(net[0].weight.dtype)), lambda out: 1e-7 * F.cross_entropy(out, y))
+        z = torch.cat([optimizer.state[p]["z"].flatten() for p in net.parameters()])
+        assert z.abs().max() > 1e-4, step  # an underflow leaves zeros
