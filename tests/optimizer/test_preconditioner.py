@@ -90,3 +90,13 @@ def _refresh_as(dense: DensePreconditioned, step: int) -> None:
     ]
     due = {sides[i] for i in due_after(step, [n for _, n in sides])}
     dense.refresh(lambda block, n: (block, n) in due)
+
+
+def test_a_gradient_whose_squares_are_finite_but_not_their_sum_spoils_no_factor() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Linear(400, 2), torch.randn(4, 400).sign()
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker")
+    for scale in (3e19, 1.0, 1.0):
+        optimizer.step(lambda: net(x), lambda out, scale=scale: scale * F.cross_entropy(out, torch.arange(4) % 2))
+    assert optimizer.stats()["skipped_steps"] == 0
+    assert all(t.isfinite().all() for name, t in optimizer.state[net.weight].items() if "_" in name)
