@@ -115,7 +115,6 @@ def make(
         _remove(state, found)
     for name in SHAPES:
         shared[name] = shared[name].to(holder.device)
-    shared.setdefault("system", torch.zeros(9, dtype=torch.float64, device=holder.device))  # for `step` alone
     if shared["step"] == 0:
         shared["scalars"][LAMBD].fill_(lambd)
     _write(state[holder], shared)
