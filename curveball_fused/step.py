@@ -19,10 +19,12 @@ from curveball_fused._torch_private import disable_dynamo
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.backends.scalars import (
     AVERAGE_BETA,
+    AVERAGE_RHO,
     BETA,
     LINEAR_TERM,
     PREDICTED_CHANGE,
     QUADRATIC_TERM,
+    RHO,
     SAFE_STEPS,
     Z_DOT_Z,
 )
@@ -269,7 +271,9 @@ def _bounded(scalars: Tensor, before: Tensor, loss_size: Tensor | None, settings
     bounded = scalars.clone()
     for index in (
         BETA,
+        RHO,  # which is not zero where it is an average
         AVERAGE_BETA,
+        AVERAGE_RHO,
         LINEAR_TERM,
         QUADRATIC_TERM,
         PREDICTED_CHANGE,
