@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
 
+MAY_RECOMPUTE = ("forward", "double_backward")  # the methods that follow a model with gradient checkpoints
 EARLY_SOLVES = 10  # the first steps all solve: β belongs to a metric, which becomes another one there
 
 
@@ -177,7 +179,14 @@ def _run_between_solves(
     shared: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     settings = context.settings
-    loss, outputs, u, is_scaled = gradient(context, inputs.model_fn, inputs.loss_fn)
+    model_fn: ModelFn = inputs.model_fn
+    if shared["method"] in MAY_RECOMPUTE:
+        # Only such a model can have gradient checkpoints, which run again in the backward pass: with their first
+        # buffers, which advance once.
+        replay = Replay(context.params, context.params[0].device)
+        model_fn = partial(replay.first, model_fn)
+    with force_eager() if shared["method"] in MAY_RECOMPUTE else nullcontext():
+        loss, outputs, u, is_scaled = gradient(context, model_fn, inputs.loss_fn)
     direction = None
     if context.preconditioner is not None:
         direction = context.preconditioner.direction(loss_scale.unscaled(u, context.loss_scale) if is_scaled else u)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from curveball_fused import CurveBall
 from tests.helpers.training import small
@@ -65,3 +66,28 @@ def test_a_model_that_was_converted_to_float16_after_the_last_solve_gets_a_loss_
         optimizer.step(lambda: net(x.to(net[0].weight.dtype)), lambda out: 1e-7 * F.cross_entropy(out, y))
         z = torch.cat([optimizer.state[p]["z"].flatten() for p in net.parameters()])
         assert z.abs().max() > 1e-4, step  # an underflow leaves zeros
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot follow this model")
+@pytest.mark.parametrize("method", ["auto", "forward", "double_backward"])
+@pytest.mark.parametrize("norm", ["batch", "spectral"])
+def test_a_checkpointed_model_steps_as_the_plain_one(norm: str, method: str) -> None:
+    runs = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        first = nn.Linear(4, 8)
+        normed = nn.utils.parametrizations.spectral_norm(first) if norm == "spectral" else nn.BatchNorm1d(8)
+        block = nn.Sequential(normed, nn.Tanh()) if norm == "spectral" else nn.Sequential(first, normed, nn.Tanh())
+        last, x = nn.Linear(8, 3).double(), torch.randn(10, 4, dtype=torch.float64)
+        net = nn.ModuleList([block.double(), last])
+        optimizer = CurveBall(net.parameters(), preconditioner="kronecker", curvature=method)
+
+        def run(block=block, last=last, x=x, checkpointed=checkpointed) -> Tensor:  # type: ignore[no-untyped-def]
+            hidden = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+            out: Tensor = last(hidden)
+            return out
+
+        for _ in range(15):
+            optimizer.step(run, lambda out: F.cross_entropy(out, torch.arange(10) % 3))
+        runs.append(list(net.state_dict().values()))
+    torch.testing.assert_close(*runs, rtol=1e-8, atol=1e-10)
