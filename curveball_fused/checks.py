@@ -274,8 +274,10 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
             )
     metric = saved[0].get("preconditioner") if saved else None
     learned = any(float(e["scalars"][GATHERED]) > 0 for e in entries.values() if _has_numbers_of_all(e))
-    if metric is not None and learned and any(
-        isinstance(e, dict) and "z" in e and SQUARE_AVERAGE not in e for e in entries.values()
+    if (
+        metric is not None
+        and learned
+        and any(isinstance(e, dict) and "z" in e and SQUARE_AVERAGE not in e for e in entries.values())
     ):
         raise ValueError(
             f"the checkpoint's options have preconditioner={metric!r}, and its state has lost the metric. (As "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -35,13 +36,13 @@ def after(steps: int) -> tuple[CurveBall, nn.Module, Tensor, Tensor]:
         lambda out, w: 1.0,
     ],
 )
-def test_a_loss_that_a_solve_refuses_is_refused(wrong: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_a_loss_that_a_solve_refuses_is_refused(wrong: Callable[..., Tensor]) -> None:
     errors = []
     for steps in (SOLVES, BETWEEN):
         optimizer, net, x, _ = after(steps)
         w = next(net.parameters())
         with pytest.raises((RuntimeError, TypeError)) as error:
-            optimizer.step(lambda: net(x), lambda out, w=w: wrong(out, w))
+            optimizer.step(lambda: net(x), partial(wrong, w=w))
         errors.append(str(error.value))
     assert errors[0] == errors[1]
 
@@ -63,7 +64,7 @@ def test_a_model_that_was_converted_to_float16_after_the_last_solve_gets_a_loss_
     for step in range(BETWEEN + 3):
         if step == BETWEEN:
             net.half()
-        optimizer.step(lambda: net(x.to(net[0].weight.dtype)), lambda out: 1e-7 * F.cross_entropy(out, y))
+        optimizer.step(lambda: net(x.to(next(net.parameters()).dtype)), lambda out: 1e-7 * F.cross_entropy(out, y))
         z = torch.cat([optimizer.state[p]["z"].flatten() for p in net.parameters()])
         assert z.abs().max() > 1e-4, step  # an underflow leaves zeros
 
