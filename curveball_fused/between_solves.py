@@ -15,7 +15,7 @@ from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.backends.scalars import AVERAGE_BETA, AVERAGE_RHO, BETA, LOSS, RHO, SKIPPED_STEPS
 from curveball_fused.curvature import ModelFn, checked_outputs
 from curveball_fused.curvature.linear_map import dense_gradients, in_own_memory, independent_outputs
-from curveball_fused.losses import LossFn, checked_loss
+from curveball_fused.losses import LossFn, loss_at
 from curveball_fused.quadratic_model import StepContext
 
 
@@ -37,18 +37,21 @@ class Gradient(NamedTuple):
 
 def gradient(context: StepContext, model_fn: ModelFn, loss_fn: LossFn) -> Gradient:
     """Run the model and its backward pass once."""
-    is_scaled = context.compute_dtype is torch.float16
     with torch.enable_grad():
         outputs = checked_outputs(model_fn())
         if not outputs.requires_grad:
             raise independent_outputs()
-        loss = checked_loss(loss_fn(at_least_float32(outputs)))
-        objective = context.settings.sign * loss
+        # The model may compute in float16 only since the last solve.
+        is_scaled = torch.float16 in {context.compute_dtype, outputs.dtype, *(p.dtype for p in context.params)}
+        own = in_own_memory(outputs.detach(), context.params)
+        leaf = at_least_float32(own).detach().requires_grad_()  # by which the loss sees what it sees in a solve
+        loss = loss_at(loss_fn, leaf, context.params)
+        (cotangent,) = torch.autograd.grad(context.settings.sign * loss, leaf)
         if is_scaled:
-            objective = objective * context.loss_scale.to(objective.dtype)
-        gradients = torch.autograd.grad(objective, context.params, allow_unused=True)
+            cotangent = cotangent * context.loss_scale.float()
+        gradients = torch.autograd.grad(outputs, context.params, cotangent.to(outputs.dtype), allow_unused=True)
     r = dense_gradients(context.params, gradients)
-    return Gradient(loss.detach(), in_own_memory(outputs.detach(), context.params), r, is_scaled)
+    return Gradient(loss.detach(), own, r, is_scaled)
 
 
 def kept_coefficients(scalars: Tensor, loss: Tensor, squares: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from torch.nn.parameter import is_lazy
 
 from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.backends import BACKENDS
+from curveball_fused.backends.scalars import GATHERED
 from curveball_fused.curvature import AUTO
 from curveball_fused.loss_scale import awaits_update
-from curveball_fused.preconditioners import PRECONDITIONERS
+from curveball_fused.preconditioners import PRECONDITIONERS, SQUARE_AVERAGE
 from curveball_fused.replay.memory import span
 from curveball_fused.settings import DIRECTIONS, PER_GROUP
 from curveball_fused.state import HISTORY, ON_HOST, SHAPES
@@ -271,6 +272,18 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
                 f"the checkpoint's state for parameter {position} has shape {tuple(z.shape)}, the parameter "
                 f"{tuple(p.shape)}: it belongs to another model."
             )
+    metric = saved[0].get("preconditioner") if saved else None
+    learned = any(float(e["scalars"][GATHERED]) > 0 for e in entries.values() if _has_numbers_of_all(e))
+    if (
+        metric is not None
+        and learned
+        and any(isinstance(e, dict) and "z" in e and SQUARE_AVERAGE not in e for e in entries.values())
+    ):
+        raise ValueError(
+            f"the checkpoint's options have preconditioner={metric!r}, and its state has lost the metric. (As "
+            "torch.distributed.checkpoint does with a flattened state where the optimizer was made without it: give "
+            f"preconditioner={metric!r} to the constructor.)"
+        )
     if entries and sum(_has_numbers_of_all(entries.get(name, {})) for name in names) != 1:
         raise ValueError(
             "the checkpoint's CurveBall scalars are missing or of another version of this package. (They are with the "
@@ -279,7 +292,9 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _has_numbers_of_all(entry: dict[str, Any]) -> bool:
+def _has_numbers_of_all(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
     shapes: dict[str, tuple[int, ...]] = {**SHAPES, **dict.fromkeys(ON_HOST, ())}
     return all(getattr(entry.get(name), "shape", None) == shape for name, shape in shapes.items())
 

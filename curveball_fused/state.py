@@ -115,7 +115,6 @@ def make(
         _remove(state, found)
     for name in SHAPES:
         shared[name] = shared[name].to(holder.device)
-    shared.setdefault("system", torch.zeros(9, dtype=torch.float64, device=holder.device))  # for `step` alone
     if shared["step"] == 0:
         shared["scalars"][LAMBD].fill_(lambd)
     _write(state[holder], shared)
@@ -216,7 +215,11 @@ def _complete(entry: dict[str, Tensor], p: Tensor, preconditioner: str | None) -
     wanted = shapes(p)
     if any(name not in entry or entry[name].shape != shape for name, shape in wanted.items()):
         entry.update(fresh_state(p))
-    entry.update({name: entry[name].to(entry["z"]) for name in wanted})
+    for name in wanted:
+        t = entry[name]
+        entry[name] = t.to(entry["z"])
+        if name.endswith("_basis") and torch.finfo(t.dtype).eps > torch.finfo(entry["z"].dtype).eps:
+            entry[name] = torch.linalg.qr(entry[name])[0].contiguous()  # as orthogonal as the new precision has it
 
 
 def _is_elsewhere(z: Tensor, p: Tensor) -> bool:

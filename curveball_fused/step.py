@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,10 +20,12 @@ from curveball_fused._torch_private import disable_dynamo
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.backends.scalars import (
     AVERAGE_BETA,
+    AVERAGE_RHO,
     BETA,
     LINEAR_TERM,
     PREDICTED_CHANGE,
     QUADRATIC_TERM,
+    RHO,
     SAFE_STEPS,
     Z_DOT_Z,
 )
@@ -35,6 +38,7 @@ from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
 
+MAY_RECOMPUTE = ("forward", "double_backward")  # the methods that follow a model with gradient checkpoints
 EARLY_SOLVES = 10  # the first steps all solve: β belongs to a metric, which becomes another one there
 
 
@@ -175,7 +179,14 @@ def _run_between_solves(
     shared: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     settings = context.settings
-    loss, outputs, u, is_scaled = gradient(context, inputs.model_fn, inputs.loss_fn)
+    model_fn: ModelFn = inputs.model_fn
+    if shared["method"] in MAY_RECOMPUTE:
+        # Only such a model can have gradient checkpoints, which run again in the backward pass: with their first
+        # buffers, which advance once.
+        replay = Replay(context.params, context.params[0].device)
+        model_fn = partial(replay.first, model_fn)
+    with force_eager() if shared["method"] in MAY_RECOMPUTE else nullcontext():
+        loss, outputs, u, is_scaled = gradient(context, model_fn, inputs.loss_fn)
     direction = None
     if context.preconditioner is not None:
         direction = context.preconditioner.direction(loss_scale.unscaled(u, context.loss_scale) if is_scaled else u)
@@ -269,7 +280,9 @@ def _bounded(scalars: Tensor, before: Tensor, loss_size: Tensor | None, settings
     bounded = scalars.clone()
     for index in (
         BETA,
+        RHO,  # which is not zero where it is an average
         AVERAGE_BETA,
+        AVERAGE_RHO,
         LINEAR_TERM,
         QUADRATIC_TERM,
         PREDICTED_CHANGE,

@@ -63,12 +63,7 @@ class LossModel:
         call = seen.recognized(returned)
         form = None if call is None else _closed_form(call, sign, backend)
         # What has a closed form is a scalar, and sees no other tensor that requires a gradient.
-        loss = _general(returned, hidden) if form is None else returned
-        if not loss.requires_grad:
-            raise RuntimeError(
-                "loss_fn returned a value that does not depend on the outputs it was given: compute the loss from its "
-                "argument, without detach() or torch.no_grad()."
-            )
+        loss = _of_outputs(_general(returned, hidden) if form is None else returned)
         self.loss = loss.detach()
         self._view = self._leaf
         self._steps: tuple[Map, ...] = ()
@@ -125,6 +120,21 @@ class LossModel:
         for step in self._steps:
             tangent = step(tangent)
         return tangent
+
+
+def loss_at(loss_fn: LossFn, leaf: Tensor, hidden: Iterable[Tensor]) -> Tensor:
+    """Return the loss at outputs that require a gradient, with its graph, or raise what `LossModel` raises."""
+    return _of_outputs(_general(_in_place_explained(loss_fn, leaf), hidden))
+
+
+def _of_outputs(loss: Tensor) -> Tensor:
+    """Return `loss`, or raise an error if it does not depend on the outputs."""
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "loss_fn returned a value that does not depend on the outputs it was given: compute the loss from its "
+            "argument, without detach() or torch.no_grad()."
+        )
+    return loss
 
 
 def checked_loss(loss: Any) -> Tensor:

@@ -85,13 +85,19 @@ class Block(NamedTuple):
         return m.view(turned.shape)
 
     def gather(self, r: Tensor, keep: float, usable: Tensor) -> None:
-        """Let the factors become keep · L + (1 - keep) MMᵀ and likewise R, unless `usable`, 0-dim bool, is false."""
+        """Let the factors become keep · L + (1 - keep) MMᵀ and likewise R, unless `usable`, 0-dim bool, is false.
+
+        A factor stays as it is where the trace of MMᵀ overflows, too, though no square in M does: neither it nor its
+        basis would ever be finite again.
+        """
         if not self.sides:
             return
         m = _matrix(r.to(self.square_average.dtype))
         for side, rows in ((self.left, m), (self.right, m.mT)):
             if side is not None:
-                side.factor.lerp_(torch.where(usable, rows @ rows.mT, side.factor), 1 - keep)
+                gram = rows @ rows.mT
+                seen = usable & torch.isfinite(gram.trace())
+                side.factor.lerp_(torch.where(seen, gram, side.factor), 1 - keep)
 
 
 def shapes(p: Tensor) -> dict[str, tuple[int, ...]]:

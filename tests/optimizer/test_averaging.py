@@ -212,3 +212,25 @@ def test_a_convolutional_net_trains_with_few_solves(preconditioner: str | None, 
         x = patterns[y] + torch.randn(64, 1, 8, 8)
         losses.append(float(optimizer.step(lambda x=x: net(x), lambda out, y=y: F.cross_entropy(out, y))[0]))
     assert max(losses[10:]) < losses[0] and max(losses[-10:]) < 0.15 * losses[0]
+
+
+def test_a_safe_step_by_averages_expects_no_more_than_the_loss_has_to_give() -> None:
+    """The loss is concave far from its minimum; what the gradient expects is measured along what the weights moved."""
+    batch = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    w = nn.Parameter(torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64))
+    optimizer = CurveBall([w], average=0.9, auto_lambda=False)
+    safe, shortened = 0.0, 0
+    for step in range(14):
+        scale, shift = (6.0, 2.5) if step >= 6 else (1.0, 0.0)
+        run = lambda scale=scale, shift=shift: scale * batch @ w + shift  # noqa: E731
+        loss_fn = lambda out: (1 - torch.exp(-out.square())).mean()  # noqa: E731
+        before = w.detach().clone()
+        (gradient,) = torch.autograd.grad(loss_fn(run()), w)
+        optimizer.step(run, loss_fn)
+        stats = optimizer.stats()
+        if stats["safe_steps"] > safe:
+            expected = -gradient @ (w.detach() - before)
+            assert stats["predicted_change"] == pytest.approx(-0.5 * float(expected), rel=1e-9)
+            shortened += int(stats["rho"] > 0)
+        safe = float(stats["safe_steps"])
+    assert shortened

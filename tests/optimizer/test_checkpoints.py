@@ -104,3 +104,17 @@ def test_an_incomplete_checkpoint_is_refused(broken: str) -> None:
         del saved["state"][0][broken]
     with pytest.raises(ValueError, match="missing or of another version"):
         optimizer.load_state_dict(saved)
+
+
+def test_a_metric_that_is_lost_on_the_way_is_an_error() -> None:
+    """A flattened state is taken over for what the optimizer that loads it has state for, and the options all."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    net, x, y = small()
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker")
+    advance(optimizer, net, x, y, 3)
+    model_state, state = get_state_dict(net, optimizer, options=flat)
+    other = CurveBall(net.parameters())
+    with pytest.raises(ValueError, match="lost the metric"):
+        set_state_dict(net, other, model_state_dict=model_state, optim_state_dict=state, options=flat)

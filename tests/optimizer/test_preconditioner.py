@@ -90,3 +90,26 @@ def _refresh_as(dense: DensePreconditioned, step: int) -> None:
     ]
     due = {sides[i] for i in due_after(step, [n for _, n in sides])}
     dense.refresh(lambda block, n: (block, n) in due)
+
+
+def test_a_gradient_whose_squares_are_finite_but_not_their_sum_spoils_no_factor() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Linear(400, 2), torch.randn(4, 400).sign()
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker")
+    for scale in (3e19, 1.0, 1.0):
+        optimizer.step(lambda: net(x), lambda out, scale=scale: scale * F.cross_entropy(out, torch.arange(4) % 2))
+    assert optimizer.stats()["skipped_steps"] == 0
+    assert all(t.isfinite().all() for name, t in optimizer.state[net.weight].items() if "_" in name)
+
+
+def test_bases_of_a_model_that_becomes_double_are_orthogonal_in_double_precision() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(5, 3)
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker", debug=True)
+    for step in range(11):
+        if step == 9:
+            net.double()  # of whose next step the debug checks have more to ask
+        optimizer.step(lambda: net(X.to(net.weight.dtype)), lambda out: F.cross_entropy(out, torch.arange(40) % 3))
+    for name in ("left_basis", "right_basis"):
+        q = optimizer.state[net.weight][name]
+        torch.testing.assert_close(q.mT @ q, torch.eye(len(q), dtype=torch.float64), rtol=0, atol=1e-13)
