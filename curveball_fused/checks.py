@@ -45,11 +45,7 @@ def hyper_parameters(given: dict[str, Any]) -> None:
     for name, unit in (("lambda_interval", "solves"), ("solve_interval", "steps")):
         if not isinstance(given[name], int) or isinstance(given[name], bool) or given[name] < 1:
             raise ValueError(f"{name} must be a whole number of {unit}, at least 1; got {given[name]!r}.")
-    if given["solve_interval"] > 1 and given["direction"] == "residual":
-        raise ValueError(
-            f'solve_interval={given["solve_interval"]} needs direction="gradient": the residual takes the curvature '
-            "along z into the direction, which each step would have to measure anyway."
-        )
+    solve_interval(given["solve_interval"], given["direction"])
     _number("average", given["average"], 0.0, 1.0 - 1e-6, ", the part of the old value that is kept")
     for name, allowed in (("curvature", CURVATURES), ("backend", BACKENDS), ("direction", DIRECTIONS)):
         if given[name] not in allowed:
@@ -59,6 +55,24 @@ def hyper_parameters(given: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be True or False; got {given[name]!r}.")
     if given["compile"]:
         _compilable(given["curvature"])
+
+
+def solve_interval(steps: int, direction: str) -> None:
+    """Raise ValueError for steps between solves that would need what only a solve measures."""
+    if steps > 1 and direction == "residual":
+        raise ValueError(
+            f'solve_interval={steps} needs direction="gradient": the residual takes the curvature along z into the '
+            "direction, which each step would have to measure anyway."
+        )
+
+
+def unchanged_metric(states: Sequence[dict[str, Any]], given: str | None) -> None:
+    """Raise RuntimeError for a preconditioner that is not the one by which the state came about."""
+    if any("z" in own and (SQUARE_AVERAGE in own) != (given is not None) for own in states):
+        raise RuntimeError(
+            f"preconditioner={given!r} is not what the steps so far were taken with, and β and ρ belong to the metric: "
+            "to change it in training construct a new CurveBall over the parameters."
+        )
 
 
 def preconditioner(given: Any) -> None:

@@ -70,9 +70,10 @@ class CurveBall(Optimizer):
             "torch" (no compiler needed), or "auto": the first of these that can run where the parameters are. One that
             is named is an error where it cannot run. Tangents inside the model are computed by Triton on a GPU and in
             C++ on a CPU, where they have a kernel for the dtype, unless `backend` is "torch" (default: "auto").
-        debug: whether each step checks its products, and each torch call of the model, against finite differences and
-            adjoint identities, before it changes anything. Slow (tens of steps' time), and reads values back to the
-            host; for a few steps on a new model. The steps are the same, bit for bit (default: False).
+        debug: whether each step that solves checks its products, and each torch call of the model, against finite
+            differences and adjoint identities, and P, before it changes anything. Slow (tens of steps' time), and reads
+            values back to the host; for a few steps on a new model. The steps are the same, bit for bit (default:
+            False).
 
     Raises:
         TypeError: a parameter or hyper-parameter is of a type that cannot be used; the message says what to do.
@@ -231,10 +232,10 @@ class CurveBall(Optimizer):
 
         Returns:
             0-dim float64 tensors on the device: "loss" (before the step), "beta", "rho" (0 in a skipped step), "lambd",
-            "predicted_change", "ratio" (γ where λ was last adapted, NaN before), "skipped_steps" (not finite, or
-            refused by the guard), "safe_steps" (loss not convex in the outputs), "mismatched_steps" (of those that were
-            skipped, the ones whose Jacobian products were not each other's transpose) and "adjoint_error" (by how much
-            they last missed that, relative; about one step in 100 looks).
+            "predicted_change" (of the last solve), "ratio" (γ where λ was last adapted, NaN before), "skipped_steps"
+            (not finite, or refused by the guard), "safe_steps" (loss not convex in the outputs), "mismatched_steps" (of
+            those that were skipped, the ones whose Jacobian products were not each other's transpose) and
+            "adjoint_error" (by how much they last missed that, relative; about one step in 100 looks).
 
         Example::
 

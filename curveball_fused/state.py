@@ -181,6 +181,8 @@ def restore(state: dict[Any, Any], saved: dict[Any, Any], params: dict[Any, Tens
         entry = saved.get(name, {})
         if "scalars" in entry:
             _remove(state, _holder(list(params.values())))
+        for block in shapes(p).keys() - entry.keys():
+            state.get(p, {}).pop(block, None)
         for key, value in entry.items():
             if key == "z":
                 state[p][key] = zeros_like(p).copy_(value)

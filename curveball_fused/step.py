@@ -112,6 +112,9 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
     trained = [p.requires_grad for p in everything]
     if not any(trained):
         raise RuntimeError("no parameter of this optimizer requires a gradient: nothing to train.")
+    checks.solve_interval(settings.solve_interval, settings.direction)
+    if optimizer._shared is not None and optimizer._shared["step"] > 0:
+        checks.unchanged_metric([optimizer.state.get(p, {}) for p in everything], settings.preconditioner)
     active = state.checksum(trained)
     if optimizer._checked != active:  # in the first step, and where others are trained
         checks.separate_memory(everything)
@@ -278,15 +281,8 @@ def _bounded(scalars: Tensor, before: Tensor, loss_size: Tensor | None, settings
     too_long = (scalars[SAFE_STEPS] > before[SAFE_STEPS]) & (expected > loss_size) & (loss_size > 0)
     factor = torch.where(too_long, loss_size / expected, 1.0)
     bounded = scalars.clone()
-    for index in (
-        BETA,
-        RHO,  # which is not zero where it is an average
-        AVERAGE_BETA,
-        AVERAGE_RHO,
-        LINEAR_TERM,
-        QUADRATIC_TERM,
-        PREDICTED_CHANGE,
-    ):  # M is proportional, as both terms are equal
+    # M is proportional, as both terms are equal; ρ is not zero where it is an average.
+    for index in (BETA, RHO, AVERAGE_BETA, AVERAGE_RHO, LINEAR_TERM, QUADRATIC_TERM, PREDICTED_CHANGE):
         bounded[index].mul_(factor)
     return bounded
 

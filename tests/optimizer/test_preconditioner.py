@@ -113,3 +113,27 @@ def test_bases_of_a_model_that_becomes_double_are_orthogonal_in_double_precision
     for name in ("left_basis", "right_basis"):
         q = optimizer.state[net.weight][name]
         torch.testing.assert_close(q.mT @ q, torch.eye(len(q), dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("before", [None, "kronecker"])
+def test_the_metric_cannot_change_in_training(before: str | None) -> None:
+    """A checkpoint's options win, as in torch, and with them its metric; an option that is set by hand is refused."""
+    net = Net()
+    optimizer = CurveBall(net.parameters(), preconditioner=before)
+    optimizer.step(lambda: net(X[:8]), loss_of)
+    after = "kronecker" if before is None else None
+    other = CurveBall(net.parameters(), preconditioner=after)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["preconditioner"] == before
+    other.step(lambda: net(X[:8]), loss_of)
+    optimizer.param_groups[0]["preconditioner"] = after
+    with pytest.raises(RuntimeError, match="construct a new CurveBall"):
+        optimizer.step(lambda: net(X[:8]), loss_of)
+
+
+def test_an_interval_that_is_set_in_training_needs_the_direction_too() -> None:
+    net = Net()
+    optimizer = CurveBall(net.parameters())
+    optimizer.param_groups[0]["solve_interval"] = 5
+    with pytest.raises(ValueError, match='direction="gradient"'):
+        optimizer.step(lambda: net(X[:8]), loss_of)
