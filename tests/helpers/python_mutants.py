@@ -77,8 +77,8 @@ QUADRATIC_MODEL = [
         "quadratic_model.py",
         "linear.vjp(c - loss_model.gradient())",
         "linear.vjp(c)",
-        "optimizer/test_averaging.py::test_equals_dense_matrices",
-        "attention and True and torch",
+        "optimizer/test_preconditioner.py::test_equals_dense_matrices",
+        "None-residual-0.7 and True and torch",
     ),
     PythonMutant(
         "the_gradient_of_the_usual_loss_is_halved",
@@ -245,6 +245,29 @@ STATE = [
 ]
 
 PRECONDITIONERS = [
+    PythonMutant(
+        "a_step_between_solves_takes_the_coefficients_of_the_last_batch_with_another_sign",
+        "between_solves.py",
+        "scalars[AVERAGE_BETA : AVERAGE_RHO + 1], torch.nan)",
+        "-scalars[AVERAGE_BETA : AVERAGE_RHO + 1], torch.nan)",
+        "optimizer/test_preconditioner.py::test_equals_dense_matrices",
+        "kronecker-gradient-0.8 and False and torch",
+    ),
+    PythonMutant(
+        "a_basis_is_turned_back_by_itself",
+        "preconditioners/blocks.py",
+        "            m = m @ self.right.basis.T\n",
+        "            m = m @ self.right.basis\n",
+        "optimizer/test_preconditioner.py::test_equals_dense_matrices",
+        "kronecker-gradient-0.8 and False and torch",
+    ),
+    PythonMutant(
+        "a_skipped_step_turns_the_bases",
+        "preconditioners/bases.py",
+        "torch.where(is_taken, refreshed(*sides[i]), sides[i].basis)",
+        "refreshed(*sides[i])",
+        "preconditioners/test_bases.py::test_a_skipped_step_refreshes_nothing",
+    ),
     PythonMutant(
         "the_average_of_squares_keeps_what_it_should_forget",
         "backends/reference/preconditioners.py",
