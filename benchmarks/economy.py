@@ -116,13 +116,15 @@ METHODS: dict[str, Callable[[nn.Module], Step]] = {
     "Adam 0.001": torch_optimizer(torch.optim.Adam, lr=1e-3),
     "CurveBall": curveball(),
     "average=0.8": curveball(average=0.8),
-    "average=0.8, solve_interval=2": curveball(average=0.8, solve_interval=2),
-    "average=0.8, solve_interval=4": curveball(average=0.8, solve_interval=4),
-    "average=0.8, solve_interval=8": curveball(average=0.8, solve_interval=8),
-    "solve_interval=4": curveball(solve_interval=4),
+    "gradient, average=0.8, solve_interval=2": curveball(direction="gradient", average=0.8, solve_interval=2),
+    "gradient, average=0.8, solve_interval=4": curveball(direction="gradient", average=0.8, solve_interval=4),
+    "gradient, average=0.8, solve_interval=8": curveball(direction="gradient", average=0.8, solve_interval=8),
+    "gradient, solve_interval=4": curveball(direction="gradient", solve_interval=4),
     "average=0.8, curvature of 1/4": curveball(4, average=0.8),
     "average=0.8, curvature of 1/8": curveball(8, average=0.8),
-    "average=0.8, curvature of 1/8, solve_interval=4": curveball(8, average=0.8, solve_interval=4),
+    "gradient, average=0.8, curvature of 1/8, solve_interval=4": curveball(
+        8, direction="gradient", average=0.8, solve_interval=4
+    ),
     "curvature of 1/4": curveball(4),
 }
 
