@@ -43,12 +43,14 @@ class GPT(nn.Module):
 
 
 class ViT(nn.Module):
-    """A small vision transformer for 32x32 images: patches of 4x4, the mean over them is classified."""
+    """A small vision transformer for square images, cut into patches of which the mean is classified."""
 
-    def __init__(self, width: int = 192, blocks: int = 4, heads: int = 3) -> None:
+    def __init__(
+        self, width: int = 192, blocks: int = 4, heads: int = 3, channels: int = 3, side: int = 32, patch: int = 4
+    ) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.position = nn.Parameter(0.02 * torch.randn(64, width))
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.position = nn.Parameter(0.02 * torch.randn((side // patch) ** 2, width))
         self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.nets import Residual
 from benchmarks.study.data import BOUNDARY_WEIGHT, VISCOSITY
-from benchmarks.transformer_nets import VOCABULARY, Block
+from benchmarks.transformer_nets import VOCABULARY, ViT
 
 
 def perceptron(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -63,20 +63,9 @@ def resnet() -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-class ViT(nn.Module):
-    """A vision transformer for 28x28 images: patches of 7x7, the mean over them is classified."""
-
-    def __init__(self, width: int = 64, blocks: int = 2, heads: int = 4) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, width, 7, 7)
-        self.position = nn.Parameter(0.02 * torch.randn(16, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(blocks)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patches(images).flatten(2).transpose(1, 2) + self.position
-        logits: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
-        return logits
+def vit() -> nn.Module:
+    """A vision transformer for 28x28 images: patches of 7x7."""
+    return ViT(64, 2, 4, channels=1, side=28, patch=7)
 
 
 class CharacterLSTM(nn.Module):

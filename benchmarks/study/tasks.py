@@ -153,7 +153,7 @@ TASKS: dict[str, Task] = {
     "gpt": _classify(
         "character GPT, d 64, 2 layers, text, batch 32", "chosen", lambda: GPT(64, 2, 2), data.text, 32, 4
     ),
-    "vit": _classify("ViT, d 64, 2 layers, Fashion-MNIST 6,000, batch 64", "chosen", nets.ViT, _fashion(6000), 64, 4),
+    "vit": _classify("ViT, d 64, 2 layers, Fashion-MNIST 6,000, batch 64", "chosen", nets.vit, _fashion(6000), 64, 4),
     "regression": _fit(
         "regression 8-64-64-1, tanh, batch 128",
         "chosen",

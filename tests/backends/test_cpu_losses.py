@@ -97,7 +97,7 @@ def test_the_same_bits_from_every_instruction_set(instruction_set: str, tmp_path
     )
     environment = os.environ | {"CURVEBALL_INSTRUCTION_SET": instruction_set, "CURVEBALL_REQUIRE_NATIVE": "1"}
     process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    if "CURVEBALL_INSTRUCTION_SET" in process.stderr:
+    if "CURVEBALL_INSTRUCTION_SET names" in process.stderr:
         pytest.skip(f"this processor has no {instruction_set}")
     assert process.returncode == 0, process.stderr
     for dtype, theirs in zip(DTYPES, torch.load(tmp_path / "results"), strict=True):

@@ -12,7 +12,7 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curveball_fused import CurveBall
+from curveball_fused import CurveBall, ops
 from curveball_fused.curvature import AUTO, dual_rules, rules
 from curveball_fused.curvature.dual_numbers import DualNumbers
 from curveball_fused.curvature.linearized import Linearized
@@ -286,3 +286,22 @@ def test_an_empty_batch_norm() -> None:
     net = nn.BatchNorm1d(3).eval()
     optimizer = CurveBall(net.parameters(), debug=True)
     optimizer.step(lambda: torch.cat((net(torch.ones(0, 3) * net.bias), net(X[:, :3].float()))), square)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"), [("basis", "orthogonality of a basis of parameter 0"), ("kernel", "P u = r for parameter 0")]
+)
+def test_a_wrong_metric_is_told(wrong: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Linear(6, 3).double()
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker", debug=True)
+    for _ in range(2):
+        optimizer.step(lambda: net(X), square)
+    if wrong == "basis":
+        optimizer.state[net.weight]["left_basis"][0, 0] += 1e-3
+    else:
+        right = ops.precondition_
+        monkeypatch.setattr(ops, "precondition_", lambda v, *args, **kw: right([2 * v_i for v_i in v], *args, **kw))
+    before = net.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=said):
+        optimizer.step(lambda: net(X), square)
+    assert torch.equal(net.weight, before)

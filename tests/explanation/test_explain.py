@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from curveball_fused import CurveBall, explain
 from curveball_fused.curvature import AUTO, torch_modes
+from curveball_fused.preconditioners import Preconditioner, shapes
 from tests.helpers import nets
 from tests.helpers.traceable_models import Double
 
@@ -75,6 +77,21 @@ def test_multiply_adds_of_an_mlp() -> None:
     assert (found.loss, found.loss_products) == ("F.cross_entropy", "fused kernels")
     assert found.parameters == sum(p.numel() for p in net.parameters())
     assert found.parameter_bytes == found.state_bytes == 4 * found.parameters
+
+
+def test_what_the_metric_costs() -> None:
+    """As torch counts the products of a direction, and as the state holds it."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    found = explain(lambda: net(X), squares, net.parameters())
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker")
+    states = [optimizer.state[p] for p in net.parameters()]
+    with FlopCounterMode(display=False) as counter:
+        Preconditioner(states, optimizer._shared["scalars"], "auto", gather=False).direction(list(net.parameters()))
+    assert found.metric_multiply_adds == counter.get_total_flops() / 2 == 2 * 48 * (6 + 8) + 2 * 24 * (8 + 3)
+    assert found.metric_bytes == sum(
+        state[name].nbytes for p, state in zip(net.parameters(), states) for name in shapes(p)
+    )
+    assert f"{found.metric_multiply_adds / 1e3:.3g} k multiply-adds" in str(found)
 
 
 def test_multiply_adds_of_convolution_and_attention() -> None:

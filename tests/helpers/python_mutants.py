@@ -264,7 +264,7 @@ PRECONDITIONERS = [
     PythonMutant(
         "a_skipped_step_turns_the_bases",
         "preconditioners/bases.py",
-        "torch.where(is_taken, refreshed(*sides[i]), sides[i].basis)",
+        "torch.where(taken, refreshed(*sides[i]), sides[i].basis)",
         "refreshed(*sides[i])",
         "preconditioners/test_bases.py::test_a_skipped_step_refreshes_nothing",
     ),

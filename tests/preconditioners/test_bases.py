@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curveball_fused.preconditioners.bases import EARLY_STEPS, INTERVAL, due_after, refresh, refreshed
-from curveball_fused.preconditioners.blocks import fresh_state
+from curveball_fused.preconditioners.blocks import NAMES, fresh_state
 
 SCALARS = torch.ones(2, dtype=torch.float64)
 
@@ -72,6 +72,7 @@ def test_a_skipped_step_refreshes_nothing(beta: float) -> None:
 )  # fmt: skip
 def test_which_sides_have_factors(shape: tuple[int, ...], sides: dict[str, int]) -> None:
     state = fresh_state(torch.zeros(shape, dtype=torch.bfloat16))
+    assert state.keys() <= set(NAMES)
     assert state.pop("square_average").shape == shape
     assert {name: tuple(t.shape) for name, t in state.items()} == {
         f"{side}_{what}": (n, n) for side, n in sides.items() for what in ("factor", "basis")
