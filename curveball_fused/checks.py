@@ -19,9 +19,9 @@ from curveball_fused.backends import BACKENDS
 from curveball_fused.backends.scalars import GATHERED
 from curveball_fused.curvature import AUTO
 from curveball_fused.loss_scale import awaits_update
-from curveball_fused.preconditioners import PRECONDITIONERS, SQUARE_AVERAGE
+from curveball_fused.preconditioners import SQUARE_AVERAGE
 from curveball_fused.replay.memory import span
-from curveball_fused.settings import DIRECTIONS, PER_GROUP
+from curveball_fused.settings import DIRECTIONS, PER_GROUP, PRECONDITIONERS
 from curveball_fused.state import HISTORY, ON_HOST, SHAPES
 
 CURVATURES = ("auto", *AUTO)
@@ -286,18 +286,7 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
                 f"the checkpoint's state for parameter {position} has shape {tuple(z.shape)}, the parameter "
                 f"{tuple(p.shape)}: it belongs to another model."
             )
-    metric = saved[0].get("preconditioner") if saved else None
-    learned = any(float(e["scalars"][GATHERED]) > 0 for e in entries.values() if _has_numbers_of_all(e))
-    if (
-        metric is not None
-        and learned
-        and any(isinstance(e, dict) and "z" in e and SQUARE_AVERAGE not in e for e in entries.values())
-    ):
-        raise ValueError(
-            f"the checkpoint's options have preconditioner={metric!r}, and its state has lost the metric. (As "
-            "torch.distributed.checkpoint does with a flattened state where the optimizer was made without it: give "
-            f"preconditioner={metric!r} to the constructor.)"
-        )
+    _metric_of(saved, [entries.get(name, {}) for name in names])
     if entries and sum(_has_numbers_of_all(entries.get(name, {})) for name in names) != 1:
         raise ValueError(
             "the checkpoint's CurveBall scalars are missing or of another version of this package. (They are with the "
@@ -306,9 +295,19 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _has_numbers_of_all(entry: Any) -> bool:
-    if not isinstance(entry, dict):
-        return False
+def _metric_of(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError for a checkpoint of a training in a metric that has lost it."""
+    metric = groups[0].get("preconditioner") if groups else None
+    learned = any(float(entry["scalars"][GATHERED]) > 0 for entry in entries if _has_numbers_of_all(entry))
+    if metric is not None and learned and any("z" in entry and SQUARE_AVERAGE not in entry for entry in entries):
+        raise ValueError(
+            f"the checkpoint's options have preconditioner={metric!r}, and its state has lost the metric. (As "
+            "torch.distributed.checkpoint does with a flattened state where the optimizer was made without it: give "
+            f"preconditioner={metric!r} to the constructor.)"
+        )
+
+
+def _has_numbers_of_all(entry: dict[str, Any]) -> bool:
     shapes: dict[str, tuple[int, ...]] = {**SHAPES, **dict.fromkeys(ON_HOST, ())}
     return all(getattr(entry.get(name), "shape", None) == shape for name, shape in shapes.items())
 

@@ -77,7 +77,7 @@ class WideLinearMap:
 
     def jvp_along(self, r: Sequence[Tensor], dots: Tensor | None) -> Tensor:
         """Return J r of what `vjp` returned; `dots` are `[z·z, z·r, r·r]`, unscaled, if they are known."""
-        return at_least_float32(self._jvp(r))
+        return self.jvp(r)
 
     def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
         """Return J v of any v, in the parameters' shapes."""

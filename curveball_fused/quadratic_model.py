@@ -193,7 +193,7 @@ def measure_with_curvature_batch(
     """Measure loss, outputs and gradient of the full batch, and the curvature of a part of it."""
     backward = Backward(model_fn, context.params, replay)
     outputs = backward.outputs
-    compute_dtype = half_precision({outputs.dtype, *replay.dtypes}, context.params)
+    compute_dtype = _half_precision({outputs.dtype, *replay.dtypes}, context.params)
     linear = context.wide(backward, outputs, compute_dtype)
     loss_model = context.loss_model(loss_fn, outputs, linear, replay)
     full_gradient = FullGradient(linear.vjp(loss_model.gradient()), linear.is_scaled, compute_dtype)
@@ -366,7 +366,7 @@ def _linearize(
     known = {outputs.dtype, *replay.dtypes}
     if full_gradient is not None and full_gradient.compute_dtype is not None:
         known.add(full_gradient.compute_dtype)
-    compute_dtype = half_precision(known, context.params)
+    compute_dtype = _half_precision(known, context.params)
     return context.wide(linear, outputs, compute_dtype), outputs, jz, compute_dtype
 
 
@@ -389,7 +389,7 @@ def _pull_back(
     return [a + b for a, b in zip(curved, gradient, strict=True)]
 
 
-def half_precision(used: set[torch.dtype], params: Sequence[Tensor]) -> torch.dtype | None:
+def _half_precision(used: set[torch.dtype], params: Sequence[Tensor]) -> torch.dtype | None:
     """Return float16 if anything is in it, else bfloat16 likewise, else None."""
     used = used | {p.dtype for p in params}
     return next((dtype for dtype in (torch.float16, torch.bfloat16) if dtype in used), None)

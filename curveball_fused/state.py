@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from curveball_fused import ops
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import DIRECTION_DAMPING, LAMBD, LOSS, RATIO, SCALARS, Z_DOT_Z
-from curveball_fused.preconditioners import SQUARE_AVERAGE, fresh_state, shapes
+from curveball_fused.preconditioners import NAMES, SQUARE_AVERAGE, fresh_state, shapes
 from curveball_fused.settings import Settings
 
 REPLACED = ("scalars", "scale", "guard")
@@ -181,7 +181,7 @@ def restore(state: dict[Any, Any], saved: dict[Any, Any], params: dict[Any, Tens
         entry = saved.get(name, {})
         if "scalars" in entry:
             _remove(state, _holder(list(params.values())))
-        for block in shapes(p).keys() - entry.keys():
+        for block in NAMES:  # of a metric that the checkpoint has not
             state.get(p, {}).pop(block, None)
         for key, value in entry.items():
             if key == "z":

@@ -1,11 +1,11 @@
 """The metric P in which a step measures lengths: how a parameter's r = Jᵀc becomes the direction u = P⁻¹r."""
 
 from .bases import gathers, refresh
-from .blocks import SQUARE_AVERAGE, Block, fresh_state, multiply_adds, shapes
-from .preconditioner import PRECONDITIONERS, Direction, Preconditioner
+from .blocks import NAMES, SQUARE_AVERAGE, Block, fresh_state, multiply_adds, shapes
+from .preconditioner import Direction, Preconditioner
 
 __all__ = [
-    "PRECONDITIONERS",
+    "NAMES",
     "SQUARE_AVERAGE",
     "Block",
     "Direction",

@@ -22,6 +22,11 @@ def gathers(step: int) -> bool:
     return step < EARLY_STEPS or step % GATHER_INTERVAL == 0
 
 
+def is_taken(scalars: Tensor) -> Tensor:
+    """Return whether a step with these scalars moves anything, 0-dim bool: one to be skipped has no β or no ρ."""
+    return torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
+
+
 @torch.no_grad()
 def refresh(states: Sequence[Mapping[str, Tensor]], step: int, scalars: Tensor) -> None:
     """Bring the bases up to date whose turn it is after a step, unless it was skipped.
@@ -31,11 +36,11 @@ def refresh(states: Sequence[Mapping[str, Tensor]], step: int, scalars: Tensor) 
         step: its number, counted from zero.
         scalars: as the step has left them.
     """
-    is_taken = torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
+    taken = is_taken(scalars)
     sides = [side for state in states for side in Block.of(state).sides]
     for i in due_after(step, [len(side.factor) for side in sides]):
         with torch.autocast(sides[i].factor.device.type, enabled=False):
-            sides[i].basis.copy_(torch.where(is_taken, refreshed(*sides[i]), sides[i].basis))
+            sides[i].basis.copy_(torch.where(taken, refreshed(*sides[i]), sides[i].basis))
 
 
 def refreshed(factor: Tensor, basis: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from curveball_fused.backends.dtypes import compute_dtype
 
 SQUARE_AVERAGE = "square_average"  # the name of v, which every block has
+NAMES = (SQUARE_AVERAGE, "left_factor", "left_basis", "right_factor", "right_basis")
 LARGEST_SIDE = 1024  # a longer side keeps no factor: its basis would take more memory and time than the net
 
 

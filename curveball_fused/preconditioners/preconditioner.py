@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from curveball_fused import ops
-from curveball_fused.backends.scalars import BETA, GATHERED, RHO
+from curveball_fused.backends.scalars import GATHERED
 
+from .bases import is_taken
 from .blocks import Block
 
-PRECONDITIONERS = (None, "kronecker")
 DECAY = 0.95  # of the factors and of the squares, a step
 EPSILON = 1e-8  # added to √v̂, in the units of the gradient
 
@@ -72,7 +72,7 @@ class Preconditioner:
 
     def learn(self, direction: Direction, scalars: Tensor) -> Tensor:
         """Let P see r; return the scalars with the new weight. A step that is skipped leaves P as it is."""
-        usable = torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
+        usable = is_taken(scalars)
         with self._exactly():
             self._precondition(direction.turned, None, direction.weight, scalars)
             if self._gather:
