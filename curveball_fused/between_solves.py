@@ -1,7 +1,9 @@
 """A step between two solves: an ordinary backward pass, and the β and ρ of the solves before it.
 
 It needs no curvature, as its direction has none in it (θ = 0): u = P⁻¹Jᵀg and z ← ρz - βu, at the cost of a step of
-momentum SGD. What bounds it is what bounded the solve, λ and the range of ρ.
+momentum SGD. What bounds it is what bounded the solve, λ and the range of ρ, and the loss itself: a β of other batches
+is shortened where it promises more than this one has to give, as Polyak's rate (1987) does. Without that a net with
+nearly no loss left, whose curvature has gone with it, is thrown far away by the first batch that it has not learned.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ class Gradient(NamedTuple):
         outputs: of the model, detached.
         r: Jᵀg of the minimized loss, of the parameters' shapes; in float16 it is multiplied by the loss scale.
         is_scaled: whether it is.
+        room: how far the loss can fall, 0-dim, at least zero: the loss itself where it has a closed form that is never
+            negative; of others, which may have no bound, at most |loss| or Σ |g_i o_i| over the outputs o.
     """
 
     loss: Tensor
     outputs: Tensor
     r: list[Tensor]
     is_scaled: bool
+    room: Tensor
 
 
 def gradient(context: StepContext, model_fn: ModelFn, loss_fn: LossFn) -> Gradient:
@@ -45,26 +50,33 @@ def gradient(context: StepContext, model_fn: ModelFn, loss_fn: LossFn) -> Gradie
         is_scaled = torch.float16 in {context.compute_dtype, outputs.dtype, *(p.dtype for p in context.params)}
         own = in_own_memory(outputs.detach(), context.params)
         leaf = at_least_float32(own).detach().requires_grad_()  # by which the loss sees what it sees in a solve
-        loss = loss_at(loss_fn, leaf, context.params)
+        loss, is_never_negative = loss_at(loss_fn, leaf, context.params)
         (cotangent,) = torch.autograd.grad(context.settings.sign * loss, leaf)
+        room = loss.detach()
+        if context.settings.sign < 0 or not is_never_negative:
+            room = torch.maximum(room.abs(), (cotangent * leaf.detach()).abs().sum())
         if is_scaled:
             cotangent = cotangent * context.loss_scale.float()
         gradients = torch.autograd.grad(outputs, context.params, cotangent.to(outputs.dtype), allow_unused=True)
     r = dense_gradients(context.params, gradients)
-    return Gradient(loss.detach(), own, r, is_scaled)
+    return Gradient(loss.detach(), own, r, is_scaled, room)
 
 
-def kept_coefficients(scalars: Tensor, loss: Tensor, squares: Tensor) -> Tensor:
+def kept_coefficients(scalars: Tensor, loss: Tensor, slope: Tensor, room: Tensor | None) -> Tensor:
     """Return the scalars of a step by the β and ρ of the last solves, which is skipped where it is not finite.
 
     Args:
         scalars: of the last step.
         loss: of this step, minimized, 0-dim.
-        squares: a sum over the gradient that is finite if all of it is, 0-dim.
+        slope: r·u, by how much the loss falls along -βu for each unit of β, 0-dim; finite if all of r is.
+        room: how far it can fall, 0-dim: β is at most room / r·u. None: β stays.
     """
-    finite = torch.isfinite(loss + squares)
+    finite = torch.isfinite(loss + slope)
+    kept = torch.where(finite, scalars[AVERAGE_BETA : AVERAGE_RHO + 1], torch.nan)
     scalars = scalars.clone()
-    scalars[BETA : RHO + 1] = torch.where(finite, scalars[AVERAGE_BETA : AVERAGE_RHO + 1], torch.nan)
+    scalars[BETA : RHO + 1] = kept
+    if room is not None:
+        scalars[BETA] = torch.where(kept[0] * slope > room, room / slope, kept[0])
     scalars[LOSS] = loss
     scalars[SKIPPED_STEPS] += ~finite
     return scalars

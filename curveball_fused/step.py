@@ -189,18 +189,22 @@ def _run_between_solves(
         replay = Replay(context.params, context.params[0].device)
         model_fn = partial(replay.first, model_fn)
     with force_eager() if shared["method"] in MAY_RECOMPUTE else nullcontext():
-        loss, outputs, u, is_scaled = gradient(context, model_fn, inputs.loss_fn)
+        loss, outputs, u, is_scaled, room = gradient(context, model_fn, inputs.loss_fn)
     direction = None
     if context.preconditioner is not None:
         direction = context.preconditioner.direction(loss_scale.unscaled(u, context.loss_scale) if is_scaled else u)
-    squares = ops.dots(context.z, u, backend=settings.backend)[2] if direction is None else direction.dots[2]
-    scalars = kept_coefficients(shared["scalars"], settings.sign * loss, squares)
-    if direction is not None:
-        u = direction.u
-    scalars = _update(context, groups, u, is_scaled and direction is None, direction, scalars)
+        u, slope = direction.u, direction.dots[2]
+        is_scaled_u = False
+    else:
+        slope = ops.dots(context.z, u, backend=settings.backend)[2]
+        is_scaled_u = is_scaled
+        if is_scaled:
+            slope = slope / context.loss_scale**2
+    scalars = kept_coefficients(shared["scalars"], settings.sign * loss, slope, room if settings.beta is None else None)
+    scalars = _update(context, groups, u, is_scaled_u, direction, scalars)
     overflow = None
     if is_scaled:
-        too_large = torch.isfinite(loss) & ~torch.isfinite(squares)
+        too_large = torch.isfinite(loss) & ~torch.isfinite(slope)
         overflow = loss_scale.Overflow(too_large, torch.zeros_like(too_large))
     _remember(optimizer, context, inputs, shared, scalars, overflow)
     torch.clear_autocast_cache()

@@ -122,9 +122,14 @@ class LossModel:
         return tangent
 
 
-def loss_at(loss_fn: LossFn, leaf: Tensor, hidden: Iterable[Tensor]) -> Tensor:
-    """Return the loss at outputs that require a gradient, with its graph, or raise what `LossModel` raises."""
-    return _of_outputs(_general(_in_place_explained(loss_fn, leaf), hidden))
+def loss_at(loss_fn: LossFn, leaf: Tensor, hidden: Iterable[Tensor]) -> tuple[Tensor, bool]:
+    """Return the loss at outputs that require a gradient, with its graph, or raise what `LossModel` raises.
+
+    Also return whether it is known to have no negative values.
+    """
+    with Recognizer(leaf) as seen:
+        returned = _in_place_explained(loss_fn, leaf)
+    return _of_outputs(_general(returned, hidden)), seen.is_never_negative(returned)
 
 
 def _of_outputs(loss: Tensor) -> Tensor:

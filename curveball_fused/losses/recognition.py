@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -15,6 +16,10 @@ _REARRANGEMENTS = frozenset(
     "view reshape flatten unflatten transpose permute movedim squeeze unsqueeze contiguous swapaxes "
     "__getitem__ narrow select float double to".split()
 )
+
+
+# Of those with a closed form; F.nll_loss of a density's logarithm may be negative.
+_NEVER_NEGATIVE = frozenset((F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits))
 
 
 class RecognizedLoss(NamedTuple):
@@ -56,9 +61,14 @@ class Recognizer(TorchFunctionMode):
         entry = self._views.get(id(tensor))
         return entry is not None and entry[2] == version_of(entry[0])
 
-    def recognized(self, loss: Tensor) -> RecognizedLoss | None:
+    def recognized(self, loss: Any) -> RecognizedLoss | None:
         """Return the call that returned `loss`, if it is one of a known function on the outputs."""
         for result, version, function, args, kwargs in self._calls:
             if result is loss and version_of(result) == version and self._is_followed(args[0]):
                 return RecognizedLoss(function, args, kwargs, *self._views[id(args[0])][:2])
         return None
+
+    def is_never_negative(self, loss: Any) -> bool:
+        """Return whether a call of a function without negative values returned `loss`."""
+        call = self.recognized(loss)
+        return call is not None and call.function in _NEVER_NEGATIVE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from curveball_fused.backends.scalars import BETA, RHO
 
 from .blocks import Block
 
-INTERVAL = 10  # steps from one refresh of a basis to the next
+INTERVAL = 20  # steps from one refresh of a basis to the next
 EARLY_STEPS = 10  # after each of the first steps all bases are refreshed, as they begin as the identity
 SHIFT = 1e-4  # δ over the mean eigenvalue of a factor
 GATHER_INTERVAL = 2  # steps, after the first ones, from one gradient that the factors see to the next
@@ -38,7 +39,8 @@ def refresh(states: Sequence[Mapping[str, Tensor]], step: int, scalars: Tensor) 
     """
     taken = is_taken(scalars)
     sides = [side for state in states for side in Block.of(state).sides]
-    for i in due_after(step, [len(side.factor) for side in sides]):
+    turn = step if step < EARLY_STEPS else EARLY_STEPS + (step - EARLY_STEPS) % INTERVAL
+    for i in due_after(turn, tuple(_work(side.factor) for side in sides)):
         with torch.autocast(sides[i].factor.device.type, enabled=False):
             sides[i].basis.copy_(torch.where(taken, refreshed(*sides[i]), sides[i].basis))
 
@@ -50,27 +52,33 @@ def refreshed(factor: Tensor, basis: Tensor) -> Tensor:
     not what rounding makes of zero. Nothing is read by the host, and every result is orthogonal anew, so that rounding
     does not add up.
     """
-    shift = SHIFT * factor.trace() / len(factor)
-    basis, _ = torch.linalg.qr(torch.addmm(shift * basis, factor, basis))
+    shift = SHIFT * factor.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    basis, _ = torch.linalg.qr(factor @ basis + shift * basis)
     return basis
 
 
-def due_after(step: int, lengths: Sequence[int]) -> list[int]:
+@functools.cache
+def due_after(step: int, works: tuple[int, ...]) -> list[int]:
     """Return which sides are refreshed after a step.
 
-    In a whole interval each is, and the work, a side's length cubed, is shared out among the steps.
+    In a whole interval each is, and the work is shared out among the steps.
 
     Args:
         step: its number, counted from zero.
-        lengths: of all sides.
+        works: of all sides.
     """
     if step < EARLY_STEPS:
-        return list(range(len(lengths)))
+        return list(range(len(works)))
     loads = [0] * INTERVAL
     due = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(works)), key=lambda i: -works[i]):
         slot = loads.index(min(loads))
-        loads[slot] += lengths[i] ** 3
+        loads[slot] += works[i]
         if slot == step % INTERVAL:
             due.append(i)
     return due
+
+
+def _work(factor: Tensor) -> int:
+    """Return that of a refresh, in proportion: the length cubed, of each piece."""
+    return factor.numel() * factor.shape[-1]

@@ -10,10 +10,12 @@ Shampoo's factors (Gupta et al. 2018) with Adam in their eigenbasis, as in SOAP 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from curveball_fused.backends.dtypes import compute_dtype
@@ -21,10 +23,15 @@ from curveball_fused.backends.dtypes import compute_dtype
 SQUARE_AVERAGE = "square_average"  # the name of v, which every block has
 NAMES = (SQUARE_AVERAGE, "left_factor", "left_basis", "right_factor", "right_basis")
 LARGEST_SIDE = 1024  # a longer side keeps no factor: its basis would take more memory and time than the net
+LARGEST_BASIS = 128  # a longer side has several bases, of as many elements each
 
 
 class Side(NamedTuple):
-    """One Kronecker factor of a block, and the orthogonal matrix that nearly diagonalizes it."""
+    """One Kronecker factor of a block, and the orthogonal matrix that nearly diagonalizes it.
+
+    Both are n x n for a side of n; a longer side is cut into k pieces of b, of which both know nothing but the pieces
+    themselves: k x b x b, in which the last piece may reach beyond the side.
+    """
 
     factor: Tensor
     basis: Tensor
@@ -69,10 +76,10 @@ class Block(NamedTuple):
             return r
         m = _matrix(r)
         if self.left is not None:
-            m = self.left.basis.T @ m
+            m = _on_rows(self.left.basis.mT, m)
         if self.right is not None:
-            m = m @ self.right.basis
-        return m.view(r.shape)
+            m = _on_columns(m, self.right.basis)
+        return m.reshape(r.shape)
 
     def from_basis(self, turned: Tensor) -> Tensor:
         """Return M of QᵀM S."""
@@ -80,54 +87,100 @@ class Block(NamedTuple):
             return turned
         m = _matrix(turned)
         if self.left is not None:
-            m = self.left.basis @ m
+            m = _on_rows(self.left.basis, m)
         if self.right is not None:
-            m = m @ self.right.basis.T
-        return m.view(turned.shape)
+            m = _on_columns(m, self.right.basis.mT)
+        return m.reshape(turned.shape)
 
-    def gather(self, r: Tensor, keep: float, usable: Tensor) -> None:
-        """Let the factors become keep · L + (1 - keep) MMᵀ and likewise R, unless `usable`, 0-dim bool, is false.
 
-        A factor stays as it is where the trace of MMᵀ overflows, too, though no square in M does: neither it nor its
-        basis would ever be finite again.
-        """
-        if not self.sides:
-            return
-        m = _matrix(r.to(self.square_average.dtype))
-        for side, rows in ((self.left, m), (self.right, m.mT)):
+def gather(blocks: Sequence[Block], r: Sequence[Tensor], keep: float, usable: Tensor) -> None:
+    """Let all factors become keep · L + (1 - keep) MMᵀ and likewise R, unless `usable`, 0-dim bool, is false.
+
+    They stay as they are, too, where the trace of an MMᵀ overflows though no square in M does: neither the factor nor
+    its basis would ever be finite again.
+    """
+    seen = [
+        (block, _matrix(r_i.to(block.square_average.dtype)))
+        for block, r_i in zip(blocks, r, strict=True)
+        if block.sides
+    ]
+    if not seen:
+        return
+    limit = min(torch.finfo(m.dtype).max for _, m in seen) / 2
+    usable = usable & (torch.stack([torch.linalg.vector_norm(m) for _, m in seen]).square() <= limit).all()
+    kept = torch.where(usable, torch.full_like(usable, keep, dtype=torch.float64), 1)
+    for block, m in seen:
+        m = torch.where(usable, m, 0)
+        for side, rows in ((block.left, m), (block.right, m.mT)):
             if side is not None:
-                gram = rows @ rows.mT
-                seen = usable & torch.isfinite(gram.trace())
-                side.factor.lerp_(torch.where(seen, gram, side.factor), 1 - keep)
+                _add_gram(side.factor.mul_(kept), rows, 1 - keep)
 
 
 def shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
     """Return what the state of a parameter holds for its block: names and shapes.
 
-    A side has a factor where it is neither of one element nor longer than `LARGEST_SIDE`.
+    A side has a factor where it is neither of one element nor longer than `LARGEST_SIDE`, and several where it is
+    longer than `LARGEST_BASIS`.
     """
     found: dict[str, tuple[int, ...]] = {SQUARE_AVERAGE: tuple(p.shape)}
     rows, columns = (p.shape[0], p.numel() // p.shape[0]) if p.ndim >= 2 and p.numel() else (0, 0)
     for side, length in (("left", rows), ("right", columns)):
         if 1 < length <= LARGEST_SIDE:
-            found |= dict.fromkeys((f"{side}_factor", f"{side}_basis"), (length, length))
+            pieces = math.ceil(length / LARGEST_BASIS)
+            piece = math.ceil(length / pieces)
+            found |= dict.fromkeys((f"{side}_factor", f"{side}_basis"), (*[pieces][: pieces > 1], piece, piece))
     return found
 
 
 def multiply_adds(p: Tensor) -> int:
-    """Return those of u = P⁻¹r for one parameter: two products with each basis, of m² n for a side of m beside n."""
-    sides = (shape[0] for name, shape in shapes(p).items() if name.endswith("_basis"))
+    """Return those of u = P⁻¹r for one parameter: two products with each basis, of b m n for pieces of b."""
+    sides = (shape[-1] for name, shape in shapes(p).items() if name.endswith("_basis"))
     return sum(2 * length * p.numel() for length in sides)
 
 
 def fresh_state(p: Tensor) -> dict[str, Tensor]:
     """Return the state of a new block: no gradient seen, and the bases those that the parameter is written in."""
     options: dict[str, Any] = dict(dtype=compute_dtype(p.dtype), device=p.device)
-    return {
-        name: torch.eye(shape[0], **options) if name.endswith("_basis") else torch.zeros(shape, **options)
-        for name, shape in shapes(p).items()
-    }
+    state = {name: torch.zeros(shape, **options) for name, shape in shapes(p).items()}
+    for name, t in state.items():
+        if name.endswith("_basis"):
+            t.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return state
 
 
 def _matrix(t: Tensor) -> Tensor:
     return t.reshape(t.shape[0], -1)
+
+
+def _on_rows(q: Tensor, m: Tensor) -> Tensor:
+    """Return q m, where q is n x n, or the pieces on a diagonal."""
+    if q.ndim == 2:
+        return q @ m
+    product: Tensor = q @ _in_pieces(m, q)
+    return product.flatten(0, 1)[: len(m)]
+
+
+def _on_columns(m: Tensor, q: Tensor) -> Tensor:
+    """Return m q, likewise."""
+    if q.ndim == 2:
+        return m @ q
+    product: Tensor = _in_pieces(m.mT, q).mT @ q
+    return product.transpose(0, 1).flatten(1)[:, : m.shape[1]]
+
+
+def _in_pieces(m: Tensor, q: Tensor) -> Tensor:
+    """Return the rows of m as they meet the pieces of q, k x b x columns, with zeros after the last."""
+    pieces, length, _ = q.shape
+    if beyond := pieces * length - len(m):
+        m = F.pad(m, (0, 0, 0, beyond))
+    in_pieces: Tensor = m.unflatten(0, (pieces, length))
+    return in_pieces
+
+
+def _add_gram(factor: Tensor, m: Tensor, weight: float) -> None:
+    """Add weight · m mᵀ to a factor: as much of it as the factor has."""
+    if factor.ndim == 2:
+        factor.addmm_(m, m.mT, alpha=weight)
+    else:
+        rows = _in_pieces(m, factor)
+        factor.baddbmm_(rows, rows.mT, alpha=weight)

@@ -12,9 +12,9 @@ from curveball_fused import ops
 from curveball_fused.backends.scalars import GATHERED
 
 from .bases import is_taken
-from .blocks import Block
+from .blocks import Block, gather
 
-DECAY = 0.95  # of the factors and of the squares, a step
+DECAY = 0.9  # of the factors and of the squares, a step
 EPSILON = 1e-8  # added to √v̂, in the units of the gradient
 
 
@@ -76,8 +76,7 @@ class Preconditioner:
         with self._exactly():
             self._precondition(direction.turned, None, direction.weight, scalars)
             if self._gather:
-                for block, r in zip(self.blocks, direction.r, strict=True):
-                    block.gather(r, DECAY, usable)
+                gather(self.blocks, direction.r, DECAY, usable)
         scalars = scalars.clone()
         scalars[GATHERED] = torch.where(usable, direction.weight, scalars[GATHERED])
         return scalars

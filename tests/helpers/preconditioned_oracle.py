@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 
-DECAY, EPSILON, EARLY = 0.95, 1e-8, 10
+DECAY, EPSILON, EARLY = 0.9, 1e-8, 10
 
 
 @dataclass
 class DenseBlock:
-    """One parameter's block of P; factors only for sides of 2 to `largest`."""
+    """One parameter's block of P; factors only for sides of 2 to `largest`, in equal pieces of up to `longest`."""
 
     shape: torch.Size
     kronecker: bool
     largest: int
+    longest: int
     steps: int = 0
     sides: list[Tensor] = field(default_factory=list)
     factors: list[Tensor] = field(default_factory=list)
@@ -37,6 +38,8 @@ class DenseBlock:
         self.steps += 1
         if self.steps <= EARLY or self.steps % 2 == 1:
             for factor, gram in zip(self.factors, (m @ m.T, m.T @ m), strict=True):
+                piece = self._pieces(len(gram))[0]
+                gram = gram * (piece[:, None] == piece)
                 factor.mul_(DECAY).add_(gram, alpha=1 - DECAY)
         turned = self.sides[0].T @ m @ self.sides[1]
         self.square = DECAY * self.square + (1 - DECAY) * turned**2
@@ -47,8 +50,15 @@ class DenseBlock:
     def refresh(self, due: Callable[[int], bool]) -> None:
         for i, n in enumerate(self.matrix):
             if self.kronecker and len(self.shape) > 1 and 1 < n <= self.largest and due(n):
-                shifted = self.factors[i] + 1e-4 * self.factors[i].trace() / n * torch.eye(n, dtype=torch.float64)
+                piece, length = self._pieces(n)
+                traces = torch.zeros(n, dtype=torch.float64).index_add(0, piece, self.factors[i].diag())
+                shifted = self.factors[i] + torch.diag(1e-4 * traces[piece] / length)
                 self.sides[i] = torch.linalg.qr(shifted @ self.sides[i])[0].contiguous()
+
+    def _pieces(self, n: int) -> tuple[Tensor, int]:
+        """Return the piece of each element of a side, and how long a piece is."""
+        length = math.ceil(n / max(1, math.ceil(n / self.longest)))
+        return torch.arange(n) // length, length
 
 
 @dataclass
@@ -65,6 +75,7 @@ class DensePreconditioned:
     lr: float
     weight_decay: float
     largest: int = 1024
+    longest: int = 128
     beta: float = 0.0
     rho: float = 0.0
     solves: int = 0
@@ -75,7 +86,7 @@ class DensePreconditioned:
         self.w = torch.cat([p.flatten() for p in self.named.values()])
         self.z = torch.zeros_like(self.w)
         kronecker = self.preconditioner == "kronecker"
-        self.blocks = [DenseBlock(p.shape, kronecker, self.largest) for p in self.named.values()]
+        self.blocks = [DenseBlock(p.shape, kronecker, self.largest, self.longest) for p in self.named.values()]
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         parts = w.split([p.numel() for p in self.named.values()])

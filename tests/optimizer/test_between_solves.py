@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from curveball_fused import CurveBall
+from curveball_fused.backends.scalars import AVERAGE_BETA
 from tests.helpers.training import small
 
 SOLVES, BETWEEN = 10, 11  # steps taken before
@@ -92,3 +93,74 @@ def test_a_checkpointed_model_steps_as_the_plain_one(norm: str, method: str) -> 
             optimizer.step(run, lambda out: F.cross_entropy(out, torch.arange(10) % 3))
         runs.append(list(net.state_dict().values()))
     torch.testing.assert_close(*runs, rtol=1e-8, atol=1e-10)
+
+
+def own_loss(out: Tensor, y: Tensor) -> Tensor:
+    """One whose bound at zero nobody knows."""
+    return (out - y).square().mean()
+
+
+BOUNDS = {
+    "the loss": lambda loss, g, out: loss,
+    "|loss| or outputs": lambda loss, g, out: max(loss.abs(), (g * out).abs().sum()),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("preconditioner", [None, "kronecker"])
+@pytest.mark.parametrize(
+    ("loss_fn", "options", "bound"),
+    [(F.mse_loss, {}, "the loss"), (lambda out, y: F.mse_loss(out.transpose(0, 1), y.T), {}, "the loss"),
+     (own_loss, {}, "|loss| or outputs"), (lambda out, y: own_loss(out, y) - 2, {}, "|loss| or outputs"),
+     (F.mse_loss, {"beta": 0.7}, "none")],
+    ids=["closed form", "rearranged", "own", "negative", "fixed"],
+)  # fmt: skip
+def test_beta_promises_no_more_than_the_loss_has_to_give(
+    loss_fn: Callable[[Tensor, Tensor], Tensor], options: dict[str, float], bound: str, preconditioner: str | None
+) -> None:
+    """The β that was kept is one that would go far too far; ρ = 0, so that the step is -βu."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(6, 3).double(), torch.randn(20, 6, dtype=torch.float64)
+    y = torch.randn(20, 3, dtype=torch.float64)
+    optimizer = CurveBall(
+        net.parameters(), rho=0.0, preconditioner=preconditioner, direction="gradient", solve_interval=10, average=0.9,
+        **options,
+    )  # fmt: skip
+    for _ in range(BETWEEN):
+        optimizer.step(lambda: net(x), lambda out: loss_fn(out, y))
+    optimizer._shared["scalars"][AVERAGE_BETA] = options.get("beta", 1e3)
+    before = torch.cat([p.detach().flatten() for p in net.parameters()])
+    out = net(x)
+    loss = loss_fn(out, y)
+    (g,) = torch.autograd.grad(loss, out, retain_graph=True)
+    r = torch.cat([t.flatten() for t in torch.autograd.grad(loss, list(net.parameters()))])
+    optimizer.step(lambda: net(x), lambda out: loss_fn(out, y))
+    promised = r @ (before - torch.cat([p.detach().flatten() for p in net.parameters()]))
+    room = BOUNDS[bound]
+    if room is None:
+        assert float(optimizer.stats()["beta"]) == 0.7
+    else:
+        torch.testing.assert_close(promised, room(loss.detach(), g, out.detach()), rtol=1e-9, atol=0)
+
+
+def test_a_loss_of_zero_moves_nothing_by_its_gradient() -> None:
+    net, x = nn.Linear(4, 2), torch.randn(8, 4)
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker", rho=0.0)
+    for _ in range(BETWEEN):
+        optimizer.step(lambda: net(x), lambda out: F.mse_loss(out, torch.ones(8, 2)))
+    before = net.weight.clone()
+    optimizer.step(lambda: net(x), lambda out: F.mse_loss(out, out.detach()))
+    assert torch.equal(net.weight, before) and optimizer.stats()["skipped_steps"] == 0
+
+
+def test_maximizing_is_not_bounded_by_the_loss_below() -> None:
+    """The minimized loss is then negative, and has no bound: β is one that its outputs allow."""
+    runs = []
+    for maximize in (False, True):
+        torch.manual_seed(0)
+        net, x = nn.Linear(4, 2).double(), torch.randn(8, 4, dtype=torch.float64)
+        optimizer = CurveBall(net.parameters(), preconditioner="kronecker", maximize=maximize)
+        for _ in range(25):
+            optimizer.step(lambda net=net, x=x: net(x), lambda out, s=-1 if maximize else 1: s * own_loss(out, 1))
+        runs.append(net.weight)
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)

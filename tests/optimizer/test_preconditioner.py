@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -61,10 +62,13 @@ def test_equals_dense_matrices(
     case: dict[str, Any], partial: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "LARGEST_SIDE", 9)  # the last layer has a side of 12
+    monkeypatch.setattr(blocks, "LARGEST_BASIS", 4)  # sides of 5 have pieces of 3, sides of 8 and 9 others
     net = Net()
     options = case | {"theta": 1.0 if case["direction"] == "residual" else 0.0}
     del options["direction"]
-    dense = DensePreconditioned(copy.deepcopy(net), loss_of, lambd=2.0, lr=0.8, weight_decay=0.02, largest=9, **options)
+    dense = DensePreconditioned(
+        copy.deepcopy(net), loss_of, lambd=2.0, lr=0.8, weight_decay=0.02, largest=9, longest=4, **options
+    )
     optimizer = CurveBall(
         net.parameters(), lr=0.8, lambd=2.0, weight_decay=0.02, auto_lambda=False, backend=backend, **case
     )
@@ -88,7 +92,9 @@ def _refresh_as(dense: DensePreconditioned, step: int) -> None:
     sides = [
         (i, n) for i, b in enumerate(dense.blocks) for n in b.matrix if len(b.shape) > 1 and b.matrix[0] and 1 < n <= 9
     ]
-    due = {sides[i] for i in due_after(step, [n for _, n in sides])}
+    pieces = [math.ceil(n / 4) for _, n in sides]
+    works = tuple(k * math.ceil(n / k) ** 3 for k, (_, n) in zip(pieces, sides, strict=True))
+    due = {sides[i] for i in due_after(step, works)}
     dense.refresh(lambda block, n: (block, n) in due)
 
 
