@@ -43,7 +43,7 @@ class CurveBall(Optimizer):
         direction: "residual": Δ = P⁻¹Jᵀ(g + HJz) + λz, as published, or "gradient": Δ = P⁻¹Jᵀg, which needs no
             curvature between solves (default: "residual"; "gradient" with a preconditioner).
         lambd: damping λ, or its first value, at least 0, and within its bounds if it adapts; in the Euclidean metric 10
-            suits nets without batch norm (default: 1.0; 100 with a preconditioner).
+            suits nets without batch norm (default: 1.0; 30 with a preconditioner).
         auto_lambda: whether λ adapts (default: True).
         lambda_factor: factor per solve by which λ falls, or, inverted, grows; above 0, at most 1 (default: 0.999; 0.99
             with a preconditioner).
@@ -54,7 +54,7 @@ class CurveBall(Optimizer):
         lambda_min: lower bound of an adapting λ, above 0 (default: 1e-6).
         lambda_max: upper bound of an adapting λ (default: 1e6).
         average: how much of β and ρ is kept from solve to solve (exponential average, without bias at the start), from
-            0 to below 1 (default: 0.0; 0.9 with a preconditioner).
+            0 to below 1 (default: 0.0; 0.5 with a preconditioner).
         solve_interval: steps from one solve to the next; those between take the last β and ρ and cost a step of SGD.
             At least 1; above 1 only with the direction "gradient" (default: 1; 10 with a preconditioner).
         weight_decay: decoupled: w shrinks by lr·weight_decay per step; at least 0; per group (default: 0.0).

@@ -6,12 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from curveball_fused import CurveBall
+from curveball_fused.preconditioners import bases, blocks, preconditioner
 
 if TYPE_CHECKING:
     from benchmarks.study.tasks import Task
@@ -61,11 +64,22 @@ class SecondOrder(Training):
         task: what is trained.
         net: likewise.
         schedule: "constant" or "cosine".
+        constants: those of `curveball_fused`, by module and name, that are others than its own in this process.
         options: the optimizer's.
     """
 
-    def __init__(self, task: Task, net: nn.Module, schedule: str = "constant", **options: Any) -> None:
+    def __init__(
+        self,
+        task: Task,
+        net: nn.Module,
+        schedule: str = "constant",
+        constants: Mapping[str, float] = MappingProxyType({}),
+        **options: Any,
+    ) -> None:
         self.task, self.net = task, net
+        for path, value in (_OWN | constants).items():
+            module, name = path.rsplit(".", 1)
+            setattr(import_module(f"curveball_fused.{module}"), name, value)
         self.optimizer = CurveBall(net.parameters(), **options)
         self.scheduler = scheduler(self.optimizer, schedule, task.steps)
 
@@ -76,16 +90,56 @@ class SecondOrder(Training):
 
 
 KRONECKER = {"preconditioner": "kronecker"}
+_OWN: dict[str, float] = {
+    "preconditioners.preconditioner.DECAY": preconditioner.DECAY,
+    "preconditioners.preconditioner.EPSILON": preconditioner.EPSILON,
+    "preconditioners.blocks.LARGEST_BASIS": blocks.LARGEST_BASIS,
+    "preconditioners.bases.INTERVAL": bases.INTERVAL,
+    "preconditioners.bases.GATHER_INTERVAL": bases.GATHER_INTERVAL,
+}
+
+
+def _with(**values: float) -> dict[str, Any]:
+    """The Kronecker metric with other constants of these names."""
+    return KRONECKER | {"constants": {path: values[name] for path in _OWN if (name := path.rsplit(".")[-1]) in values}}
+
+
 _SETTINGS: dict[str, dict[str, Any]] = {
     "CurveBall": {},
     "Kronecker": KRONECKER,
     "Kronecker, cosine": KRONECKER | {"schedule": "cosine"},
+    "Kronecker, weight decay 0.01": KRONECKER | {"weight_decay": 0.01},
     "Kronecker, residual, solve in every step": KRONECKER | {"direction": "residual", "solve_interval": 1},
-    "Kronecker, solve every 5th": KRONECKER | {"solve_interval": 5},
-    "Kronecker, solve every 20th": KRONECKER | {"solve_interval": 20},
+}
+# Then these.
+_SETTINGS |= {
+    f"Kronecker, λ {lambd}, average {average}": KRONECKER | {"lambd": float(lambd), "average": average}
+    for lambd, average in ((100, 0.9), (30, 0.9), (30, 0.8), (30, 0.6), (30, 0.3), (30, 0), (10, 0.8), (10, 0.5))
+}
+# Chosen from first, when these were the constants and β had no bound between solves.
+_SCREENED: dict[str, dict[str, Any]] = {
+    "Kronecker": KRONECKER,
     "Kronecker, λ 30": KRONECKER | {"lambd": 30.0},
-    "Kronecker, λ 300": KRONECKER | {"lambd": 300.0},
+    "Kronecker, λ's factor 0.95": KRONECKER | {"lambda_factor": 0.95},
+    "Kronecker, solve every 20th": KRONECKER | {"solve_interval": 20},
     "Kronecker, average 0.8": KRONECKER | {"average": 0.8},
     "Kronecker, average 0.95": KRONECKER | {"average": 0.95},
+    "Kronecker, ρ 0.9": KRONECKER | {"rho": 0.9},
+    "Kronecker, decay 0.9": _with(DECAY=0.9),
+    "Kronecker, bases of 128, decay 0.9": _with(LARGEST_BASIS=128, DECAY=0.9),
+    "Kronecker, bases of 64, decay 0.9": _with(LARGEST_BASIS=64, DECAY=0.9),
+    "Kronecker, bases of 128, decay 0.9, refresh every 20th": _with(LARGEST_BASIS=128, DECAY=0.9, INTERVAL=20),
 }
-CURVEBALL = {name: Method(name, SecondOrder, options, ("curveball_fused",)) for name, options in _SETTINGS.items()}
+_AT_FIRST = _with(DECAY=0.95, LARGEST_BASIS=1024, INTERVAL=10)["constants"]
+
+
+def _screened(options: dict[str, Any]) -> dict[str, Any]:
+    return options | {"constants": _AT_FIRST | options.get("constants", {})}
+
+
+CURVEBALL = {
+    name: Method(name, SecondOrder, options, ("curveball_fused",))
+    for name, options in (
+        _SETTINGS | {f"Screening: {name}": _screened(options) for name, options in _SCREENED.items()}
+    ).items()
+}

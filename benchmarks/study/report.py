@@ -2,29 +2,32 @@
 
 For every task: the best baseline by final training loss, and for each CurveBall setting the share of the run's steps
 after which its smoothed loss is at the best baseline's smoothed loss at the end (Schedule-Free's: at the loss of its
-averaged weights). With `--times FILE`, a JSON object {task: {method: seconds of a step}}, also the seconds until then,
-and their ratio to those of the baseline's whole run.
+averaged weights). Where `benchmarks.study.times` has measured steps, also the seconds until then, over those of the
+baseline's whole run, and over those of the whole search that found the baseline.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.study import results
 from benchmarks.study.methods import CURVEBALL
 from benchmarks.study.results import Result, mean
 from benchmarks.study.tasks import TASKS
 
-Times = dict[str, dict[str, float]]
+EARLY = 10  # of CurveBall's steps, which all solve
+Times = dict[str, dict[str, float]]  # of a task: by method, as in times.json
 Runs = dict[str, dict[int, Result]]  # by method and seed
 ADAM_AND_SGD = "Adam", "SGD"
 COLUMNS = (
     "task", "method", "seeds", "share of steps", "final train", "final validation", "validation error", "seconds",
-    "seconds / baseline's",
+    "over the baseline's", "over the search's",
 )  # fmt: skip
 
 
@@ -55,15 +58,41 @@ def shares(runs: Runs, method: str, baseline: str) -> list[float | None]:
     ]
 
 
-def rows(task: str, runs: Runs, baseline: str, times: dict[str, float]) -> list[list[str]]:
-    """The baseline's row, and one for each CurveBall setting that has run."""
+def seconds(times: Times, method: str, steps: float) -> float | None:
+    """How long a method's first steps take; None where it was not timed. Its rate and schedule don't matter."""
+    family = (found for name, found in times.items() if name == method or name.split()[0] == method.split()[0])
+    found = times.get(method) or (next(family, None) if method not in CURVEBALL else None)
+    if found is None:
+        return None
+    # Only CurveBall's early steps are others; those of first-order methods are slow for being the first.
+    early = min(steps, EARLY) if method in CURVEBALL else 0.0
+    return early * found["early"] + (steps - early) * found["later"]
+
+
+def searched(task: str, runs: Runs, families: tuple[str, ...], times: Times) -> float | None:
+    """Seconds of one run with each setting that the best baseline was chosen from."""
+    tried = [method for method in runs if method not in CURVEBALL and (not families or method.startswith(families))]
+    taken = [seconds(times, method, TASKS[task].steps) for method in tried if 0 in runs[method]]
+    return sum(t for t in taken if t is not None) if None not in taken else None
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def rows(task: str, runs: Runs, families: tuple[str, ...], times: Times) -> list[list[str]]:
+    """The baseline's row, and one for each CurveBall setting that has run; none without a baseline."""
+    baseline = best(runs, families)
+    if baseline is None:
+        return []
     table = []
-    whole = times.get(baseline, 0.0) * TASKS[task].steps
+    steps = TASKS[task].steps
+    whole, search = seconds(times, baseline, steps), searched(task, runs, families, times)
     for method in (baseline, *(method for method in CURVEBALL if method in runs)):
         own = runs[method].values()
         reached: list[float | None] = [1.0] if method == baseline else shares(runs, method, baseline)
         share = mean(reached)
-        seconds = share * TASKS[task].steps * times[method] if share is not None and method in times else None
+        taken = seconds(times, method, share * steps) if share is not None else None
         missed = sum(share is None for share in reached)
         never = f"never in {missed} of {len(reached)}" if missed else ""
         finals = [
@@ -72,14 +101,14 @@ def rows(task: str, runs: Runs, baseline: str, times: dict[str, float]) -> list[
             mean(result.final_error for result in own),
         ]
         table.append([
-            task, method, str(len(own)), never or _text(share), *map(_text, finals), _text(seconds),
-            _text(seconds / whole if seconds is not None and whole else None),
+            task, method, str(len(own)), never or _text(share), *map(_text, finals), _text(taken),
+            _text(ratio(taken, whole)), _text(ratio(taken, search)),
         ])  # fmt: skip
     return table
 
 
-def summary(half: str, folder: Path, families: tuple[str, ...], times: Times) -> list[list[str]]:
-    """For each CurveBall setting: on how many tasks of a half it reached the baseline, and the median share."""
+def summary(half: str, folder: Path, families: tuple[str, ...], times: dict[str, Times]) -> list[list[str]]:
+    """For each CurveBall setting: on how many tasks of a half it reached the baseline, in what share, in what time."""
     table = []
     for method in CURVEBALL:
         found: list[float | None] = []
@@ -90,17 +119,18 @@ def summary(half: str, folder: Path, families: tuple[str, ...], times: Times) ->
             if baseline is None or method not in runs:
                 continue
             found.append(mean(shares(runs, method, baseline)))
-            own, others = (times.get(task, {}).get(name) for name in (method, baseline))
-            if found[-1] is not None and own and others:
-                ratios.append(found[-1] * own / others)
+            own, steps = times.get(task, {}), TASKS[task].steps
+            if (whole := seconds(own, baseline, steps)) and seconds(own, method, steps):
+                taken = None if found[-1] is None else seconds(own, method, found[-1] * steps)
+                ratios.append(taken / whole if taken is not None else math.inf)
         if found:
             reached = sorted(share for share in found if share is not None)
-            median = statistics.median([share if share is not None else float("inf") for share in found])
-            middle = f"{median:.2f}" if median < float("inf") else "never"
-            spread = f"{reached[0]:.2f} to {reached[-1]:.2f}" if reached else ""
+            middle = statistics.median([share if share is not None else math.inf for share in found])
+            sooner = f"{sum(r <= 1 for r in ratios)} of {len(ratios)}" if ratios else ""
             table.append([
-                method, f"{len(reached)} of {len(found)}", middle, spread,
-                _text(statistics.median(ratios) if ratios else None),
+                method, f"{len(reached)} of {len(found)}", _text(middle) if middle < math.inf else "never",
+                f"{reached[0]:.2f} to {reached[-1]:.2f}" if reached else "",
+                _text(statistics.median(ratios)) if ratios else "", sooner,
             ])  # fmt: skip
     return table
 
@@ -110,22 +140,23 @@ def markdown(columns: tuple[str, ...], table: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in table]) + "\n"
 
 
-def document(folder: Path, times: Times) -> str:
+def document(folder: Path, measured: dict[str, Any]) -> str:
     """Both halves against the best Adam or SGD and against the best of all baselines."""
+    times: dict[str, Times] = measured.get("tasks", {})
     parts = [
-        "# Study\n\nWritten by `python -m benchmarks.study.report`; losses by step, one file a task beside this.\n"
+        "# Study\n\nWritten by `python -m benchmarks.study.report`; beside this lie losses by step, one file a task, "
+        "and times.json. Baselines ran with seed 0 at every setting of their grids.\n"
     ]
+    if times:
+        parts.append(f"Times: {measured['machine']}, torch {measured['torch']}, commit {measured['commit']}.\n")
     for half in ("chosen", "reported"):
         for title, families in (("Adam or SGD", ADAM_AND_SGD), ("of all baselines", ())):
             table = []
             for task in (name for name, task in TASKS.items() if task.half == half):
-                runs = runs_of(task, folder)
-                baseline = best(runs, families)
-                if baseline is not None:
-                    table += rows(task, runs, baseline, times.get(task, {}))
+                table += rows(task, runs_of(task, folder), families, times.get(task, {}))
             parts.append(f"## Tasks {half} on, beside the best {title}\n\n" + markdown(COLUMNS, table))
             if short := summary(half, folder, families, times):
-                columns = "method", "reached it on", "median share of steps", "range", "median of seconds' ratio"
+                columns = "method", "reached it on", "median share of steps", "range", "median of seconds", "sooner on"
                 parts.append(markdown(columns, short))
     about = [[name, task.about, str(task.steps), str(len(results.read(name, folder)))] for name, task in TASKS.items()]
     parts.append("## Tasks\n\n" + markdown(("task", "", "steps", "runs"), about))
@@ -140,11 +171,10 @@ def _text(value: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=Path, help="JSON: task -> method -> seconds of a step")
     parser.add_argument("--folder", type=Path, default=results.FOLDER, help="of the results")
     options = parser.parse_args()
-    times: Times = json.loads(options.times.read_text(encoding="utf-8")) if options.times else {}
-    text = document(options.folder, times)
+    file = options.folder / "times.json"
+    text = document(options.folder, json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
     (options.folder / "study.md").write_text(text, encoding="utf-8")
     print(text)
 

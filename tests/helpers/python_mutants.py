@@ -256,8 +256,8 @@ PRECONDITIONERS = [
     PythonMutant(
         "a_step_between_solves_promises_more_than_the_loss_has_to_give",
         "between_solves.py",
-        "kept[0] * slope > room",
-        "kept[0] > room",
+        "room / slope, kept[0])",
+        "kept[0], kept[0])",
         "optimizer/test_between_solves.py::test_beta_promises_no_more_than_the_loss_has_to_give",
     ),
     PythonMutant(
