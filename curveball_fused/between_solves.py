@@ -52,14 +52,21 @@ def gradient(context: StepContext, model_fn: ModelFn, loss_fn: LossFn) -> Gradie
         leaf = at_least_float32(own).detach().requires_grad_()  # by which the loss sees what it sees in a solve
         loss, is_never_negative = loss_at(loss_fn, leaf, context.params)
         (cotangent,) = torch.autograd.grad(context.settings.sign * loss, leaf)
-        room = loss.detach()
-        if context.settings.sign < 0 or not is_never_negative:
-            room = torch.maximum(room.abs(), (cotangent * leaf.detach()).abs().sum())
+        bounded = is_never_negative if context.settings.sign > 0 else False
+        room = _room(loss.detach(), cotangent, leaf.detach(), bounded)
         if is_scaled:
             cotangent = cotangent * context.loss_scale.float()
         gradients = torch.autograd.grad(outputs, context.params, cotangent.to(outputs.dtype), allow_unused=True)
     r = dense_gradients(context.params, gradients)
     return Gradient(loss.detach(), own, r, is_scaled, room)
+
+
+def _room(loss: Tensor, cotangent: Tensor, outputs: Tensor, is_never_negative: bool | Tensor) -> Tensor:
+    if is_never_negative is True:
+        return loss
+    terms = torch.where(cotangent == 0, 0, cotangent * outputs)  # an output of -inf has no gradient
+    size = torch.maximum(loss.abs(), terms.abs().sum())
+    return size if is_never_negative is False else torch.where(is_never_negative, loss, size)
 
 
 def kept_coefficients(scalars: Tensor, loss: Tensor, slope: Tensor, room: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from curveball_fused import ops
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.scalars import DIRECTION_DAMPING, LAMBD, LOSS, RATIO, SCALARS, Z_DOT_Z
-from curveball_fused.preconditioners import NAMES, SQUARE_AVERAGE, fresh_state, shapes
+from curveball_fused.preconditioners import NAMES, SQUARE_AVERAGE, fresh_state, has_block, shapes
 from curveball_fused.settings import Settings
 
 REPLACED = ("scalars", "scale", "guard")
@@ -214,10 +214,9 @@ def _complete(entry: dict[str, Tensor], p: Tensor, preconditioner: str | None) -
         entry["z"] = zeros_like(p).copy_(z)
     if preconditioner is None:
         return
-    wanted = shapes(p)
-    if any(name not in entry or entry[name].shape != shape for name, shape in wanted.items()):
+    if not has_block(entry, p):
         entry.update(fresh_state(p))
-    for name in wanted:
+    for name in shapes(p):
         t = entry[name]
         entry[name] = t.to(entry["z"])
         if name.endswith("_basis") and torch.finfo(t.dtype).eps > torch.finfo(entry["z"].dtype).eps:

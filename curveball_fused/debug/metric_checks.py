@@ -31,8 +31,9 @@ def check_metric(blocks: Sequence[Block], direction: Direction, z: Sequence[Tens
     for i, (block, r, u, z_i) in enumerate(zip(blocks, direction.r, direction.u, z, strict=True)):
         for side in block.sides:
             q = side.basis.double()
-            error = float((q.T @ q - torch.eye(len(q), dtype=q.dtype, device=q.device)).abs().max())
-            _judge(f"the orthogonality of a basis of parameter {i}", error, 100 * math.sqrt(len(q)) * eps)
+            length = q.shape[-1]
+            error = float((q.mT @ q - torch.eye(length, dtype=q.dtype, device=q.device)).abs().max())
+            _judge(f"the orthogonality of a basis of parameter {i}", error, 100 * math.sqrt(length) * eps)
         wide = block.widened()
         turned = wide.to_basis(r.double())
         square = DECAY * wide.square_average + (1 - DECAY) * turned.square()
@@ -41,7 +42,7 @@ def check_metric(blocks: Sequence[Block], direction: Direction, z: Sequence[Tens
         scale = float(r.double().norm()) + EPSILON * float(u.double().norm())
         _judge(f"P u = r for parameter {i}", float(difference.norm()) / scale if scale else 0.0, 1e3 * eps)
         z_turned = wide.to_basis(z_i.double())
-        terms = torch.stack((z_turned.square() * p, z_turned * turned, turned.square() / p)).flatten(1)
+        terms = torch.stack((z_turned.square() * p, z_turned * turned, turned.square() / p)).reshape(3, -1)
         expected += terms.sum(1).cpu()
         sizes += terms.abs().sum(1).cpu()
     for name, found, wanted, size in zip(

@@ -122,10 +122,10 @@ class LossModel:
         return tangent
 
 
-def loss_at(loss_fn: LossFn, leaf: Tensor, hidden: Iterable[Tensor]) -> tuple[Tensor, bool]:
+def loss_at(loss_fn: LossFn, leaf: Tensor, hidden: Iterable[Tensor]) -> tuple[Tensor, bool | Tensor]:
     """Return the loss at outputs that require a gradient, with its graph, or raise what `LossModel` raises.
 
-    Also return whether it is known to have no negative values.
+    Also return whether it is known to have no negative values, perhaps as 0-dim bool.
     """
     with Recognizer(leaf) as seen:
         returned = _in_place_explained(loss_fn, leaf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -18,8 +19,9 @@ _REARRANGEMENTS = frozenset(
 )
 
 
-# Of those with a closed form; F.nll_loss of a density's logarithm may be negative.
-_NEVER_NEGATIVE = frozenset((F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits))
+# Of those with a closed form: the arguments, beside the outputs, that may have any sign. F.nll_loss has no bound at
+# zero, as it may be given the logarithms of densities.
+_OF_ANY_SIGN = {F.cross_entropy: (), F.mse_loss: ("target",), F.binary_cross_entropy_with_logits: ()}
 
 
 class RecognizedLoss(NamedTuple):
@@ -68,7 +70,20 @@ class Recognizer(TorchFunctionMode):
                 return RecognizedLoss(function, args, kwargs, *self._views[id(args[0])][:2])
         return None
 
-    def is_never_negative(self, loss: Any) -> bool:
-        """Return whether a call of a function without negative values returned `loss`."""
+    def is_never_negative(self, loss: Any) -> bool | Tensor:
+        """Return whether `loss` is of a function that has no negative values; where that is not sure, as 0-dim bool."""
         call = self.recognized(loss)
-        return call is not None and call.function in _NEVER_NEGATIVE
+        if call is None or call.function not in _OF_ANY_SIGN:
+            return False
+        given = dict(zip(("outputs", "target", "weight"), call.args, strict=False)) | call.kwargs
+        if call.function is F.mse_loss and len(call.args) > 2:
+            return False  # by position come torch's deprecated options
+        given.pop("outputs", None)
+        signs = [
+            (t >= 0).all()
+            for name, t in given.items()
+            if name not in _OF_ANY_SIGN[call.function] and isinstance(t, Tensor) and t.is_floating_point()
+        ]
+        if call.function is F.binary_cross_entropy_with_logits:
+            signs.append((given["target"] <= 1).all())
+        return torch.stack(signs).all() if signs else True

@@ -1,7 +1,7 @@
 """The metric P in which a step measures lengths: how a parameter's r = Jᵀc becomes the direction u = P⁻¹r."""
 
 from .bases import gathers, refresh
-from .blocks import NAMES, SQUARE_AVERAGE, Block, fresh_state, multiply_adds, shapes
+from .blocks import NAMES, SQUARE_AVERAGE, Block, fresh_state, has_block, multiply_adds, shapes
 from .preconditioner import Direction, Preconditioner
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Preconditioner",
     "fresh_state",
     "gathers",
+    "has_block",
     "multiply_adds",
     "refresh",
     "shapes",

@@ -123,13 +123,19 @@ def shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
     longer than `LARGEST_BASIS`.
     """
     found: dict[str, tuple[int, ...]] = {SQUARE_AVERAGE: tuple(p.shape)}
-    rows, columns = (p.shape[0], p.numel() // p.shape[0]) if p.ndim >= 2 and p.numel() else (0, 0)
-    for side, length in (("left", rows), ("right", columns)):
+    for side, length in _lengths(p).items():
         if 1 < length <= LARGEST_SIDE:
             pieces = math.ceil(length / LARGEST_BASIS)
             piece = math.ceil(length / pieces)
             found |= dict.fromkeys((f"{side}_factor", f"{side}_basis"), (*[pieces][: pieces > 1], piece, piece))
     return found
+
+
+def has_block(state: Mapping[str, Tensor], p: Tensor) -> bool:
+    """Return whether the state of a parameter has a block that fits it; that of an earlier version has whole sides."""
+    lengths = _lengths(p)
+    whole = {name: (lengths[name.split("_")[0]],) * 2 for name in shapes(p) if name != SQUARE_AVERAGE}
+    return all(name in state and state[name].shape in (shape, whole.get(name)) for name, shape in shapes(p).items())
 
 
 def multiply_adds(p: Tensor) -> int:
@@ -146,6 +152,13 @@ def fresh_state(p: Tensor) -> dict[str, Tensor]:
         if name.endswith("_basis"):
             t.diagonal(dim1=-2, dim2=-1).fill_(1)
     return state
+
+
+def _lengths(p: Tensor) -> dict[str, int]:
+    """Return those of both sides; zero where there is no matrix."""
+    if p.ndim < 2 or not p.numel():
+        return {"left": 0, "right": 0}
+    return {"left": p.shape[0], "right": p.numel() // p.shape[0]}
 
 
 def _matrix(t: Tensor) -> Tensor:

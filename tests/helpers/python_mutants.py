@@ -263,8 +263,8 @@ PRECONDITIONERS = [
     PythonMutant(
         "every_loss_is_taken_for_one_that_is_never_negative",
         "between_solves.py",
-        "if context.settings.sign < 0 or not is_never_negative:",
-        "if context.settings.sign < 0:",
+        "bounded = is_never_negative if context.settings.sign > 0 else False",
+        "bounded = context.settings.sign > 0",
         "optimizer/test_between_solves.py::test_beta_promises_no_more_than_the_loss_has_to_give",
     ),
     PythonMutant(

@@ -100,6 +100,10 @@ def own_loss(out: Tensor, y: Tensor) -> Tensor:
     return (out - y).square().mean()
 
 
+def cross_entropy(out: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    return F.cross_entropy(out, y.argmax(1), weight=weight)
+
+
 BOUNDS = {
     "the loss": lambda loss, g, out: loss,
     "|loss| or outputs": lambda loss, g, out: max(loss.abs(), (g * out).abs().sum()),
@@ -112,8 +116,15 @@ BOUNDS = {
     ("loss_fn", "options", "bound"),
     [(F.mse_loss, {}, "the loss"), (lambda out, y: F.mse_loss(out.transpose(0, 1), y.T), {}, "the loss"),
      (own_loss, {}, "|loss| or outputs"), (lambda out, y: own_loss(out, y) - 2, {}, "|loss| or outputs"),
-     (F.mse_loss, {"beta": 0.7}, "none")],
-    ids=["closed form", "rearranged", "own", "negative", "fixed"],
+     (F.mse_loss, {"beta": 0.7}, "none"),
+     (partial(cross_entropy, weight=torch.tensor([1.0, 2.0, 0.5]).double()), {}, "the loss"),
+     (partial(cross_entropy, weight=torch.tensor([1.0, 2.0, -0.5]).double()), {}, "|loss| or outputs"),
+     (lambda out, y: F.binary_cross_entropy_with_logits(out, y.sigmoid()), {}, "the loss"),
+     (lambda out, y: F.binary_cross_entropy_with_logits(out, y.sigmoid() + 0.2), {}, "|loss| or outputs"),
+     (lambda out, y: F.binary_cross_entropy_with_logits(out, y.sigmoid() - 0.2), {}, "|loss| or outputs"),
+     (lambda out, y: F.nll_loss(out, y.argmax(1)), {}, "|loss| or outputs")],
+    ids=["closed form", "rearranged", "own", "negative", "fixed", "weights", "negative weights", "binary", "above one",
+         "below zero", "densities"],
 )  # fmt: skip
 def test_beta_promises_no_more_than_the_loss_has_to_give(
     loss_fn: Callable[[Tensor, Tensor], Tensor], options: dict[str, float], bound: str, preconditioner: str | None
@@ -164,3 +175,21 @@ def test_maximizing_is_not_bounded_by_the_loss_below() -> None:
             optimizer.step(lambda net=net, x=x: net(x), lambda out, s=-1 if maximize else 1: s * own_loss(out, 1))
         runs.append(net.weight)
     torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
+
+
+def test_outputs_of_minus_infinity_count_for_nothing() -> None:
+    """Those of a masked softmax, in a loss without a closed form."""
+    torch.manual_seed(0)
+    net, x, mask = nn.Linear(4, 3), torch.randn(12, 4), torch.tensor([[False, False, True]])
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker", rho=0.0)
+
+    def step() -> None:
+        optimizer.step(
+            lambda: net(x).masked_fill(mask, -torch.inf), lambda out: 1.0 * F.cross_entropy(out, torch.arange(12) % 2)
+        )
+
+    for _ in range(BETWEEN):
+        step()
+    optimizer._shared["scalars"][AVERAGE_BETA] = 1e9
+    step()
+    assert 0 < float(optimizer.stats()["beta"]) < 1e6

@@ -143,3 +143,30 @@ def test_an_interval_that_is_set_in_training_needs_the_direction_too() -> None:
     optimizer.param_groups[0]["solve_interval"] = 5
     with pytest.raises(ValueError, match='direction="gradient"'):
         optimizer.step(lambda: net(X[:8]), loss_of)
+
+
+def test_a_state_with_sides_in_one_piece_goes_on_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As earlier versions had them, of up to 1024."""
+    nets = [Net(), Net()]
+    first, second = (CurveBall(net.parameters(), preconditioner="kronecker", debug=True) for net in nets)
+    for step in range(14):
+        if step == 7:
+            nets[1].load_state_dict(nets[0].state_dict())
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
+            monkeypatch.setattr(blocks, "LARGEST_BASIS", 4)
+        for net, optimizer in zip(nets, (first, second), strict=True):
+            optimizer.step(lambda net=net: net(X[:8]), loss_of)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert second.state[nets[1].first.weight]["left_basis"].shape == (8, 8)
+
+
+def test_debug_mode_checks_the_bases_of_pieces() -> None:
+    net, x = nn.Linear(131, 3), torch.randn(8, 131)
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker", debug=True)
+    for _ in range(2):
+        optimizer.step(lambda: net(x), lambda out: F.cross_entropy(out, torch.arange(8) % 3))
+    assert optimizer.state[net.weight]["right_basis"].shape == (2, 66, 66)
+    optimizer.state[net.weight]["right_basis"][1, 0, 0] += 1e-3
+    with pytest.raises(RuntimeError, match="orthogonality"):
+        optimizer.step(lambda: net(x), lambda out: F.cross_entropy(out, torch.arange(8) % 3))
