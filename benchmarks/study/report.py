@@ -39,14 +39,18 @@ def runs_of(task: str, folder: Path) -> Runs:
 
 
 def best(runs: Runs, families: tuple[str, ...] = ()) -> str | None:
-    """The baseline with the lowest final training loss; of these families, or of all."""
+    """The baseline with the lowest final training loss with seed 0; of these families, or of all."""
     losses = {
-        method: mean(result.final_train for result in seeds.values())
+        method: seeds[0].final_train
         for method, seeds in runs.items()
-        if method not in CURVEBALL and (not families or method.startswith(families))
+        if 0 in seeds and method not in CURVEBALL and (not families or method.startswith(families))
     }
     finite = {method: loss for method, loss in losses.items() if loss is not None}
     return min(finite, key=finite.__getitem__) if finite else None
+
+
+def steps_of(runs: Runs) -> int:
+    return next((result.steps for seeds in runs.values() for result in seeds.values()), 0)
 
 
 def shares(runs: Runs, method: str, baseline: str) -> list[float | None]:
@@ -69,10 +73,10 @@ def seconds(times: Times, method: str, steps: float) -> float | None:
     return early * found["early"] + (steps - early) * found["later"]
 
 
-def searched(task: str, runs: Runs, families: tuple[str, ...], times: Times) -> float | None:
+def searched(runs: Runs, families: tuple[str, ...], times: Times) -> float | None:
     """Seconds of one run with each setting that the best baseline was chosen from."""
     tried = [method for method in runs if method not in CURVEBALL and (not families or method.startswith(families))]
-    taken = [seconds(times, method, TASKS[task].steps) for method in tried if 0 in runs[method]]
+    taken = [seconds(times, method, steps_of(runs)) for method in tried if 0 in runs[method]]
     return sum(t for t in taken if t is not None) if None not in taken else None
 
 
@@ -86,8 +90,8 @@ def rows(task: str, runs: Runs, families: tuple[str, ...], times: Times) -> list
     if baseline is None:
         return []
     table = []
-    steps = TASKS[task].steps
-    whole, search = seconds(times, baseline, steps), searched(task, runs, families, times)
+    steps = steps_of(runs)
+    whole, search = seconds(times, baseline, steps), searched(runs, families, times)
     for method in (baseline, *(method for method in CURVEBALL if method in runs)):
         own = runs[method].values()
         reached: list[float | None] = [1.0] if method == baseline else shares(runs, method, baseline)
@@ -119,7 +123,7 @@ def summary(half: str, folder: Path, families: tuple[str, ...], times: dict[str,
             if baseline is None or method not in runs:
                 continue
             found.append(mean(shares(runs, method, baseline)))
-            own, steps = times.get(task, {}), TASKS[task].steps
+            own, steps = times.get(task, {}), steps_of(runs)
             if (whole := seconds(own, baseline, steps)) and seconds(own, method, steps):
                 taken = None if found[-1] is None else seconds(own, method, found[-1] * steps)
                 ratios.append(taken / whole if taken is not None else math.inf)
@@ -158,7 +162,10 @@ def document(folder: Path, measured: dict[str, Any]) -> str:
             if short := summary(half, folder, families, times):
                 columns = "method", "reached it on", "median share of steps", "range", "median of seconds", "sooner on"
                 parts.append(markdown(columns, short))
-    about = [[name, task.about, str(task.steps), str(len(results.read(name, folder)))] for name, task in TASKS.items()]
+    about = []
+    for name, task in TASKS.items():
+        runs = runs_of(name, folder)
+        about.append([name, task.about, str(steps_of(runs)), str(sum(map(len, runs.values())))])
     parts.append("## Tasks\n\n" + markdown(("task", "", "steps", "runs"), about))
     return "\n".join(parts)
 
@@ -166,6 +173,8 @@ def document(folder: Path, measured: dict[str, Any]) -> str:
 def _text(value: float | None) -> str:
     if value is None:
         return ""
+    if value < 1e-3:
+        return f"{value:.1e}"
     return f"{value:.2f}" if value >= 10 else f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
 
 
