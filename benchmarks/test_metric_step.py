@@ -22,7 +22,7 @@ LARGE = 10**6  # parameters: from here on the bar is that of large nets
 BAR_OF_LARGE, BAR_OF_SMALL = 1.3, 1.6  # median step over AdamW's
 SLOWEST_BAR = 3.0  # slowest step of a turn over the median
 TURN = 50  # steps: λ is adapted once in so many, each basis refreshed twice and more
-WARM_UP = 12  # of which the first ten solve
+WARM_UP = 12  # among the first ten are more solves than later
 
 
 def tiny() -> nn.Module:

@@ -33,13 +33,14 @@ from curveball_fused.between_solves import gradient, kept_coefficients
 from curveball_fused.curvature import METHODS, ModelFn
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.losses import LossFn, checked_loss
-from curveball_fused.preconditioners import Direction, Preconditioner, gathers, refresh
+from curveball_fused.preconditioners import EARLY_REFRESHES, Direction, Preconditioner, gathers, refresh
 from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure, measure_with_curvature_batch
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
 
 MAY_RECOMPUTE = ("forward", "double_backward")  # the methods that follow a model with gradient checkpoints
-EARLY_SOLVES = 10  # the first steps all solve: β belongs to a metric, which becomes another one there
+# Of the first steps these solve in any case: β belongs to a metric, which becomes another one there.
+EARLY_SOLVES = EARLY_REFRESHES
 
 
 class StepInputs(NamedTuple):
@@ -71,7 +72,7 @@ def kind_of(settings: Settings, step: int) -> StepKind:
     """Return the kind of the step of this number, counted from zero."""
     solve, adaptation, comparison = intervals(settings)
     return StepKind(
-        solve=step < EARLY_SOLVES or step % solve == 0,
+        solve=step in EARLY_SOLVES or step % solve == 0,
         adapt_damping=settings.auto_lambda and step % adaptation == 0,
         compare=step % comparison == 0,
         gather=settings.preconditioner is not None and gathers(step),

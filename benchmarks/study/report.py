@@ -21,7 +21,7 @@ from benchmarks.study.methods import CURVEBALL
 from benchmarks.study.results import Result, mean
 from benchmarks.study.tasks import TASKS
 
-EARLY = 10  # of CurveBall's steps, which all solve
+EARLY = 10  # of CurveBall's steps, among which more solve
 Times = dict[str, dict[str, float]]  # of a task: by method, as in times.json
 Runs = dict[str, dict[int, Result]]  # by method and seed
 ADAM_AND_SGD = "Adam", "SGD"

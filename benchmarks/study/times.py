@@ -1,7 +1,7 @@
 """Measure what a step of each method costs on each task: `python -m benchmarks.study.times`, on an idle machine.
 
 Processor time of one thread. All methods of a task take turns, ten steps each, so that whatever slows the machine down
-slows all of them. The first ten steps are kept apart, as CurveBall solves in each of them; what is kept of the others
+slows all of them. The first ten steps are kept apart, as CurveBall solves more often there; what is kept of the others
 is the mean of each round of fifty, which has all kinds of steps in it, and of these the median and the quartiles.
 """
 

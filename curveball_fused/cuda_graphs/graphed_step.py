@@ -30,10 +30,11 @@ from curveball_fused._torch_private import (
 )
 from curveball_fused.curvature import METHODS
 from curveball_fused.optimizer import CurveBall
+from curveball_fused.preconditioners import EARLY_STEPS
 from curveball_fused.replay import Replay
 from curveball_fused.replay.generators import host_positions
 from curveball_fused.settings import Settings
-from curveball_fused.step import EARLY_SOLVES, StepInputs, StepKind, finish, intervals, kind_of, prepared, run_step
+from curveball_fused.step import StepInputs, StepKind, finish, intervals, kind_of, prepared, run_step
 
 from .capture import Capture, Pool
 from .host_reads import refuse_host_reads
@@ -294,8 +295,8 @@ def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> No
 
 def _examples(settings: Settings) -> tuple[int, ...]:
     """Return numbers of steps among which there are all kinds."""
-    later = (n * (-(-EARLY_SOLVES // n) + i) for n in (1, *intervals(settings)) for i in range(4))
-    return 0, 1, *later
+    later = (n * (-(-EARLY_STEPS // n) + i) for n in (1, *intervals(settings)) for i in range(4))
+    return *range(EARLY_STEPS), *later
 
 
 def _a_step_of(kind: StepKind, settings: Settings) -> int:

@@ -13,7 +13,8 @@ from curveball_fused.backends.scalars import BETA, RHO
 from .blocks import Block
 
 INTERVAL = 20  # steps from one refresh of a basis to the next
-EARLY_STEPS = 10  # after each of the first steps all bases are refreshed, as they begin as the identity
+EARLY_REFRESHES = 0, 1, 2, 4, 8  # steps after which all bases are refreshed, as they begin as the identity
+EARLY_STEPS = 10  # of which no other refreshes any, and whose gradients the factors all see
 SHIFT = 1e-4  # δ over the mean eigenvalue of a factor
 GATHER_INTERVAL = 2  # steps, after the first ones, from one gradient that the factors see to the next
 
@@ -68,7 +69,7 @@ def due_after(step: int, works: tuple[int, ...]) -> list[int]:
         works: of all sides.
     """
     if step < EARLY_STEPS:
-        return list(range(len(works)))
+        return list(range(len(works))) if step in EARLY_REFRESHES else []
     loads = [0] * INTERVAL
     due = []
     for i in sorted(range(len(works)), key=lambda i: -works[i]):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 
-DECAY, EPSILON, EARLY = 0.9, 1e-8, 10
+DECAY, EPSILON, EARLY, EARLY_SOLVES = 0.9, 1e-8, 10, (0, 1, 2, 4, 8)
 
 
 @dataclass
@@ -77,6 +77,7 @@ class DensePreconditioned:
     largest: int = 1024
     longest: int = 128
     beta: float = 0.0
+    used: float = 0.0
     rho: float = 0.0
     solves: int = 0
     steps: int = 0
@@ -109,10 +110,13 @@ class DensePreconditioned:
             p = torch.block_diag(*(block.dense(part) for block, part in zip(self.blocks, r_parts, strict=True)))
         u = torch.linalg.solve(p, r)
         delta = u + self.theta * self.lambd * self.z
-        if self.steps < EARLY or self.steps % self.solve_interval == 0:
+        if self.steps in EARLY_SOLVES or self.steps % self.solve_interval == 0:
             basis = torch.stack((delta, self.z), dim=1)
             self._solve(basis.T @ (curvature + self.lambd * p) @ basis, basis.T @ gradient, part is not None)
-        self.z = self.rho * self.z - self.beta * delta
+            self.used = self.beta
+        else:  # the loss has its lower bound at zero
+            self.used = min(self.beta, float(self.loss_fn(outputs) / (r @ u)))
+        self.z = self.rho * self.z - self.used * delta
         self.w = (1 - self.lr * self.weight_decay) * self.w + self.lr * self.z
         self.steps += 1
         return self.loss_fn(outputs), p

@@ -136,7 +136,7 @@ def test_statistics_and_generators_move_once(options: dict[str, Any], partial: b
 def test_an_error_in_the_part_changes_nothing() -> None:
     net, x, y = small()
     optimizer = CurveBall(net.parameters(), average=0.5, direction="gradient", solve_interval=2)
-    advance(optimizer, net, x, y, 3)
+    advance(optimizer, net, x, y, 4)
 
     def fails() -> Tensor:
         net(x[:4])

@@ -50,7 +50,7 @@ def test_before_the_first_gradient_nothing_turns() -> None:
 def test_each_side_has_its_turn_and_no_step_has_much_more_than_its_share(lengths: list[int]) -> None:
     works = tuple(n**3 for n in lengths)
     for step in range(EARLY_STEPS):
-        assert due_after(step, works) == list(range(len(lengths)))
+        assert due_after(step, works) == (list(range(len(lengths))) if step in (0, 1, 2, 4, 8) else [])
     turns = [due_after(EARLY_STEPS + step, works) for step in range(INTERVAL)]
     assert sorted(i for turn in turns for i in turn) == list(range(len(lengths)))
     work = [sum(works[i] for i in turn) for turn in turns]
