@@ -73,7 +73,7 @@ class SecondOrder(Training):
         task: Task,
         net: nn.Module,
         schedule: str = "constant",
-        constants: Mapping[str, float] = MappingProxyType({}),
+        constants: Mapping[str, Any] = MappingProxyType({}),
         **options: Any,
     ) -> None:
         self.task, self.net = task, net
@@ -90,7 +90,9 @@ class SecondOrder(Training):
 
 
 KRONECKER = {"preconditioner": "kronecker"}
-_OWN: dict[str, float] = {
+_EARLY = "preconditioners.bases.EARLY_REFRESHES", "step.EARLY_SOLVES"
+_OWN: dict[str, Any] = {
+    **dict.fromkeys(_EARLY, bases.EARLY_REFRESHES),
     "preconditioners.preconditioner.DECAY": preconditioner.DECAY,
     "preconditioners.preconditioner.EPSILON": preconditioner.EPSILON,
     "preconditioners.blocks.LARGEST_BASIS": blocks.LARGEST_BASIS,
@@ -115,6 +117,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 _SETTINGS |= {
     f"Kronecker, λ {lambd}, average {average}": KRONECKER | {"lambd": float(lambd), "average": average}
     for lambd, average in ((100, 0.9), (30, 0.9), (30, 0.8), (30, 0.6), (30, 0.3), (30, 0), (10, 0.8), (10, 0.5))
+}
+_SETTINGS |= {
+    "Kronecker, ten early solves": KRONECKER | {"constants": dict.fromkeys(_EARLY, tuple(range(10)))},
+    "Kronecker, early solves in steps 0, 2 and 6": KRONECKER | {"constants": dict.fromkeys(_EARLY, (0, 2, 6))},
+    "Kronecker, gather every 4th": _with(GATHER_INTERVAL=4),
+    "Kronecker, solve every 20th": KRONECKER | {"solve_interval": 20},
 }
 # Chosen from first, when these were the constants and β had no bound between solves.
 _SCREENED: dict[str, dict[str, Any]] = {
