@@ -19,8 +19,13 @@ INTERVAL = 5  # CurveBall adapts λ once in so many steps, so only a multiple of
 
 def sgd(case: Case, batch: int | None = None) -> Step:
     """Momentum SGD, the fused one; each step returns the loss before it."""
+    return first_order(case, partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True), batch)
+
+
+def first_order(case: Case, make: Callable[..., torch.optim.Optimizer], batch: int | None = None) -> Step:
+    """An optimizer that reads gradients, made of the parameters; each step returns the loss before it."""
     model, x, y = case.make(batch)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+    optimizer = make(model.parameters())
 
     def step() -> Tensor:
         optimizer.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from benchmarks.compare import Spread, compare
 from benchmarks.nets import CASES as NETS
 from benchmarks.nets import Case
 from benchmarks.report import Report, bar
+from benchmarks.steps import first_order
 from curveball_fused import CurveBall
 
 LARGE = 10**6  # parameters: from here on the bar is that of large nets
@@ -34,20 +36,6 @@ CASES = NETS | {
     "mlp_large_batch": Case("MLP 784-256-256-10", NETS["mlp"].build, NETS["mlp"].data, 2048),
 }
 ROUNDS = {"tiny": 9, "mlp": 7, "mlp_large_batch": 3, "resnet18": 1}
-
-
-def adamw(case: Case) -> Callable[[], Tensor]:
-    model, x, y = case.make()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
 
 
 def kronecker(case: Case) -> Callable[[], Tensor]:
@@ -81,7 +69,7 @@ def test_metric_step(
 ) -> None:
     set_threads(1)
     case = CASES[name]
-    steps = {"AdamW": adamw(case), "Kronecker": kronecker(case)}
+    steps = {"AdamW": first_order(case, partial(torch.optim.AdamW, fused=True)), "Kronecker": kronecker(case)}
     for step in steps.values():
         for _ in range(WARM_UP):
             step()

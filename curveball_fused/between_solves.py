@@ -29,8 +29,8 @@ class Gradient(NamedTuple):
         outputs: of the model, detached.
         r: Jᵀg of the minimized loss, of the parameters' shapes; in float16 it is multiplied by the loss scale.
         is_scaled: whether it is.
-        room: how far the loss can fall, 0-dim, at least zero: the loss itself where it has a closed form that is never
-            negative; of others, which may have no bound, at most |loss| or Σ |g_i o_i| over the outputs o.
+        room: how far the loss may fall in the step, 0-dim, at least zero: the loss itself where it is known to be never
+            negative; of any other loss the larger of |loss| and Σ |g_i o_i| over the outputs o.
     """
 
     loss: Tensor

@@ -195,14 +195,12 @@ def _run_between_solves(
     if context.preconditioner is not None:
         direction = context.preconditioner.direction(loss_scale.unscaled(u, context.loss_scale) if is_scaled else u)
         u, slope = direction.u, direction.dots[2]
-        is_scaled_u = False
     else:
         slope = ops.dots(context.z, u, backend=settings.backend)[2]
-        is_scaled_u = is_scaled
         if is_scaled:
             slope = slope / context.loss_scale**2
     scalars = kept_coefficients(shared["scalars"], settings.sign * loss, slope, room if settings.beta is None else None)
-    scalars = _update(context, groups, u, is_scaled_u, direction, scalars)
+    scalars = _update(context, groups, u, is_scaled and direction is None, direction, scalars)
     overflow = None
     if is_scaled:
         too_large = torch.isfinite(loss) & ~torch.isfinite(slope)

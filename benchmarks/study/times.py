@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.report import environment
 from benchmarks.study import results
 from benchmarks.study.methods import Method, Training
 from benchmarks.study.run import METHODS, commit
@@ -89,7 +89,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = json.loads(options.file.read_text(encoding="utf-8")) if options.file.exists() else {"tasks": {}}
-    known |= {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit()}
+    known |= {"machine": environment()["cpu"], "torch": torch.__version__, "commit": commit()}
     for name in options.task:
         times = measure(name, options.method, options.rounds)
         known["tasks"][name] = known["tasks"].get(name, {}) | times

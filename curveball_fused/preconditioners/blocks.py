@@ -127,7 +127,8 @@ def shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
         if 1 < length <= LARGEST_SIDE:
             pieces = math.ceil(length / LARGEST_BASIS)
             piece = math.ceil(length / pieces)
-            found |= dict.fromkeys((f"{side}_factor", f"{side}_basis"), (*[pieces][: pieces > 1], piece, piece))
+            shape = (length, length) if pieces == 1 else (pieces, piece, piece)
+            found |= dict.fromkeys((f"{side}_factor", f"{side}_basis"), shape)
     return found
 
 

@@ -52,7 +52,7 @@ def test_the_table_in_the_docs_is_of_this_code(name: str, title: str) -> None:
     assert f"`{name}`" in sections()[title]
     assert not any(f"`{name}`" in text for other, text in sections().items() if other != title)
     found = [op for op in operators() if op.name == name]
-    if torch.__version__.partition("+")[0] not in TABLE.read_text() or not found:
+    if torch.__version__.partition("+")[0] not in TABLE.read_text():
         pytest.skip("docs/operators.md is of another torch: `python -m tools.operator_table 2` writes it for this one")
     sample = next(samples(found[0], 1))
     if title == "Refused":

@@ -268,6 +268,13 @@ PRECONDITIONERS = [
         "optimizer/test_between_solves.py::test_beta_promises_no_more_than_the_loss_has_to_give",
     ),
     PythonMutant(
+        "a_maximized_loss_is_bounded_as_a_minimized_one",
+        "between_solves.py",
+        "bounded = is_never_negative if context.settings.sign > 0 else False",
+        "bounded = is_never_negative",
+        "optimizer/test_between_solves.py::test_beta_promises_no_more_than_the_loss_has_to_give",
+    ),
+    PythonMutant(
         "pieces_of_a_side_meet_one_factor",
         "preconditioners/blocks.py",
         "return product.flatten(0, 1)[: len(m)]",
