@@ -123,6 +123,7 @@ _SETTINGS |= {
     "Kronecker, early solves in steps 0, 2 and 6": KRONECKER | {"constants": dict.fromkeys(_EARLY, (0, 2, 6))},
     "Kronecker, gather every 4th": _with(GATHER_INTERVAL=4),
     "Kronecker, solve every 20th": KRONECKER | {"solve_interval": 20},
+    "Kronecker, solve every 40th": KRONECKER | {"solve_interval": 40},
 }
 # Chosen from first, when these were the constants and β had no bound between solves.
 _SCREENED: dict[str, dict[str, Any]] = {
