@@ -124,6 +124,7 @@ _SETTINGS |= {
     "Kronecker, gather every 4th": _with(GATHER_INTERVAL=4),
     "Kronecker, solve every 20th": KRONECKER | {"solve_interval": 20},
     "Kronecker, solve every 40th": KRONECKER | {"solve_interval": 40},
+    "Kronecker, solve every 20th, λ's factor 0.98": KRONECKER | {"solve_interval": 20, "lambda_factor": 0.98},
 }
 # Chosen from first, when these were the constants and β had no bound between solves.
 _SCREENED: dict[str, dict[str, Any]] = {
