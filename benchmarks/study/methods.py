@@ -101,9 +101,10 @@ _OWN: dict[str, Any] = {
 }
 
 
-def _with(**values: float) -> dict[str, Any]:
+def _with(solve_interval: int | None = None, **values: float) -> dict[str, Any]:
     """The Kronecker metric with other constants of these names."""
-    return KRONECKER | {"constants": {path: values[name] for path in _OWN if (name := path.rsplit(".")[-1]) in values}}
+    options = KRONECKER if solve_interval is None else KRONECKER | {"solve_interval": solve_interval}
+    return options | {"constants": {path: values[name] for path in _OWN if (name := path.rsplit(".")[-1]) in values}}
 
 
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -124,6 +125,7 @@ _SETTINGS |= {
     "Kronecker, gather every 4th": _with(GATHER_INTERVAL=4),
     "Kronecker, solve every 20th": KRONECKER | {"solve_interval": 20},
     "Kronecker, solve every 40th": KRONECKER | {"solve_interval": 40},
+    "Kronecker, solve every 20th, refresh every 40th": _with(20, INTERVAL=40),
     "Kronecker, solve every 20th, λ's factor 0.98": KRONECKER | {"solve_interval": 20, "lambda_factor": 0.98},
 }
 # Chosen from first, when these were the constants and β had no bound between solves.
