@@ -13,6 +13,10 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
            "dots(Tensor[] z, Tensor[] r) -> Tensor",
            "precondition_(Tensor(a!)[] u, Tensor(b!)[] v, Tensor[] r, Tensor[] z, Tensor weight, float decay, "
            "float eps, Tensor? scalars=None) -> Tensor",
+           "precondition_in_bases(Tensor(a!)[] u, Tensor(b!)[] turned, Tensor[] v, Tensor[] r, Tensor[] z, "
+           "Tensor[] bases, int[] sides, Tensor weight, float decay, float eps) -> Tensor",
+           "update_statistics_(Tensor(a!)[] v, Tensor[] turned, Tensor(b!)[] factors, Tensor[] r, int[] sides, "
+           "Tensor weight, float decay, Tensor scalars, bool gather) -> Tensor",
            "solve(Tensor scalars, Tensor loss, Tensor products, Tensor? dots, float? beta, float? rho, float lr, "
            "Tensor? lr_tensor=None, float theta=1.0, float average=0.0, bool bounded=False) -> Tensor",
            "adapt_damping(Tensor scalars, Tensor new_loss, float low, float high, float factor, float minimum, "

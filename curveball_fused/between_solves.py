@@ -51,7 +51,7 @@ def gradient(context: StepContext, model_fn: ModelFn, loss_fn: LossFn) -> Gradie
         own = in_own_memory(outputs.detach(), context.params)
         leaf = at_least_float32(own).detach().requires_grad_()  # by which the loss sees what it sees in a solve
         loss, is_never_negative = loss_at(loss_fn, leaf, context.params)
-        (cotangent,) = torch.autograd.grad(context.settings.sign * loss, leaf)
+        (cotangent,) = torch.autograd.grad(loss if context.settings.sign > 0 else -loss, leaf)
         bounded = is_never_negative if context.settings.sign > 0 else False
         room = _room(loss.detach(), cotangent, leaf.detach(), bounded)
         if is_scaled:

@@ -30,6 +30,18 @@ inline const char* at(const void* data, int64_t element, DType dtype) {
   return static_cast<const char*>(data) + element * bytes(dtype);
 }
 
+// Calls work(item, its index) for every item of a list, on all threads. Each has a `place`, where its work begins if all
+// stood in a row, up to `total`. Threads share by that, not by items, so that one large and many tiny ones are shared
+// fairly too: a thread takes the items that begin in its part, of `grain` at least.
+template <typename Item, typename Work>
+void share_out(const std::vector<Item>& list, int64_t total, int64_t grain, const Work& work) {
+  torch::stable::parallel_for(0, total, grain, [&](int64_t from, int64_t to) {
+    auto item = std::lower_bound(list.begin(), list.end(), from,
+                                 [](const Item& i, int64_t place) { return i.place < place; });
+    for (; item != list.end() && item->place < to; ++item) work(*item, item - list.begin());
+  });
+}
+
 class Blocks {
  public:
   void add(int64_t tensor, int64_t numel) {
@@ -44,15 +56,10 @@ class Blocks {
 
   const Block& operator[](size_t index) const { return list_[index]; }
 
-  // Calls work(block, index of the block) for every block. Threads share by elements, not by blocks, so that a
-  // list of one large and many tiny tensors is shared fairly too: a thread takes the blocks that begin in its part.
+  // Calls work(block, index of the block) for every block.
   template <typename Work>
   void run(const Work& work) const {
-    torch::stable::parallel_for(0, total_, kBlockSize, [&](int64_t from, int64_t to) {
-      auto block = std::lower_bound(list_.begin(), list_.end(), from,
-                                    [](const Block& b, int64_t place) { return b.place < place; });
-      for (; block != list_.end() && block->place < to; ++block) work(*block, block - list_.begin());
-    });
+    share_out(list_, total_, kBlockSize, work);
   }
 
  private:

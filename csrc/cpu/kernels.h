@@ -5,6 +5,7 @@
 
 #include "../dtypes.h"
 #include "loss_kernels.h"
+#include "metric_kernels.h"
 #include "tangent_kernels.h"
 
 namespace curveball::cpu {
@@ -21,28 +22,18 @@ using DotsBlock = void (*)(const void* z, const void* r, int64_t n, double* resu
 // The sum of the squares of n elements, added in the order of UpdateBlock.
 using SquaresBlock = double (*)(const void* z, int64_t n);
 
-// The numbers of one pass with Adam's diagonal, and whether the new v is kept.
-struct DiagonalArguments {
-  double decay, weight, eps;
-  bool keep_v;
-};
-
-// Writes u, and v if it is kept, of n elements, and [z.Pz, z.r, r.u]. u may be r; z may be null: no sums with it.
-using PreconditionBlock = void (*)(void* u, void* v, const void* r, const void* z, int64_t n,
-                                   const DiagonalArguments& arguments, double* result);
-
 struct Kernels {
   const char* name;
   UpdateBlock update[kDTypeCount][kDTypeCount];              // [dtype of w][dtype of r]; null: not offered
   DotsBlock dots[kDTypeCount][kDTypeCount];                  // [dtype of z][dtype of r]; null: not offered
   SquaresBlock squares[kDTypeCount];                         // [dtype of z]; null: not offered
-  PreconditionBlock precondition[kDTypeCount][kDTypeCount];  // [dtype of v][dtype of r]; null: not offered
   LossKernels losses;
+  MetricKernels metric;
   TangentKernels tangents = {};
 };
 
 // The best table this processor can run. The environment variable CURVEBALL_INSTRUCTION_SET names another one (all
-// give the same bits, but for the tangent of attention); null if that one was not compiled or the processor lacks it.
+// give the same bits, but for matrix products: the tangent of attention, bases and factors of a metric); null if that one was not compiled or the processor lacks it.
 const Kernels* kernels();
 
 // The same for an operator: an error instead of null.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../formulas.h"
+#include "basis_loops.h"
 #include "cross_entropy_loops.h"
 #include "elementwise_loss_loops.h"
 #include "kernels.h"
@@ -110,9 +111,21 @@ constexpr void add_losses(LossKernels& k, DType dtype) {
   k.bce_products[dtype] = element_products_block<BinaryCrossEntropy, T>;
 }
 
+template <typename T>
+constexpr void add_metric(MetricKernels& k, DType dtype) {
+  k.precondition[dtype][kFloat16] = precondition_block<T, Float16>;
+  k.precondition[dtype][kBFloat16] = precondition_block<T, BFloat16>;
+  k.precondition[dtype][dtype] = precondition_block<T, T>;
+  k.average[dtype] = average_block<T>;
+  k.tile[dtype] = tile_block<T>;
+  k.gram[dtype] = gram_block<T>;
+}
+
 // z is float32 for weights of at most 32 bits and float64 for float64; r has the dtype of w or of z.
 constexpr Kernels make_kernels(const char* name) {
   Kernels k{name, {}, {}, {}, {}, {}};
+  add_metric<float>(k.metric, kFloat32);
+  add_metric<double>(k.metric, kFloat64);
   add_losses<Float16>(k.losses, kFloat16);
   add_losses<BFloat16>(k.losses, kBFloat16);
   add_losses<float>(k.losses, kFloat32);
@@ -133,12 +146,6 @@ constexpr Kernels make_kernels(const char* name) {
   k.dots[kFloat64][kFloat64] = dots_block<double, double>;
   k.squares[kFloat32] = squares_block<float>;
   k.squares[kFloat64] = squares_block<double>;
-  k.precondition[kFloat32][kFloat16] = precondition_block<float, Float16>;
-  k.precondition[kFloat32][kBFloat16] = precondition_block<float, BFloat16>;
-  k.precondition[kFloat32][kFloat32] = precondition_block<float, float>;
-  k.precondition[kFloat64][kFloat16] = precondition_block<double, Float16>;
-  k.precondition[kFloat64][kBFloat16] = precondition_block<double, BFloat16>;
-  k.precondition[kFloat64][kFloat64] = precondition_block<double, double>;
   return k;
 }
 

@@ -19,6 +19,8 @@ OPERATORS = (
     "update_",
     "dots",
     "precondition_",
+    "precondition_in_bases",
+    "update_statistics_",
     "solve",
     "adapt_damping",
     "cross_entropy_cotangent",

@@ -35,13 +35,13 @@ def check_metric(blocks: Sequence[Block], direction: Direction, z: Sequence[Tens
             error = float((q.mT @ q - torch.eye(length, dtype=q.dtype, device=q.device)).abs().max())
             _judge(f"the orthogonality of a basis of parameter {i}", error, 100 * math.sqrt(length) * eps)
         wide = block.widened()
-        turned = wide.to_basis(r.double())
+        turned = wide.to_bases(r.double())
         square = DECAY * wide.square_average + (1 - DECAY) * turned.square()
         p = (square / direction.weight).sqrt() + EPSILON
-        difference = wide.from_basis(wide.to_basis(u.double()) * p) - r
+        difference = wide.from_bases(wide.to_bases(u.double()) * p) - r
         scale = float(r.double().norm()) + EPSILON * float(u.double().norm())
         _judge(f"P u = r for parameter {i}", float(difference.norm()) / scale if scale else 0.0, 1e3 * eps)
-        z_turned = wide.to_basis(z_i.double())
+        z_turned = wide.to_bases(z_i.double())
         terms = torch.stack((z_turned.square() * p, z_turned * turned, turned.square() / p)).reshape(3, -1)
         expected += terms.sum(1).cpu()
         sizes += terms.abs().sum(1).cpu()

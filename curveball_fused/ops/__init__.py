@@ -6,7 +6,19 @@ Each is one function that takes the name of a backend, `backend="auto"` for the 
 from . import losses, tangents
 from ._damping import adapt_damping
 from ._solve import solve
+from .bases import precondition_in_bases, update_statistics_
 from .parameters import dots, update_, update_groups_
 from .preconditioners import precondition_
 
-__all__ = ["adapt_damping", "dots", "losses", "precondition_", "solve", "tangents", "update_", "update_groups_"]
+__all__ = [
+    "adapt_damping",
+    "dots",
+    "losses",
+    "precondition_",
+    "precondition_in_bases",
+    "solve",
+    "tangents",
+    "update_",
+    "update_groups_",
+    "update_statistics_",
+]

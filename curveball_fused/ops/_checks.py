@@ -75,3 +75,14 @@ def check_lists(first: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
             raise ValueError(f"the lists must have the same length; got {len(first)} and {len(other)} tensors.")
         i = next(i for i, t in enumerate(other) if t.shape != shapes[i])
         raise ValueError(f"tensor {i} has shape {tuple(shapes[i])} in one list and {tuple(other[i].shape)} in another.")
+
+
+def check_diagonal(decay: float, eps: float, weight: Tensor) -> None:
+    """Check the numbers of a pass with Adam's diagonal."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be at least 0 and less than 1; got {decay}.")
+    single = torch.finfo(torch.float32)
+    if not single.tiny <= eps <= single.max:
+        raise ValueError(f"eps must be a positive number that float32 has, {single.tiny} or more; got {eps}.")
+    if weight.dtype != torch.float64 or weight.dim() != 0:
+        raise ValueError(f"weight must be 0-dim float64; it is {weight.dtype}{list(weight.shape)}.")

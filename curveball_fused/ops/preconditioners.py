@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curveball_fused import backends
 
-from ._checks import check_lists
+from ._checks import check_diagonal, check_lists
 from ._layouts import laid_out_as, same_dense_layout
 
 
@@ -65,13 +65,7 @@ def precondition_(
         u, dots = ops.precondition_(v, r, z, weight, decay=0.999, eps=1e-8)
         # u is 1 everywhere, as in Adam's first step; dots are [6, 6, 6]; v is still zero
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be at least 0 and less than 1; got {decay}.")
-    single = torch.finfo(torch.float32)
-    if not single.tiny <= eps <= single.max:
-        raise ValueError(f"eps must be a positive number that float32 has, {single.tiny} or more; got {eps}.")
-    if weight.dtype != torch.float64 or weight.dim() != 0:
-        raise ValueError(f"weight must be 0-dim float64; it is {weight.dtype}{list(weight.shape)}.")
+    check_diagonal(decay, eps, weight)
     if scalars is not None and (scalars.dtype != torch.float64 or scalars.dim() != 1 or scalars.numel() < 2):
         raise ValueError(
             f"scalars must be 1-dim float64 and hold β and ρ first; it is {scalars.dtype}{list(scalars.shape)}."

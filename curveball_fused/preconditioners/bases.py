@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curveball_fused.backends.scalars import BETA, RHO
 
-from .blocks import Block
+from .blocks import SIDES
 
 INTERVAL = 20  # steps from one refresh of a basis to the next
 EARLY_REFRESHES = 0, 1, 2, 4, 8  # steps after which all bases are refreshed, as they begin as the identity
@@ -38,12 +38,17 @@ def refresh(states: Sequence[Mapping[str, Tensor]], step: int, scalars: Tensor) 
         step: its number, counted from zero.
         scalars: as the step has left them.
     """
-    taken = is_taken(scalars)
-    sides = [side for state in states for side in Block.of(state).sides]
+    sides = [(state, names) for state in states for names in SIDES if names[0] in state]
     turn = step if step < EARLY_STEPS else EARLY_STEPS + (step - EARLY_STEPS) % INTERVAL
-    for i in due_after(turn, tuple(_work(side.factor) for side in sides)):
-        with torch.autocast(sides[i].factor.device.type, enabled=False):
-            sides[i].basis.copy_(torch.where(taken, refreshed(*sides[i]), sides[i].basis))
+    due = due_after(turn, tuple(_work(state[factor]) for state, (factor, _) in sides))
+    if not due:
+        return
+    taken = is_taken(scalars)
+    with torch.autocast(scalars.device.type, enabled=False):
+        for i in due:
+            state, names = sides[i]
+            factor, basis = (state[name] for name in names)
+            basis.copy_(torch.where(taken, refreshed(factor, basis), basis))
 
 
 def refreshed(factor: Tensor, basis: Tensor) -> Tensor:

@@ -11,17 +11,18 @@ Shampoo's factors (Gupta et al. 2018) with Adam in their eigenbasis, as in SOAP 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from curveball_fused.backends.dtypes import compute_dtype
+from curveball_fused.backends.reference.bases import from_bases, to_bases
 
 SQUARE_AVERAGE = "square_average"  # the name of v, which every block has
-NAMES = (SQUARE_AVERAGE, "left_factor", "left_basis", "right_factor", "right_basis")
+SIDES = ("left_factor", "left_basis"), ("right_factor", "right_basis")  # the names of their tensors
+NAMES = (SQUARE_AVERAGE, *SIDES[0], *SIDES[1])
 LARGEST_SIDE = 1024  # a longer side keeps no factor: its basis would take more memory and time than the net
 LARGEST_BASIS = 128  # a longer side has several bases, of as many elements each
 
@@ -53,10 +54,7 @@ class Block(NamedTuple):
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> Block:
         """Return the block that the state of a parameter holds."""
-        left, right = (
-            Side(state[f"{side}_factor"], state[f"{side}_basis"]) if f"{side}_factor" in state else None
-            for side in ("left", "right")
-        )
+        left, right = (Side(state[factor], state[basis]) if factor in state else None for factor, basis in SIDES)
         return cls(state[SQUARE_AVERAGE], left, right)
 
     @property
@@ -69,51 +67,17 @@ class Block(NamedTuple):
         wide = [None if side is None else Side(side.factor.double(), side.basis.double()) for side in self[1:]]
         return Block(self.square_average.double(), *wide)
 
-    def to_basis(self, r: Tensor) -> Tensor:
+    def to_bases(self, r: Tensor) -> Tensor:
         """Return QᵀM S of a tensor of the parameter's shape."""
-        r = r.to(self.square_average.dtype)
-        if not self.sides:
-            return r
-        m = _matrix(r)
-        if self.left is not None:
-            m = _on_rows(self.left.basis.mT, m)
-        if self.right is not None:
-            m = _on_columns(m, self.right.basis)
-        return m.reshape(r.shape)
+        return to_bases(r, *self._bases())
 
-    def from_basis(self, turned: Tensor) -> Tensor:
+    def from_bases(self, turned: Tensor) -> Tensor:
         """Return M of QᵀM S."""
-        if not self.sides:
-            return turned
-        m = _matrix(turned)
-        if self.left is not None:
-            m = _on_rows(self.left.basis, m)
-        if self.right is not None:
-            m = _on_columns(m, self.right.basis.mT)
-        return m.reshape(turned.shape)
+        return from_bases(turned, *self._bases())
 
-
-def gather(blocks: Sequence[Block], r: Sequence[Tensor], keep: float, usable: Tensor) -> None:
-    """Let all factors become keep · L + (1 - keep) MMᵀ and likewise R, unless `usable`, 0-dim bool, is false.
-
-    They stay as they are, too, where the trace of an MMᵀ overflows though no square in M does: neither the factor nor
-    its basis would ever be finite again.
-    """
-    seen = [
-        (block, _matrix(r_i.to(block.square_average.dtype)))
-        for block, r_i in zip(blocks, r, strict=True)
-        if block.sides
-    ]
-    if not seen:
-        return
-    limit = min(torch.finfo(m.dtype).max for _, m in seen) / 2
-    usable = usable & (torch.stack([torch.linalg.vector_norm(m) for _, m in seen]).square() <= limit).all()
-    kept = torch.where(usable, torch.full_like(usable, keep, dtype=torch.float64), 1)
-    for block, m in seen:
-        m = torch.where(usable, m, 0)
-        for side, rows in ((block.left, m), (block.right, m.mT)):
-            if side is not None:
-                _add_gram(side.factor.mul_(kept), rows, 1 - keep)
+    def _bases(self) -> tuple[Tensor | None, Tensor | None]:
+        left, right = (None if side is None else side.basis for side in (self.left, self.right))
+        return left, right
 
 
 def shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
@@ -160,41 +124,3 @@ def _lengths(p: Tensor) -> dict[str, int]:
     if p.ndim < 2 or not p.numel():
         return {"left": 0, "right": 0}
     return {"left": p.shape[0], "right": p.numel() // p.shape[0]}
-
-
-def _matrix(t: Tensor) -> Tensor:
-    return t.reshape(t.shape[0], -1)
-
-
-def _on_rows(q: Tensor, m: Tensor) -> Tensor:
-    """Return q m, where q is n x n, or the pieces on a diagonal."""
-    if q.ndim == 2:
-        return q @ m
-    product: Tensor = q @ _in_pieces(m, q)
-    return product.flatten(0, 1)[: len(m)]
-
-
-def _on_columns(m: Tensor, q: Tensor) -> Tensor:
-    """Return m q, likewise."""
-    if q.ndim == 2:
-        return m @ q
-    product: Tensor = _in_pieces(m.mT, q).mT @ q
-    return product.transpose(0, 1).flatten(1)[:, : m.shape[1]]
-
-
-def _in_pieces(m: Tensor, q: Tensor) -> Tensor:
-    """Return the rows of m as they meet the pieces of q, k x b x columns, with zeros after the last."""
-    pieces, length, _ = q.shape
-    if beyond := pieces * length - len(m):
-        m = F.pad(m, (0, 0, 0, beyond))
-    in_pieces: Tensor = m.unflatten(0, (pieces, length))
-    return in_pieces
-
-
-def _add_gram(factor: Tensor, m: Tensor, weight: float) -> None:
-    """Add weight · m mᵀ to a factor: as much of it as the factor has."""
-    if factor.ndim == 2:
-        factor.addmm_(m, m.mT, alpha=weight)
-    else:
-        rows = _in_pieces(m, factor)
-        factor.baddbmm_(rows, rows.mT, alpha=weight)

@@ -11,8 +11,7 @@ from torch import Tensor
 from curveball_fused import ops
 from curveball_fused.backends.scalars import GATHERED
 
-from .bases import is_taken
-from .blocks import Block, gather
+from .blocks import Block
 
 DECAY = 0.9  # of the factors and of the squares, a step
 EPSILON = 1e-8  # added to √v̂, in the units of the gradient
@@ -51,6 +50,8 @@ class Preconditioner:
 
     def __init__(self, states: Sequence[Mapping[str, Tensor]], scalars: Tensor, backend: str, gather: bool) -> None:
         self.blocks = [Block.of(state) for state in states]
+        self._squares = [block.square_average for block in self.blocks]
+        self._sides = [block.left for block in self.blocks], [block.right for block in self.blocks]
         self._scalars = scalars
         self._backend = backend
         self._gather = gather
@@ -63,40 +64,29 @@ class Preconditioner:
             z: the state, where its dot products are needed (default: None).
         """
         weight = DECAY * self._scalars[GATHERED] + (1 - DECAY)
+        left, right = ([None if side is None else side.basis for side in sides] for sides in self._sides)
         with self._exactly():
-            turned = self._each_to_basis(r)
-            turned_z = None if z is None else self._each_to_basis(z)
-            u, dots = self._precondition(turned, turned_z, weight, None)
-            u = [block.from_basis(u_i) for block, u_i in zip(self.blocks, u, strict=True)]
+            u, turned, dots = ops.precondition_in_bases(
+                self._squares, r, z, weight, left=left, right=right, decay=DECAY, eps=EPSILON, backend=self._backend
+            )
         return Direction(u, dots, r, turned, weight)
 
     def learn(self, direction: Direction, scalars: Tensor) -> Tensor:
         """Let P see r; return the scalars with the new weight. A step that is skipped leaves P as it is."""
-        usable = is_taken(scalars)
+        left, right = ([None if side is None else side.factor for side in sides] for sides in self._sides)
         with self._exactly():
-            self._precondition(direction.turned, None, direction.weight, scalars)
-            if self._gather:
-                gather(self.blocks, direction.r, DECAY, usable)
-        scalars = scalars.clone()
-        scalars[GATHERED] = torch.where(usable, direction.weight, scalars[GATHERED])
-        return scalars
-
-    def _each_to_basis(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [block.to_basis(t) for block, t in zip(self.blocks, tensors, strict=True)]
-
-    def _precondition(
-        self, turned: list[Tensor], z: list[Tensor] | None, weight: Tensor, scalars: Tensor | None
-    ) -> tuple[list[Tensor], Tensor]:
-        return ops.precondition_(
-            [block.square_average for block in self.blocks],
-            turned,
-            z,
-            weight,
-            decay=DECAY,
-            eps=EPSILON,
-            scalars=scalars,
-            backend=self._backend,
-        )
+            return ops.update_statistics_(
+                self._squares,
+                direction.turned,
+                direction.r,
+                scalars,
+                direction.weight,
+                left=left,
+                right=right,
+                decay=DECAY,
+                gather=self._gather,
+                backend=self._backend,
+            )
 
     def _exactly(self) -> torch.autocast:
         """Return a context without autocast, in whose precision a basis would not be orthogonal."""

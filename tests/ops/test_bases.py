@@ -1,0 +1,404 @@
+"""`precondition_in_bases` and `update_statistics_`: every backend against dense float64 matrices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from curveball_fused import backends, ops
+from curveball_fused.backends.scalars import BETA, GATHERED, RHO, SCALARS
+
+ROOT = Path(__file__).parents[2]
+NATIVE = backends.has_operators()
+BACKENDS = ["torch"] + (["cpu"] if NATIVE else [])
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+native_only = pytest.mark.skipif(not NATIVE, reason="needs the native kernels")
+NAN, INF = float("nan"), float("inf")
+
+
+class Case(NamedTuple):
+    """A tensor, and for each of its sides: None, "whole", or the length of its pieces."""
+
+    shape: tuple[int, ...]
+    left: str | int | None
+    right: str | int | None
+
+
+# Below, at and above a register, the columns that are summed at once, and what is packed at once; pieces that divide
+# their side and that reach beyond it.
+CASES = [
+    Case((3, 4), "whole", "whole"),
+    Case((1, 5), None, "whole"),
+    Case((5, 1), "whole", None),
+    Case((7,), None, None),
+    Case((), None, None),
+    Case((0, 4), None, None),
+    Case((2, 3, 2, 2), "whole", "whole"),
+    Case((6, 16), "whole", "whole"),
+    Case((13, 17), "whole", "whole"),
+    Case((12, 32), None, "whole"),
+    Case((33, 31), "whole", None),
+    Case((300, 40), "whole", "whole"),  # as states of earlier versions have it
+    Case((40, 300), 20, 100),
+    Case((41, 300), 14, 101),
+    Case((100, 65), 7, "whole"),
+    Case((2000, 6), None, "whole"),
+    Case((6, 2000), "whole", None),
+    Case((130, 270), None, 90),
+    Case((50_000,), None, None),
+]
+
+
+class Problem(NamedTuple):
+    v: list[Tensor]
+    r: list[Tensor]
+    z: list[Tensor]
+    left: list[Tensor | None]
+    right: list[Tensor | None]
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def lengths(shape: tuple[int, ...]) -> tuple[int, int]:
+    rows = shape[0] if len(shape) > 1 else 1
+    return rows, torch.Size(shape).numel() // max(rows, 1)
+
+
+def orthogonal(length: int, how: str | int | None, dtype: torch.dtype) -> Tensor | None:
+    """A basis; beyond a side that its pieces do not divide it is the identity, as it is in training."""
+    if how is None:
+        return None
+    if how == "whole":
+        return torch.linalg.qr(torch.randn(length, length, dtype=torch.float64))[0].to(dtype)
+    pieces = -(-length // how)
+    basis = torch.zeros(pieces, how, how, dtype=torch.float64)
+    for i in range(pieces):
+        n = min(how, length - i * how)
+        basis[i] = torch.eye(how)
+        basis[i, :n, :n] = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
+    return basis.to(dtype)
+
+
+def dense(square: Tensor, length: int) -> Tensor:
+    """A basis or factor as one matrix, in float64."""
+    pieces = square.double() if square.dim() == 3 else square.double()[None]
+    return torch.block_diag(*pieces)[:length, :length]
+
+
+def make(cases: list[Case], dtype: torch.dtype) -> Problem:
+    torch.manual_seed(0)
+    v = [torch.rand(case.shape, dtype=torch.float64).to(dtype) for case in cases]
+    r, z = ([torch.randn(case.shape, dtype=torch.float64).to(dtype) for case in cases] for _ in "rz")
+    sides = [[orthogonal(n, how, dtype) for n, how in zip(lengths(case.shape), case[1:])] for case in cases]
+    return Problem(v, r, z, [side[0] for side in sides], [side[1] for side in sides])
+
+
+def turned(p: Problem, tensors: list[Tensor]) -> list[Tensor]:
+    result = []
+    for t, left, right in zip(tensors, p.left, p.right):
+        rows, columns = lengths(t.shape)
+        m = t.double().reshape(rows, columns)
+        if left is not None:
+            m = dense(left, rows).T @ m
+        if right is not None:
+            m = m @ dense(right, columns)
+        result.append(m.reshape(t.shape))
+    return result
+
+
+def precondition(p: Problem, backend: str, z: list[Tensor] | None, **options: Any) -> tuple[list[Tensor], ...]:
+    arguments: dict[str, Any] = dict(left=p.left, right=p.right, decay=0.8, eps=1e-3, backend=backend)
+    return ops.precondition_in_bases(p.v, p.r, z, number(0.3), **(arguments | options))
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("with_z", [True, False])
+@pytest.mark.parametrize("cases", [*([case] for case in CASES), CASES], ids=lambda c: f"{len(c)} {c[0].shape}")
+def test_against_dense_matrices(backend: str, dtype: torch.dtype, with_z: bool, cases: list[Case]) -> None:
+    p = make(cases, dtype)
+    before = [t.clone() for t in p.v]
+    u, in_bases, dots = precondition(p, backend, p.z if with_z else None)
+    tolerance = dict(rtol=1e-11, atol=1e-12) if dtype == torch.float64 else dict(rtol=2e-4, atol=2e-5)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for i, (r_turned, z_turned) in enumerate(zip(turned(p, p.r), turned(p, p.z))):
+        root = ((0.8 * p.v[i].double() + 0.2 * r_turned**2) / 0.3).sqrt() + 1e-3
+        back = Problem(p.v, p.r, p.z, [None if q is None else q.mT for q in p.left],
+                       [None if q is None else q.mT for q in p.right])  # fmt: skip
+        whole = [r_turned / root if j == i else torch.zeros_like(t) for j, t in enumerate(p.r)]
+        torch.testing.assert_close(u[i].double(), turned(back, whole)[i], **tolerance)
+        torch.testing.assert_close(in_bases[i].double(), r_turned, **tolerance)
+        assert u[i].dtype == in_bases[i].dtype == dtype and u[i].shape == p.r[i].shape
+        if with_z:
+            expected[:2] += torch.stack([(z_turned**2 * root).sum(), (z_turned * r_turned).sum()])
+        expected[2] += (r_turned**2 / root).sum()
+    scale = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(dots, expected, rtol=scale, atol=scale * sum(t.numel() for t in p.r))
+    assert all(torch.equal(a, b) for a, b in zip(p.v, before))
+
+
+def scalars(beta: float = 0.3, rho: float = 0.8) -> Tensor:
+    result = torch.arange(len(SCALARS), dtype=torch.float64)
+    result[BETA], result[RHO] = beta, rho
+    return result
+
+
+def factor(q: Tensor | None, length: int) -> Tensor | None:
+    """A symmetric one, and zero beyond its side."""
+    if q is None:
+        return None
+    result = q * torch.linspace(0.5, 2, q.shape[-1], dtype=q.dtype) @ q.mT
+    result = (result + result.mT) / 2
+    if q.dim() == 3 and (beyond := q.shape[0] * q.shape[1] - length):
+        result[-1, -beyond:] = 0
+    return result
+
+
+def factors_of(p: Problem) -> tuple[list[Tensor | None], ...]:
+    return tuple(
+        [factor(q, lengths(t.shape)[i]) for q, t in zip(side, p.r, strict=True)]
+        for i, side in enumerate((p.left, p.right))
+    )
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("cases", [*([case] for case in CASES), CASES], ids=lambda c: f"{len(c)} {c[0].shape}")
+def test_what_the_metric_learns(backend: str, dtype: torch.dtype, gather: bool, cases: list[Case]) -> None:
+    p = make(cases, dtype)
+    in_bases = [t.to(dtype) for t in turned(p, p.r)]
+    left, right = factors_of(p)
+    before = [[None if t is None else t.clone() for t in tensors] for tensors in (p.v, left, right)]
+    old = scalars()
+    new = ops.update_statistics_(
+        p.v, in_bases, p.r, old, number(0.7), left=left, right=right, decay=0.8, gather=gather, backend=backend
+    )
+    assert torch.equal(old, scalars())
+    old[GATHERED] = 0.7
+    assert torch.equal(new, old)
+    tolerance = dict(rtol=1e-12, atol=1e-13) if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-5)
+    for i, r in enumerate(p.r):
+        expected = 0.8 * before[0][i].double() + 0.2 * in_bases[i].double() ** 2
+        torch.testing.assert_close(p.v[i].double(), expected, **tolerance)
+        rows, columns = lengths(r.shape)
+        m = r.double().reshape(rows, columns)
+        for side, old_side, each in ((left, before[1], m), (right, before[2], m.T)):
+            if side[i] is None:
+                continue
+            gram = each @ each.T
+            if not gather:
+                assert torch.equal(side[i], old_side[i])
+                continue
+            ones = torch.ones_like(side[i]) if side[i].dim() == 3 else None
+            wanted = 0.8 * dense(old_side[i], len(gram)) + 0.2 * gram * (1 if ones is None else dense(ones, len(gram)))
+            torch.testing.assert_close(dense(side[i], len(gram)), wanted, **tolerance)
+            assert torch.equal(side[i], side[i].mT) or backend == "torch"
+            if side[i].dim() == 3 and (beyond := side[i].shape[0] * side[i].shape[1] - len(gram)):
+                assert (side[i][-1, -beyond:] == 0).all()  # and stays so
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("coefficients", [(NAN, 0.9), (0.1, NAN), (INF, 0.9), (0.1, -INF)])
+def test_a_step_that_is_skipped_leaves_everything(
+    backend: str, dtype: torch.dtype, coefficients: tuple[float, float]
+) -> None:
+    p = make(CASES[:4], dtype)
+    left, right = factors_of(p)
+    everything = [t for t in (*p.v, *left, *right) if t is not None]
+    before = [t.clone() for t in everything]
+    p.r[0][0, 0] = NAN
+    old = scalars(*coefficients)
+    new = ops.update_statistics_(
+        p.v, p.r, p.r, old, number(0.7), left=left, right=right, decay=0.8, gather=True, backend=backend
+    )
+    assert torch.equal(new, old) or torch.equal(new.nan_to_num(), old.nan_to_num())
+    assert all(torch.equal(a, b) for a, b in zip(everything, before))
+
+
+@every_backend
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 1e19), (torch.float64, 1e154)])
+def test_a_trace_that_overflows_leaves_all_factors(backend: str, dtype: torch.dtype, value: float) -> None:
+    """No square does: v sees it."""
+    p = make([CASES[0], CASES[12]], dtype)
+    left, right = factors_of(p)
+    factors = [t for t in (*left, *right) if t is not None]
+    before = [t.clone() for t in factors]
+    p.r[0].fill_(value)
+    ops.update_statistics_(
+        p.v, p.r, p.r, scalars(), number(0.7), left=left, right=right, decay=0.8, gather=True, backend=backend
+    )
+    assert all(torch.equal(a, b) for a, b in zip(factors, before))
+    assert (p.v[0] > 0.1 * value**2).all() and p.v[0].isfinite().all()
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("which", range(3))
+def test_r_that_is_not_finite_is_told_by_the_sum(backend: str, dtype: torch.dtype, bad: float, which: int) -> None:
+    p = make([CASES[12], CASES[3], CASES[9]], dtype)
+    p.r[which].view(-1)[-1] = bad
+    _, _, dots = precondition(p, backend, p.z)
+    assert not dots[2].isfinite()
+
+
+@every_backend
+@every_dtype
+def test_strides_and_half_precision(backend: str, dtype: torch.dtype) -> None:
+    """What is not contiguous, or r of another dtype than v, is read as if it were; what is written keeps its strides."""
+    p = make([Case((6, 4, 3, 3), "whole", "whole"), Case((20, 30), 7, 10)], dtype)
+    half = [t.to(torch.bfloat16) for t in p.r]
+    same = p._replace(r=[t.to(dtype) for t in half])
+    odd = Problem(
+        [t.mT.contiguous().mT for t in p.v],
+        [half[0].contiguous(memory_format=torch.channels_last), half[1].T.contiguous().T],
+        [t.mT.contiguous().mT for t in p.z],
+        [q.mT.contiguous().mT for q in p.left if q is not None],
+        [q.mT.contiguous().mT for q in p.right if q is not None],
+    )
+    expected, found = precondition(same, backend, same.z), precondition(odd, backend, odd.z)
+    rounding = 0 if backend == "cpu" else 20 * torch.finfo(dtype).eps  # a BLAS sums strided matrices in another order
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+    for problem in (same, odd):
+        left, right = ([q.clone() for q in side] for side in factors_of(problem))
+        ops.update_statistics_(
+            problem.v, expected[1], problem.r, scalars(), number(0.7), left=left, right=right, decay=0.8, gather=True,
+            backend=backend,
+        )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(same.v, odd.v))
+    assert odd.v[0].stride() == p.v[0].mT.contiguous().mT.stride() != p.v[0].stride()
+
+
+@every_backend
+def test_factors_that_are_not_contiguous_are_written(backend: str) -> None:
+    p = make([CASES[0]], torch.float64)
+    left, right = factors_of(p)
+    odd = left[0].repeat_interleave(2, dim=0)[::2]
+    for factor in (left[0], odd):
+        ops.update_statistics_(
+            [p.v[0].clone()], p.r, p.r, scalars(), number(0.7), left=[factor], right=right, decay=0.8, gather=True,
+            backend=backend,
+        )  # fmt: skip
+    assert not odd.is_contiguous() and torch.equal(odd, left[0])
+
+
+@native_only
+def test_the_same_bits_for_any_number_of_threads() -> None:
+    p = make([*CASES, Case((900, 700), 100, 100)], torch.float32)
+    before, results = factors_of(p), []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 8):
+            torch.set_num_threads(n)
+            u, in_bases, dots = precondition(p, "cpu", p.z)
+            own = [t.clone() for t in p.v]
+            left, right = ([None if t is None else t.clone() for t in side] for side in before)
+            ops.update_statistics_(
+                own, in_bases, p.r, scalars(), number(0.7), left=left, right=right, decay=0.8, gather=True
+            )
+            results.append([dots, *u, *in_bases, *own, *(t for t in (*left, *right) if t is not None)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@native_only
+@pytest.mark.slow
+@pytest.mark.parametrize("name", backends.build_info().get("cpu instruction sets", "").split(","))
+def test_every_instruction_set(name: str) -> None:
+    """They differ in the last bits of products, so each is compared with the dense matrices."""
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "dense or learns"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CURVEBALL_INSTRUCTION_SET": name, "CURVEBALL_REQUIRE_NATIVE": "1"},
+    )
+    if "CURVEBALL_INSTRUCTION_SET names" in process.stdout + process.stderr:
+        pytest.skip(f"this processor has no {name}")
+    assert process.returncode == 0 and "passed" in process.stdout, process.stdout[-3000:]
+
+
+@every_backend
+def test_empty_lists(backend: str) -> None:
+    u, in_bases, dots = ops.precondition_in_bases(
+        [], [], None, number(0.1), left=[], right=[], decay=0.9, eps=1e-8, backend=backend
+    )
+    assert u == in_bases == [] and dots.tolist() == [0, 0, 0]
+
+
+@every_backend
+def test_a_graph_that_needs_the_old_statistics_says_so(backend: str) -> None:
+    p = make([CASES[0]], torch.float32)
+    left, right = factors_of(p)
+    for t in (p.v[0], left[0], right[0]):
+        x = torch.ones_like(t, requires_grad=True)
+        y = (x * t).sum()
+        ops.update_statistics_(
+            p.v, p.r, p.r, scalars(), number(0.7), left=left, right=right, decay=0.8, gather=True, backend=backend
+        )
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(decay=1.0), "decay must be at least 0"),
+        (dict(decay=NAN), "decay must be at least 0"),
+        (dict(left=[]), r"left must have an entry for each of 1 tensors; it has 0"),
+        (dict(right=[None, None]), r"right must have an entry"),
+        (dict(left=[torch.eye(4)]), r"left\[0\] is \[4, 4\]; for the side of 3"),
+        (dict(right=[torch.eye(3)]), r"right\[0\] is \[3, 3\]; for the side of 4"),
+        (dict(left=[torch.ones(3)]), r"left\[0\] is \[3\]"),
+        (dict(left=[torch.ones(3, 3, 3, 3)]), r"left\[0\] is"),
+        (dict(left=[torch.ones(2, 1, 1)]), r"left\[0\] is"),
+        (dict(left=[torch.ones(3, 2, 2)]), r"left\[0\] is"),
+        (dict(left=[torch.ones(1, 3, 4)]), r"left\[0\] is"),
+        (dict(left=[torch.ones(2, 0, 0)]), r"left\[0\] is"),
+        (dict(r=[torch.ones(4, 3)]), r"\(3, 4\).*\(4, 3\)"),
+        (dict(r=[]), "same length"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(backend: str, changes: dict[str, Any], words: str) -> None:
+    v, r, weight = [torch.ones(3, 4)], [torch.ones(3, 4)], number(0.1)
+    sides: dict[str, Any] = dict(left=[torch.eye(3)], right=[torch.eye(4)], decay=0.9, backend=backend)
+    sides |= {name: value for name, value in changes.items() if name != "r"}
+    r = changes.get("r", r)
+    with pytest.raises(ValueError, match=words):
+        ops.precondition_in_bases(v, r, None, weight, eps=1e-8, **sides)
+    with pytest.raises(ValueError, match=words):
+        ops.update_statistics_(v, r, r, scalars(), weight, gather=True, **sides)
+
+
+@every_backend
+def test_a_vector_has_no_sides(backend: str) -> None:
+    with pytest.raises(ValueError, match=r"left\[0\] is \[1, 1\]; for the side of 0"):
+        ops.precondition_in_bases(
+            [torch.ones(4)], [torch.ones(4)], None, number(0.1), left=[torch.eye(1)], right=[None], decay=0.9,
+            eps=1e-8, backend=backend,
+        )  # fmt: skip
+
+
+@every_backend
+def test_a_basis_of_another_dtype_is_refused(backend: str) -> None:
+    with pytest.raises(RuntimeError):
+        ops.precondition_in_bases(
+            [torch.ones(4, 4)], [torch.ones(4, 4)], None, number(0.1), left=[torch.eye(4).double()], right=[None],
+            decay=0.9, eps=1e-8, backend=backend,
+        )  # fmt: skip
