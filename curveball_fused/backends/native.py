@@ -21,6 +21,7 @@ OPERATORS = (
     "precondition_",
     "solve",
     "adapt_damping",
+    "keep_coefficients",
     "cross_entropy_cotangent",
     "cross_entropy_products",
     "mse_cotangent",

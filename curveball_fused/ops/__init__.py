@@ -4,9 +4,20 @@ Each is one function that takes the name of a backend, `backend="auto"` for the 
 """
 
 from . import losses, tangents
+from ._coefficients import keep_coefficients
 from ._damping import adapt_damping
 from ._solve import solve
 from .parameters import dots, update_, update_groups_
 from .preconditioners import precondition_
 
-__all__ = ["adapt_damping", "dots", "losses", "precondition_", "solve", "tangents", "update_", "update_groups_"]
+__all__ = [
+    "adapt_damping",
+    "dots",
+    "keep_coefficients",
+    "losses",
+    "precondition_",
+    "solve",
+    "tangents",
+    "update_",
+    "update_groups_",
+]
