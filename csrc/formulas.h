@@ -1,5 +1,5 @@
 // The formulas of CurveBall, each written once: the update of an element, Adam's diagonal, the 2x2 solve, the rule for
-// lambda.
+// lambda, a step between solves.
 //
 // Plain C++ without torch headers, so that the CPU loops, CUDA kernels and NVRTC all read this same text.
 // Notation, as in docs/method.md: w weights, z the state, J the Jacobian of the outputs, H the Hessian of the
@@ -327,6 +327,26 @@ CURVEBALL_INLINE void adapt_damping(const double* previous, double new_loss, con
   if (lambd > rule.maximum) lambd = rule.maximum;
   next[kRatio] = ratio;
   next[kLambda] = lambd;
+}
+
+// ---------------------------------------------------------------------------------------------- between solves
+
+// A step that does not solve takes the averages of the last solves. Along -beta u the loss falls by beta slope, with
+// slope = r.u; where it is `bounded`, by no more than `room`, how far it can fall at all. `loss` times `sign` is
+// minimized. What is not finite makes beta = rho = NaN, which tells the update to leave w and z alone.
+CURVEBALL_INLINE void keep_coefficients(const double* previous, double loss, double slope, bool bounded, double room,
+                                        double sign, double* next) {
+  for (int i = 0; i < kScalarCount; i++) next[i] = previous[i];
+  next[kLoss] = sign * loss;
+  const double sum = next[kLoss] + slope;
+  if (!is_finite(sum)) {
+    next[kBeta] = next[kRho] = sum - sum;  // NaN
+    next[kSkippedSteps] += 1.0;
+    return;
+  }
+  const double beta = previous[kAverageBeta];
+  next[kBeta] = bounded && beta * slope > room ? room / slope : beta;
+  next[kRho] = previous[kAverageRho];
 }
 
 }  // namespace curveball

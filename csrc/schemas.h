@@ -21,6 +21,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
            "Tensor? lr_tensor=None, float theta=1.0, float average=0.0, bool bounded=False) -> Tensor",
            "adapt_damping(Tensor scalars, Tensor new_loss, float low, float high, float factor, float minimum, "
            "float maximum) -> Tensor",
+           "keep_coefficients(Tensor scalars, Tensor loss, Tensor slope, Tensor? room, float sign) -> Tensor",
 
            "cross_entropy_cotangent(Tensor x, Tensor v, Tensor target, Tensor? weight, int ignore_index, bool mean, "
            "float label_smoothing, float sign) -> (Tensor loss, Tensor c, Tensor products, Tensor row_stats)",

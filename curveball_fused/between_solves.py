@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from curveball_fused.backends.dtypes import at_least_float32
-from curveball_fused.backends.scalars import AVERAGE_BETA, AVERAGE_RHO, BETA, LOSS, RHO, SKIPPED_STEPS
 from curveball_fused.curvature import ModelFn, checked_outputs
 from curveball_fused.curvature.linear_map import dense_gradients, in_own_memory, independent_outputs
 from curveball_fused.losses import LossFn, loss_at
@@ -67,23 +66,3 @@ def _room(loss: Tensor, cotangent: Tensor, outputs: Tensor, is_never_negative: b
     terms = torch.where(cotangent == 0, 0, cotangent * outputs)  # an output of -inf has no gradient
     size = torch.maximum(loss.abs(), terms.abs().sum())
     return size if is_never_negative is False else torch.where(is_never_negative, loss, size)
-
-
-def kept_coefficients(scalars: Tensor, loss: Tensor, slope: Tensor, room: Tensor | None) -> Tensor:
-    """Return the scalars of a step by the β and ρ of the last solves, which is skipped where it is not finite.
-
-    Args:
-        scalars: of the last step.
-        loss: of this step, minimized, 0-dim.
-        slope: r·u, by how much the loss falls along -βu for each unit of β, 0-dim; finite if all of r is.
-        room: how far it can fall, 0-dim: β is at most room / r·u. None: β stays.
-    """
-    finite = torch.isfinite(loss + slope)
-    kept = torch.where(finite, scalars[AVERAGE_BETA : AVERAGE_RHO + 1], torch.nan)
-    scalars = scalars.clone()
-    scalars[BETA : RHO + 1] = kept
-    if room is not None:
-        scalars[BETA] = torch.where(kept[0] * slope > room, room / slope, kept[0])
-    scalars[LOSS] = loss
-    scalars[SKIPPED_STEPS] += ~finite
-    return scalars

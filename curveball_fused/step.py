@@ -29,7 +29,7 @@ from curveball_fused.backends.scalars import (
     SAFE_STEPS,
     Z_DOT_Z,
 )
-from curveball_fused.between_solves import gradient, kept_coefficients
+from curveball_fused.between_solves import gradient
 from curveball_fused.curvature import METHODS, ModelFn
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.losses import LossFn, checked_loss
@@ -199,7 +199,14 @@ def _run_between_solves(
         slope = ops.dots(context.z, u, backend=settings.backend)[2]
         if is_scaled:
             slope = slope / context.loss_scale**2
-    scalars = kept_coefficients(shared["scalars"], settings.sign * loss, slope, room if settings.beta is None else None)
+    scalars = ops.keep_coefficients(
+        shared["scalars"],
+        loss,
+        slope,
+        room if settings.beta is None else None,
+        sign=settings.sign,
+        backend=settings.backend,
+    )
     scalars = _update(context, groups, u, is_scaled and direction is None, direction, scalars)
     overflow = None
     if is_scaled:

@@ -10,6 +10,7 @@ import triton.language as tl
 from curveball_fused.backends.triton import activations as triton_activations
 from curveball_fused.backends.triton import attention as triton_attention
 from curveball_fused.backends.triton import batch_norm as triton_batch_norm
+from curveball_fused.backends.triton import coefficients as triton_coefficients
 from curveball_fused.backends.triton import cross_entropy as triton_cross_entropy
 from curveball_fused.backends.triton import cross_entropy_kernels as triton_cross_entropy_kernels
 from curveball_fused.backends.triton import damping as triton_damping
@@ -72,6 +73,8 @@ def kernels() -> list[Kernel]:
         Kernel("solve", triton_solve.solve_kernel, scalar | doubles | dict(loss="*fp32", products="*fp64"),
                dict(BETA_FIXED=False, RHO_FIXED=False, BOUNDED=True), 1),
         Kernel("adapt_damping", triton_damping.adapt_damping_kernel, scalar | doubles | dict(new_loss="*fp32"), {}, 1),
+        Kernel("keep_coefficients", triton_coefficients.keep_coefficients_kernel,
+               scalar | dict(loss="*fp32", slope="*fp64", room="*fp32", sign="fp64"), {}, 1),
         Kernel("finish update_", triton_parameters.finish_update_kernel,
                scalar | dict(partials="*fp64", bounds="*i64", lr="*fp64", groups="i32"),
                dict(BLOCK=triton_reduce.SUM_BLOCK), triton_parameters.WARPS),

@@ -124,6 +124,15 @@ Tensor adapt_damping_cpu(Tensor scalars, Tensor new_loss, double low, double hig
   return next;
 }
 
+Tensor keep_coefficients_cpu(Tensor scalars, Tensor loss, Tensor slope, std::optional<Tensor> room, double sign) {
+  const double* previous = read_doubles(scalars, kScalarCount, "scalars");
+  const double* fall = read_doubles(slope, 1, "slope");
+  Tensor next = new_doubles(scalars, {kScalarCount});
+  keep_coefficients(previous, read_number(loss, "loss"), *fall, room.has_value(),
+                    room ? read_number(*room, "room") : 0.0, sign, next.mutable_data_ptr<double>());
+  return next;
+}
+
 }  // namespace
 }  // namespace curveball::cpu
 
@@ -134,4 +143,5 @@ STABLE_TORCH_LIBRARY_IMPL(curveball_fused, CPU, m) {
   m.impl("dots", TORCH_BOX(&curveball::cpu::dots_cpu));
   m.impl("solve", TORCH_BOX(&curveball::cpu::solve_cpu));
   m.impl("adapt_damping", TORCH_BOX(&curveball::cpu::adapt_damping_cpu));
+  m.impl("keep_coefficients", TORCH_BOX(&curveball::cpu::keep_coefficients_cpu));
 }

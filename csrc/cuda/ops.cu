@@ -289,7 +289,7 @@ Tensor precondition_cuda(std::vector<Tensor> u, std::vector<Tensor> v, std::vect
   return result;
 }
 
-// ---------------------------------------------------------------------------------------------- solve, damping
+// ---------------------------------------------------------------------------------------------- scalars
 
 Tensor solve_cuda(Tensor scalars, Tensor loss, Tensor products, std::optional<Tensor> dots, std::optional<double> beta,
                   std::optional<double> rho, double lr, std::optional<Tensor> lr_tensor, double theta, double average,
@@ -332,6 +332,21 @@ Tensor adapt_damping_cuda(Tensor scalars, Tensor new_loss, double low, double hi
   return next;
 }
 
+Tensor keep_coefficients_cuda(Tensor scalars, Tensor loss, Tensor slope, std::optional<Tensor> room, double sign) {
+  const double* previous = read_doubles(scalars, kScalarCount, "scalars");
+  const Numbers value = numbers_of(loss, 1, "loss");
+  const double* fall = read_doubles(slope, 1, "slope");
+  const Numbers most = optional_numbers(room, 1, "room");
+  check_device(loss, "loss", 0, scalars);
+  check_device(slope, "slope", 0, scalars);
+  if (room) check_device(*room, "room", 0, scalars);
+  const DeviceGuard guard(scalars.get_device_index());
+  Tensor next = new_doubles(scalars, {kScalarCount});
+  launch(keep_coefficients_kernel, 1, 1, 0, current_stream(scalars.get_device_index()), previous, value, fall, most,
+         sign, next.mutable_data_ptr<double>());
+  return next;
+}
+
 }  // namespace
 }  // namespace curveball::cuda
 
@@ -341,4 +356,5 @@ CURVEBALL_REGISTER(library) {
   library.impl("precondition_", TORCH_BOX(&curveball::cuda::precondition_cuda));
   library.impl("solve", TORCH_BOX(&curveball::cuda::solve_cuda));
   library.impl("adapt_damping", TORCH_BOX(&curveball::cuda::adapt_damping_cuda));
+  library.impl("keep_coefficients", TORCH_BOX(&curveball::cuda::keep_coefficients_cuda));
 }

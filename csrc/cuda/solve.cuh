@@ -1,4 +1,5 @@
-// The 2x2 system and the rule for lambda, by one thread: a few hundred instructions, and nothing visits the host.
+// The 2x2 system, the rule for lambda and a step between solves, each by one thread: a few hundred instructions, and
+// nothing visits the host.
 #pragma once
 
 #include "../formulas.h"
@@ -45,6 +46,15 @@ __global__ void solve_kernel(const SolveArguments __grid_constant__ a) {
 __global__ void adapt_damping_kernel(const double* previous, Numbers new_loss, DampingRule rule, double* result) {
   Scalars next;
   adapt_damping(previous, read(new_loss, 0), rule, next.v);
+  store_scalars(result, next);
+}
+
+// room.data: null where there is none.
+__global__ void keep_coefficients_kernel(const double* previous, Numbers loss, const double* slope, Numbers room,
+                                         double sign, double* result) {
+  Scalars next;
+  const bool bounded = room.data;
+  keep_coefficients(previous, read(loss, 0), *slope, bounded, bounded ? read(room, 0) : 0.0, sign, next.v);
   store_scalars(result, next);
 }
 

@@ -23,6 +23,7 @@ OPERATORS = (
     "update_statistics_",
     "solve",
     "adapt_damping",
+    "keep_coefficients",
     "cross_entropy_cotangent",
     "cross_entropy_products",
     "mse_cotangent",

@@ -106,7 +106,7 @@ def why_not(backend: str, device: torch.device) -> str:
 
 # Imports within functions are statements here, which torch.compile can follow; the modules import this one.
 def kernels(chosen: str) -> Any:
-    """Return what holds a chosen backend's `update_`, `dots`, `solve` and `adapt_damping`, called by position."""
+    """Return what holds the operators of a chosen backend on parameters and scalars, called by position."""
     if chosen == "torch":
         from .reference import parameters as reference
 

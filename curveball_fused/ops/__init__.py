@@ -4,6 +4,7 @@ Each is one function that takes the name of a backend, `backend="auto"` for the 
 """
 
 from . import losses, tangents
+from ._coefficients import keep_coefficients
 from ._damping import adapt_damping
 from ._solve import solve
 from .bases import precondition_in_bases, update_statistics_
@@ -13,6 +14,7 @@ from .preconditioners import precondition_
 __all__ = [
     "adapt_damping",
     "dots",
+    "keep_coefficients",
     "losses",
     "precondition_",
     "precondition_in_bases",

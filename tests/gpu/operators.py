@@ -78,7 +78,8 @@ def run(inputs: Inputs, backend: str) -> list[Tensor]:
         backend=backend,
     )  # fmt: skip
     adapted = ops.adapt_damping(updated, inputs.loss * 0.5, **RULE, backend=backend)
-    results = [*w, *z, sums, *u, *v, metric_sums, solved, updated, adapted]
+    kept = ops.keep_coefficients(adapted, inputs.loss, sums[2], inputs.loss, sign=-1.0, backend=backend)
+    results = [*w, *z, sums, *u, *v, metric_sums, solved, updated, adapted, kept]
     for (x, v, u), y, weight in zip(inputs.logits, inputs.classes, inputs.weight, strict=True):
         entropy = dict(ignore_index=3, label_smoothing=0.1, backend=backend)
         first = loss_ops.cross_entropy_cotangent(x, v, y, weight, **entropy)

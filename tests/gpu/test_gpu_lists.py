@@ -229,3 +229,5 @@ def test_opcheck(dtype: torch.dtype) -> None:
     check_op(namespace.solve.default, (scalars, loss, products, None, None, None, 1.0, rates[:1]))
     check_op(namespace.solve.default, (scalars, loss, products, to_device(1.0, 2.0, 3.0), 0.1, 0.9, 1.0))
     check_op(namespace.adapt_damping.default, (scalars, loss, 0.5, 1.5, 0.9, 1e-6, 1e6))
+    check_op(namespace.keep_coefficients.default, (scalars, loss, products[2], loss, -1.0))
+    check_op(namespace.keep_coefficients.default, (scalars, loss, products[2], None, 1.0))

@@ -1,4 +1,4 @@
-"""`solve` and `adapt_damping` on the GPU, against `reference` on the CPU, and the choice of a backend."""
+"""The operators on scalars on the GPU, against `reference` on the CPU, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from curveball_fused import backends, ops
 from curveball_fused.backends.scalars import SCALARS
 from tests.gpu.device import DEVICE, DTYPES, draw, every_backend
+from tests.helpers import coefficient_cases
 from tests.helpers.solve_cases import cases
 
 NAN, INF = float("nan"), float("inf")
@@ -116,6 +117,16 @@ def test_adapt_damping(backend: str, dtype: torch.dtype, state: Tensor, new_loss
         result = ops.adapt_damping(given, loss.to(DEVICE), **rule, backend=backend)
         torch.testing.assert_close(result.cpu(), expected, rtol=1e-14, atol=0, equal_nan=True)
         torch.testing.assert_close(given.cpu(), state, rtol=0, atol=0, equal_nan=True)
+
+
+@every_backend
+def test_keep_coefficients(backend: str) -> None:
+    for *given, sign in coefficient_cases.cases(DTYPES):
+        expected = ops.keep_coefficients(*given, sign=sign, backend="torch")
+        scalars, loss, three, room = (None if t is None else t.to(DEVICE) for t in given)
+        result = ops.keep_coefficients(scalars, loss, three, room, sign=sign, backend=backend)
+        torch.testing.assert_close(result.cpu(), expected, rtol=1e-14, atol=0, equal_nan=True)
+        torch.testing.assert_close(scalars.cpu(), given[0], rtol=0, atol=0, equal_nan=True)
 
 
 def test_auto_takes_the_native_kernels() -> None:

@@ -205,6 +205,27 @@ SOLVE = [
         "const double x1 = step.beta, x2 = -step.rho;",
         "test_solve.py::test_every_combination_of_options",
     ),
+    Mutant(
+        "a_step_between_solves_is_bounded_although_it_has_no_room",
+        "cuda/solve.cuh",
+        "slope, bounded, bounded ?",
+        "slope, true, bounded ?",
+        "test_solve.py::test_keep_coefficients",
+    ),
+    Mutant(
+        "a_step_between_solves_that_descends_too_far_is_taken_as_it_is",
+        "formulas.h",
+        "beta * slope > room ?",
+        "beta > room ?",
+        "test_solve.py::test_keep_coefficients",
+    ),
+    Mutant(
+        "a_step_between_solves_with_an_infinite_loss_is_taken",
+        "formulas.h",
+        "const double sum = next[kLoss] + slope;",
+        "const double sum = slope;",
+        "test_solve.py::test_keep_coefficients",
+    ),
 ]
 
 LOSSES = [

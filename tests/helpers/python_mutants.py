@@ -247,7 +247,7 @@ STATE = [
 PRECONDITIONERS = [
     PythonMutant(
         "a_step_between_solves_takes_the_coefficients_of_the_last_batch_with_another_sign",
-        "between_solves.py",
+        "backends/reference/coefficients.py",
         "scalars[AVERAGE_BETA : AVERAGE_RHO + 1], torch.nan)",
         "-scalars[AVERAGE_BETA : AVERAGE_RHO + 1], torch.nan)",
         "optimizer/test_preconditioner.py::test_equals_dense_matrices",
@@ -255,10 +255,25 @@ PRECONDITIONERS = [
     ),
     PythonMutant(
         "a_step_between_solves_promises_more_than_the_loss_has_to_give",
-        "between_solves.py",
-        "room / slope, kept[0])",
-        "kept[0], kept[0])",
+        "step.py",
+        "room if settings.beta is None else None,",
+        "None,",
         "optimizer/test_between_solves.py::test_beta_promises_no_more_than_the_loss_has_to_give",
+    ),
+    PythonMutant(
+        "a_step_between_solves_is_as_long_as_the_loss_is_large",
+        "backends/reference/coefficients.py",
+        "room / slope, kept[0])",
+        "room, kept[0])",
+        "ops/test_coefficients.py::test_keep_coefficients",
+        "torch",
+    ),
+    PythonMutant(
+        "a_step_between_solves_remembers_a_maximized_loss_as_a_minimized_one",
+        "step.py",
+        "sign=settings.sign,\n        backend",
+        "backend",
+        "optimizer/test_between_solves.py::test_the_history_has_the_loss_that_was_returned",
     ),
     PythonMutant(
         "every_loss_is_taken_for_one_that_is_never_negative",

@@ -257,7 +257,7 @@ def test_r_that_is_not_finite_is_told_by_the_sum(backend: str, dtype: torch.dtyp
 @every_backend
 @every_dtype
 def test_strides_and_half_precision(backend: str, dtype: torch.dtype) -> None:
-    """What is not contiguous, or r of another dtype than v, is read as if it were; what is written keeps its strides."""
+    """What is not contiguous, or r of another dtype than v, is read as if it were; v keeps its strides."""
     p = make([Case((6, 4, 3, 3), "whole", "whole"), Case((20, 30), 7, 10)], dtype)
     half = [t.to(torch.bfloat16) for t in p.r]
     same = p._replace(r=[t.to(dtype) for t in half])

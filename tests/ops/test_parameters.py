@@ -215,6 +215,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     options = 0.5, 0.9, True  # θ, average, bounded
     torch.library.opcheck(namespace.solve.default, (scalars, loss, products, None, None, None, 1.0, rate, *options))
     torch.library.opcheck(namespace.adapt_damping.default, (scalars, loss, 0.5, 1.5, 0.9, 1e-6, 1e6))
+    torch.library.opcheck(namespace.keep_coefficients.default, (scalars, loss, products[2], loss, -1.0))
+    torch.library.opcheck(namespace.keep_coefficients.default, (scalars, loss, products[2], None, 1.0))
 
 
 @every_backend

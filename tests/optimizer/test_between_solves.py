@@ -182,3 +182,14 @@ def test_outputs_of_minus_infinity_count_for_nothing() -> None:
     optimizer._shared["scalars"][AVERAGE_BETA] = 1e9
     step()
     assert 0 < float(optimizer.stats()["beta"]) < 1e6
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_history_has_the_loss_that_was_returned(maximize: bool) -> None:
+    net, x = nn.Linear(4, 2), torch.randn(8, 4)
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker", maximize=maximize)
+    losses = [
+        optimizer.step(lambda: net(x), lambda out: out.square().mean() * (-1 if maximize else 1))[0]
+        for _ in range(BETWEEN + 1)
+    ]
+    assert torch.equal(optimizer.history()["loss"], torch.stack(losses).double())

@@ -38,9 +38,10 @@ def arithmetic(w: list[Tensor], z: list[Tensor], r: list[Tensor], scalars: Tenso
     scalars = ops.solve(scalars, scalars[3], products, lr=lr, backend=backend)
     rates, decays = [lr, 0.5], [0.1, 0.02]
     scalars = ops.update_groups_(w, z, r, scalars, group_sizes=[1, 1], lr=rates, weight_decay=decays, backend=backend)
-    return ops.adapt_damping(
+    scalars = ops.adapt_damping(
         scalars, scalars[3], low=0.4, high=1.4, factor=0.9, minimum=1e-5, maximum=1e5, backend=backend
     )
+    return ops.keep_coefficients(scalars, scalars[3], products[2], scalars[4], sign=-1.0, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

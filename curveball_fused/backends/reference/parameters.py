@@ -9,10 +9,11 @@ from torch import Tensor
 
 from curveball_fused.backends.scalars import BETA, DIRECTION_DAMPING, PREDICTED_CHANGE, RHO, Z_DOT_Z
 
+from .coefficients import keep_coefficients
 from .damping import adapt_damping
 from .solve import divide_or_zero, predicted_change, solve
 
-__all__ = ["adapt_damping", "dots", "solve", "update_"]
+__all__ = ["adapt_damping", "dots", "keep_coefficients", "solve", "update_"]
 
 
 def update_(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from curveball_fused.backends.dtypes import compute_dtype
 
+from .coefficients import keep_coefficients
 from .damping import adapt_damping
 from .launch_tables import CHUNK, Launch, device_constants, list_items, plan
 from .reduce import SUM_BLOCK, TYPES, reduce_vectors, sum_partials, sum_rows_kernel, zeros
@@ -34,7 +35,7 @@ from .solve import (
     solve,
 )
 
-__all__ = ["adapt_damping", "dots", "solve", "update_"]
+__all__ = ["adapt_damping", "dots", "keep_coefficients", "solve", "update_"]
 
 BLOCK_MAIN = 2048  # elements at a time: with 8 warps, two 128-bit loads of float32 in flight an operand and thread
 BLOCK_TAIL = 512  # elements at a time where accesses may be unaligned or short

@@ -1,4 +1,4 @@
-"""The text of the CUDA kernels for the 2x2 system and for lambda, run on the CPU; and the operators' errors."""
+"""The text of the CUDA kernels for the scalars of a step, run on the CPU; and the operators' errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from curveball_fused.backends.reference import parameters as reference
 from curveball_fused.backends.scalars import PREDICTED_CHANGE, Z_DOT_Z
+from tests.helpers import coefficient_cases
 from tests.helpers.emulated import DTYPES, operators, scalars
 from tests.helpers.solve_cases import cases
 
@@ -69,6 +70,14 @@ def test_adapt_damping(dtype: torch.dtype, new_loss: float, beta: float, change:
     )
 
 
+def test_keep_coefficients() -> None:
+    for arguments in coefficient_cases.cases(DTYPES):
+        before = arguments[0].clone()
+        result, expected = operators.keep_coefficients(*arguments), reference.keep_coefficients(*arguments)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(arguments[0], before, rtol=0, atol=0, equal_nan=True)
+
+
 def test_errors_come_before_anything_changes() -> None:
     w, z, s = [torch.ones(3, 2)], [torch.ones(3, 2)], scalars()
     one = [1], [0.5], [0.0]
@@ -95,3 +104,11 @@ def test_errors_come_before_anything_changes() -> None:
         operators.solve(s, torch.ones(2), torch.zeros(5).double(), None, None, None, 1.0)
     with pytest.raises(RuntimeError, match="products"):
         operators.solve(s, torch.ones(()), torch.zeros(4).double(), None, None, None, 1.0)
+    one = s[0]
+    for message, arguments in {
+        "loss must be": (s, s[:2], one, one),
+        "slope has dtype": (s, one, one.float(), one),
+        "room must be": (s, one, one, s[:2]),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            operators.keep_coefficients(*arguments, 1.0)

@@ -1,4 +1,4 @@
-"""`solve` and `adapt_damping` in Triton against `reference`: on a GPU, or interpreted."""
+"""`solve`, `adapt_damping` and `keep_coefficients` in Triton against `reference`: on a GPU, or interpreted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from curveball_fused.backends.reference import parameters as reference
 from curveball_fused.backends.triton import parameters as triton_parameters
+from tests.helpers import coefficient_cases
 from tests.helpers.solve_cases import cases
 from tests.helpers.triton_cases import DEVICE, INF, NAN, RUNTIME_WARNINGS, every_dtype, named, scalars
 
@@ -121,3 +122,12 @@ def test_adapt_damping(lambd: float, new_loss: float) -> None:
         arguments = given, torch.tensor(new_loss, device=DEVICE), 0.4, 1.6, 0.9, 0.01, 10.0
         ours, expected = triton_parameters.adapt_damping(*arguments), reference.adapt_damping(*arguments)
         torch.testing.assert_close(ours, expected, rtol=1e-15, atol=0, equal_nan=True)
+
+
+@every_dtype
+def test_keep_coefficients(dtype: torch.dtype) -> None:
+    for arguments in coefficient_cases.cases([dtype], DEVICE):
+        before = arguments[0].clone()
+        ours, expected = triton_parameters.keep_coefficients(*arguments), reference.keep_coefficients(*arguments)
+        torch.testing.assert_close(ours, expected, rtol=1e-15, atol=0, equal_nan=True)
+        torch.testing.assert_close(arguments[0], before, rtol=0, atol=0, equal_nan=True)
