@@ -23,7 +23,7 @@ from curveball_fused import CurveBall
 LARGE = 10**6  # parameters: from here on the bar is that of large nets
 BAR_OF_LARGE, BAR_OF_SMALL = 1.3, 1.6  # median step over AdamW's
 SLOWEST_BAR = 3.0  # slowest step of a turn over the median
-TURN = 50  # steps: λ is adapted once in so many, each basis refreshed twice and more
+TURN = 100  # steps: λ is adapted once in so many, each basis refreshed five times
 WARM_UP = 12  # among the first ten are more solves than later
 
 
@@ -35,7 +35,7 @@ CASES = NETS | {
     "tiny": Case("MLP 8-64-64-4", tiny, lambda batch: (torch.randn(batch, 8), torch.arange(batch) % 4), 128),
     "mlp_large_batch": Case("MLP 784-256-256-10", NETS["mlp"].build, NETS["mlp"].data, 2048),
 }
-ROUNDS = {"tiny": 9, "mlp": 7, "mlp_large_batch": 3, "resnet18": 1}
+ROUNDS = {"tiny": 7, "mlp": 5, "mlp_large_batch": 3, "resnet18": 1}
 
 
 def kronecker(case: Case) -> Callable[[], Tensor]:

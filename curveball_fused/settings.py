@@ -17,7 +17,7 @@ DIRECTIONS = ("residual", "gradient")
 # suits all models, and the direction is good enough to be solved for now and then.
 _DEFAULTS: dict[str | None, dict[str, Any]] = {
     None: dict(lambd=1.0, lambda_factor=0.999, direction="residual", average=0.0, solve_interval=1),
-    "kronecker": dict(lambd=30.0, lambda_factor=0.99, direction="gradient", average=0.5, solve_interval=10),
+    "kronecker": dict(lambd=30.0, lambda_factor=0.99, direction="gradient", average=0.5, solve_interval=20),
 }
 PRECONDITIONERS = tuple(_DEFAULTS)
 # How the arithmetic is done belongs to this process, and is the constructor's; the rest is in the parameter groups, as

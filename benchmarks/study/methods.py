@@ -90,6 +90,7 @@ class SecondOrder(Training):
 
 
 KRONECKER = {"preconditioner": "kronecker"}
+_EVERY_TENTH = KRONECKER | {"solve_interval": 10}  # as the default was until the last of the settings below
 _EARLY = "preconditioners.bases.EARLY_REFRESHES", "step.EARLY_SOLVES"
 _OWN: dict[str, Any] = {
     **dict.fromkeys(_EARLY, bases.EARLY_REFRESHES),
@@ -101,10 +102,12 @@ _OWN: dict[str, Any] = {
 }
 
 
-def _with(solve_interval: int | None = None, **values: float) -> dict[str, Any]:
+def _with(solve_interval: int = 10, **values: float) -> dict[str, Any]:
     """The Kronecker metric with other constants of these names."""
-    options = KRONECKER if solve_interval is None else KRONECKER | {"solve_interval": solve_interval}
-    return options | {"constants": {path: values[name] for path in _OWN if (name := path.rsplit(".")[-1]) in values}}
+    return KRONECKER | {
+        "solve_interval": solve_interval,
+        "constants": {path: values[name] for path in _OWN if (name := path.rsplit(".")[-1]) in values},
+    }
 
 
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -116,12 +119,13 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Then these.
 _SETTINGS |= {
-    f"Kronecker, λ {lambd}, average {average}": KRONECKER | {"lambd": float(lambd), "average": average}
+    f"Kronecker, λ {lambd}, average {average}": _EVERY_TENTH | {"lambd": float(lambd), "average": average}
     for lambd, average in ((100, 0.9), (30, 0.9), (30, 0.8), (30, 0.6), (30, 0.3), (30, 0), (10, 0.8), (10, 0.5))
 }
 _SETTINGS |= {
-    "Kronecker, ten early solves": KRONECKER | {"constants": dict.fromkeys(_EARLY, tuple(range(10)))},
-    "Kronecker, early solves in steps 0, 2 and 6": KRONECKER | {"constants": dict.fromkeys(_EARLY, (0, 2, 6))},
+    "Kronecker, solve every 10th": _EVERY_TENTH,
+    "Kronecker, ten early solves": _EVERY_TENTH | {"constants": dict.fromkeys(_EARLY, tuple(range(10)))},
+    "Kronecker, early solves in steps 0, 2 and 6": _EVERY_TENTH | {"constants": dict.fromkeys(_EARLY, (0, 2, 6))},
     "Kronecker, gather every 4th": _with(GATHER_INTERVAL=4),
     "Kronecker, solve every 20th": KRONECKER | {"solve_interval": 20},
     "Kronecker, solve every 40th": KRONECKER | {"solve_interval": 40},
@@ -130,13 +134,13 @@ _SETTINGS |= {
 }
 # Chosen from first, when these were the constants and β had no bound between solves.
 _SCREENED: dict[str, dict[str, Any]] = {
-    "Kronecker": KRONECKER,
-    "Kronecker, λ 30": KRONECKER | {"lambd": 30.0},
-    "Kronecker, λ's factor 0.95": KRONECKER | {"lambda_factor": 0.95},
+    "Kronecker": _EVERY_TENTH,
+    "Kronecker, λ 30": _EVERY_TENTH | {"lambd": 30.0},
+    "Kronecker, λ's factor 0.95": _EVERY_TENTH | {"lambda_factor": 0.95},
     "Kronecker, solve every 20th": KRONECKER | {"solve_interval": 20},
-    "Kronecker, average 0.8": KRONECKER | {"average": 0.8},
-    "Kronecker, average 0.95": KRONECKER | {"average": 0.95},
-    "Kronecker, ρ 0.9": KRONECKER | {"rho": 0.9},
+    "Kronecker, average 0.8": _EVERY_TENTH | {"average": 0.8},
+    "Kronecker, average 0.95": _EVERY_TENTH | {"average": 0.95},
+    "Kronecker, ρ 0.9": _EVERY_TENTH | {"rho": 0.9},
     "Kronecker, decay 0.9": _with(DECAY=0.9),
     "Kronecker, bases of 128, decay 0.9": _with(LARGEST_BASIS=128, DECAY=0.9),
     "Kronecker, bases of 64, decay 0.9": _with(LARGEST_BASIS=64, DECAY=0.9),

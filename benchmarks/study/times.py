@@ -2,7 +2,7 @@
 
 Processor time of one thread. All methods of a task take turns, ten steps each, so that whatever slows the machine down
 slows all of them. The first ten steps are kept apart, as CurveBall solves more often there; what is kept of the others
-is the mean of each round of fifty, which has all kinds of steps in it, and of these the median and the quartiles.
+is the mean of each round of a hundred, which has all kinds of steps in it, and of these the median and the quartiles.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.study.tasks import TASKS
 
 FILE = results.FOLDER / "times.json"
 TURN = 10  # steps, as many as are early
-ROUND = 50  # steps: λ is adapted once in so many
+ROUND = 100  # steps: λ is adapted once in so many
 DEFAULT = (
     "Kronecker",
     "Adam 0.003 constant",
@@ -84,7 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK")
     parser.add_argument("--method", nargs="+", default=list(DEFAULT), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--rounds", type=int, default=4, help="of fifty steps (default: 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="of a hundred steps (default: 3)")
     parser.add_argument("--file", type=Path, default=FILE, help="where other tasks' times stay (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
