@@ -66,7 +66,7 @@ class SidesReader {
                     ".");
     const Side found{static_cast<char*>(square.mutable_data_ptr()), length, square.size(dims - 1), dtype};
     STD_TORCH_CHECK(square.size(dims - 2) == found.piece && found.piece > 0 &&
-                        found.pieces() == (dims == 2 ? 1 : square.size(0)),
+                        (dims == 2 ? found.piece == length : found.pieces() == square.size(0)),
                     name_, "[", next_, "] does not fit a side of ", length,
                     ": it must be n x n, or k x b x b with as few pieces as reach over the side.");
     next_++;
@@ -151,8 +151,8 @@ class Parts {
 };
 
 // turned <- Q'r S and u <- Q (turned / p) S' with p = sqrt(v' / weight) + eps, v' = decay v + (1 - decay) turned^2, for
-// each parameter with its Q and S, of which `sides` says whether there are any; turned stays where there are none, and r
-// is what it would be. Returns [z.Pz, z.r, r.u].
+// each parameter with its Q and S, of which `sides` says whether there are any; turned stays where there are none, and
+// r is what it would be. Returns [z.Pz, z.r, r.u].
 Tensor precondition_in_bases_cpu(std::vector<Tensor> u, std::vector<Tensor> turned, std::vector<Tensor> v,
                                  std::vector<Tensor> r, std::vector<Tensor> z, std::vector<Tensor> bases,
                                  std::vector<int64_t> sides, Tensor weight, double decay, double eps) {

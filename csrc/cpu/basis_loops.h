@@ -1,5 +1,5 @@
-// The loops of the Kronecker metric: a piece of a matrix there and back through its eigenbases while it is in the cache,
-// and its Kronecker factors.
+// The loops of the Kronecker metric: a piece of a matrix there and back through its eigenbases while it is in the
+// cache, and its Kronecker factors.
 #pragma once
 
 #include "kernels.h"

@@ -30,14 +30,14 @@ inline const char* at(const void* data, int64_t element, DType dtype) {
   return static_cast<const char*>(data) + element * bytes(dtype);
 }
 
-// Calls work(item, its index) for every item of a list, on all threads. Each has a `place`, where its work begins if all
-// stood in a row, up to `total`. Threads share by that, not by items, so that one large and many tiny ones are shared
-// fairly too: a thread takes the items that begin in its part, of `grain` at least.
+// Calls work(item, its index) for every item of a list, on all threads. Each has a `place`, where its work begins if
+// all stood in a row, up to `total`. Threads share by that, not by items, so that one large and many tiny ones are
+// shared fairly too: a thread takes the items that begin in its part, of `grain` at least.
 template <typename Item, typename Work>
 void share_out(const std::vector<Item>& list, int64_t total, int64_t grain, const Work& work) {
   torch::stable::parallel_for(0, total, grain, [&](int64_t from, int64_t to) {
-    auto item = std::lower_bound(list.begin(), list.end(), from,
-                                 [](const Item& i, int64_t place) { return i.place < place; });
+    auto item =
+        std::lower_bound(list.begin(), list.end(), from, [](const Item& i, int64_t place) { return i.place < place; });
     for (; item != list.end() && item->place < to; ++item) work(*item, item - list.begin());
   });
 }

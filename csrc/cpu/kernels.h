@@ -24,16 +24,17 @@ using SquaresBlock = double (*)(const void* z, int64_t n);
 
 struct Kernels {
   const char* name;
-  UpdateBlock update[kDTypeCount][kDTypeCount];              // [dtype of w][dtype of r]; null: not offered
-  DotsBlock dots[kDTypeCount][kDTypeCount];                  // [dtype of z][dtype of r]; null: not offered
-  SquaresBlock squares[kDTypeCount];                         // [dtype of z]; null: not offered
+  UpdateBlock update[kDTypeCount][kDTypeCount];  // [dtype of w][dtype of r]; null: not offered
+  DotsBlock dots[kDTypeCount][kDTypeCount];      // [dtype of z][dtype of r]; null: not offered
+  SquaresBlock squares[kDTypeCount];             // [dtype of z]; null: not offered
   LossKernels losses;
   MetricKernels metric;
   TangentKernels tangents = {};
 };
 
 // The best table this processor can run. The environment variable CURVEBALL_INSTRUCTION_SET names another one (all
-// give the same bits, but for matrix products: the tangent of attention, bases and factors of a metric); null if that one was not compiled or the processor lacks it.
+// give the same bits, but for matrix products: the tangent of attention, bases and factors of a metric); null if that
+// one was not compiled or the processor lacks it.
 const Kernels* kernels();
 
 // The same for an operator: an error instead of null.

@@ -1,8 +1,8 @@
 // Products of small matrices, for the rotations into the eigenbases of a metric and for its Kronecker factors.
 //
-// A BLAS is as fast on large matrices; but a net has dozens of small ones, of which each call there costs as much as the
-// product, and it can do nothing with a matrix while that is in the cache. Its headers are not part of torch's stable
-// ABI, either.
+// A BLAS is as fast on large matrices; but a net has dozens of small ones, of which each call there costs as much as
+// the product, and it can do nothing with a matrix while that is in the cache. Its headers are not part of torch's
+// stable ABI, either.
 #pragma once
 
 #include "registers.h"

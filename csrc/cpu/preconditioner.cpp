@@ -38,7 +38,8 @@ Tensor precondition_cpu(std::vector<Tensor> u, std::vector<Tensor> v, std::vecto
   for (size_t i = 0; i < v.size(); i++) {
     const PreconditionDTypes dtypes = check_precondition(u[i], v[i], r[i], z.empty() ? nullptr : &z[i], i);
     entries.push_back({u[i].mutable_data_ptr(), v[i].mutable_data_ptr(), r[i].const_data_ptr(),
-                       z.empty() ? nullptr : z[i].const_data_ptr(), dtypes, kernels.metric.precondition[dtypes.v][dtypes.r]});
+                       z.empty() ? nullptr : z[i].const_data_ptr(), dtypes,
+                       kernels.metric.precondition[dtypes.v][dtypes.r]});
     blocks.add(i, v[i].numel());
   }
 

@@ -299,8 +299,8 @@ def test_a_wrong_metric_is_told(wrong: str, said: str, monkeypatch: pytest.Monke
     if wrong == "basis":
         optimizer.state[net.weight]["left_basis"][0, 0] += 1e-3
     else:
-        right = ops.precondition_
-        monkeypatch.setattr(ops, "precondition_", lambda v, *args, **kw: right([2 * v_i for v_i in v], *args, **kw))
+        right, name = ops.precondition_in_bases, "precondition_in_bases"
+        monkeypatch.setattr(ops, name, lambda v, *args, **kw: right([2 * v_i for v_i in v], *args, **kw))
     before = net.weight.detach().clone()
     with pytest.raises(RuntimeError, match=said):
         optimizer.step(lambda: net(X), square)

@@ -402,3 +402,55 @@ def test_a_basis_of_another_dtype_is_refused(backend: str) -> None:
             [torch.ones(4, 4)], [torch.ones(4, 4)], None, number(0.1), left=[torch.eye(4).double()], right=[None],
             decay=0.9, eps=1e-8, backend=backend,
         )  # fmt: skip
+
+
+@native_only
+@every_dtype
+def test_opcheck(dtype: torch.dtype) -> None:
+    p = make([Case((5, 3), "whole", 2), Case((4,), None, None)], dtype)
+    u, in_bases = ([torch.zeros_like(t) for t in p.v] for _ in range(2))
+    bases, sides = [q.contiguous() for q in (p.left[0], p.right[0])], [3, 0]
+    operators = torch.ops.curveball_fused
+    arguments = u, in_bases, p.v, p.r, p.z, bases, sides, number(0.1), 0.9, 1e-8
+    torch.library.opcheck(operators.precondition_in_bases.default, arguments)
+    arguments = p.v, in_bases, bases, p.r, sides, number(0.1), 0.9, scalars(), True
+    torch.library.opcheck(operators.update_statistics_.default, arguments)
+
+
+@native_only
+def test_bad_arguments_of_the_native_operators() -> None:
+    """Called directly they refuse what would read or write beyond a tensor."""
+    t, q, w = [torch.ones(3, 4)], [torch.eye(3), torch.eye(4)], number(0.1)
+    direction, statistics = (
+        torch.ops.curveball_fused.precondition_in_bases,
+        torch.ops.curveball_fused.update_statistics_,
+    )
+    wide = [torch.ones(3, 8)[:, ::2]]
+    for arguments, words in (
+        ((t, t, t, t, [], q[:1], [3], w, 0.9, 1e-8), "bases has 1 tensors but sides asks for 2"),
+        ((t, t, t, t, [], q, [1], w, 0.9, 1e-8), "bases has 2 tensors but sides asks for 1"),
+        ((t, t, t, t, [], q[::-1], [3], w, 0.9, 1e-8), r"bases\[0\] does not fit a side of 3"),
+        ((t, t, t, t, [], [torch.eye(3)[None], q[1]], [3, 0], w, 0.9, 1e-8), "v has 1 tensors but sides has 2"),
+        ((t, t, t, t, [], [torch.eye(2)[None], q[1]], [3], w, 0.9, 1e-8), r"bases\[0\] does not fit"),
+        ((t, t, t, t, [], [torch.eye(3)[None, None], q[1]], [3], w, 0.9, 1e-8), "two or three dimensions"),
+        ((t, t, t, t, [], [q[0].double(), q[1]], [3], w, 0.9, 1e-8), r"bases\[0\] must be contiguous float32"),
+        ((t, t, t, t, [], [torch.ones(3, 6)[:, ::2], q[1]], [3], w, 0.9, 1e-8), r"bases\[0\] must be contiguous"),
+        ((t, t, t, wide, [], q, [3], w, 0.9, 1e-8), "laid out differently"),
+        ((t, wide, t, t, [], q, [3], w, 0.9, 1e-8), "laid out differently"),
+        ((t, t, t, [torch.ones(3, 4).half()], [], q, [3], w, 0.9, 1e-8), r"r\[0\] must have the dtype of v"),
+        ((t, t, t, [torch.ones(3)], [], q, [3], w, 0.9, 1e-8), "different sizes"),
+        ((t, t, [torch.ones(3, 4).half()], t, [], q, [3], w, 0.9, 1e-8), "convert it to float32 or float64"),
+        ((t, t, t, t, t * 2, q, [3], w, 0.9, 1e-8), "z has 2"),
+        ((t, t, t, t, [], q, [3], w, 1.0, 1e-8), "decay"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            direction(*arguments)
+    for arguments, words in (
+        ((t, t, q[:1], t, [3], w, 0.9, scalars(), True), "factors has 1 tensors but sides asks for 2"),
+        ((t, t, q[::-1], t, [3], w, 0.9, scalars(), True), r"factors\[0\] does not fit"),
+        ((t, t, q, wide, [3], w, 0.9, scalars(), True), "laid out differently"),
+        ((t, t, q, t, [3], w, 0.9, scalars()[:3], True), "scalars must be"),
+        ((t, t, q, t, [3], w.float(), 0.9, scalars(), True), "weight has dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            statistics(*arguments)
