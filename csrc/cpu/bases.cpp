@@ -44,7 +44,10 @@ class SidesReader {
   SidesReader(const std::vector<Tensor>& squares, const char* name, const std::vector<int64_t>& sides)
       : squares_(squares), name_(name) {
     size_t wanted = 0;
-    for (const int64_t side : sides) wanted += (side & kLeft ? 1 : 0) + (side & kRight ? 1 : 0);
+    for (const int64_t side : sides) {
+      STD_TORCH_CHECK(0 <= side && side <= (kLeft | kRight), "sides has an entry of ", side, ": 0, 1, 2 or 3.");
+      wanted += (side & kLeft ? 1 : 0) + (side & kRight ? 1 : 0);
+    }
     STD_TORCH_CHECK(wanted == squares.size(), name, " has ", squares.size(), " tensors but sides asks for ", wanted,
                     ": pass one for each bit.");
   }

@@ -77,7 +77,8 @@ def precondition_in_bases(
     r, z = _like(v, r), _like(v, z)
     if chosen != "cpu":
         kernels = backends.preconditioner_kernels(chosen)
-        return reference.precondition_in_bases(kernels.precondition_, v, r, z, left, right, weight, decay, eps)
+        with torch.autocast(weight.device.type, enabled=False):  # in whose precision a basis would not be orthogonal
+            return reference.precondition_in_bases(kernels.precondition_, v, r, z, left, right, weight, decay, eps)
     bases, sides = _those_there(left, right)
     u = [torch.empty_like(v_i) for v_i in v]
     turned = [torch.empty_like(v_i) if side else r_i for v_i, r_i, side in zip(v, r, sides, strict=True)]
@@ -132,17 +133,18 @@ def update_statistics_(
     check_lists(v, turned, r)
     _check_sides(v, left=left, right=right)
     chosen = backends.choose(backend, weight.device)
-    own_v, r = _contiguous(v), _like(v, r)
+    own_v, turned, r = _contiguous(v), _like(v, turned), _like(v, r)
     factors, sides = _those_there(left, right)
     own_factors = _contiguous(factors)
     if chosen != "cpu":
         kernels = backends.preconditioner_kernels(chosen)
-        scalars = reference.update_statistics_(
-            kernels.precondition_, own_v, turned, r, left, right, weight, decay, scalars, gather
-        )
+        with torch.autocast(weight.device.type, enabled=False):
+            scalars = reference.update_statistics_(
+                kernels.precondition_, own_v, turned, r, left, right, weight, decay, scalars, gather
+            )
     else:
         scalars = torch.ops.curveball_fused.update_statistics_(
-            own_v, _like(v, turned), own_factors, r, sides, weight, decay, scalars, gather
+            own_v, turned, own_factors, r, sides, weight, decay, scalars, gather
         )
         for original, own in zip(factors, own_factors, strict=True):
             if own is not original:
@@ -169,16 +171,16 @@ def _check_sides(v: Sequence[Tensor], **squares: Sequence[Tensor | None]) -> Non
 
 
 def _length(shape: torch.Size, side: str) -> int:
-    if len(shape) < 2:
+    if len(shape) < 2 or 0 in shape:
         return 0
     return shape[0] if side == "left" else math.prod(shape[1:])
 
 
 @functools.cache
 def _fits(square: torch.Size, length: int) -> bool:
-    if len(square) == 2:
-        return length > 0 and square == (length, length)
-    return len(square) == 3 and square[1] == square[2] and (square[0] - 1) * square[1] < length <= square[0] * square[1]
+    if length == 0 or len(square) not in (2, 3) or square[-1] != square[-2]:
+        return False
+    return square[-1] == length if len(square) == 2 else (square[0] - 1) * square[1] < length <= square[0] * square[1]
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> list[Tensor]:

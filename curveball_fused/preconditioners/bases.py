@@ -80,7 +80,7 @@ def due_after(step: int, works: tuple[int, ...]) -> list[int]:
     for i in sorted(range(len(works)), key=lambda i: -works[i]):
         slot = loads.index(min(loads))
         loads[slot] += works[i]
-        if slot == step % INTERVAL:
+        if slot == (step - 1) % INTERVAL:  # the emptiest one where a multiple of it solves
             due.append(i)
     return due
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from curveball_fused import ops
@@ -65,29 +64,23 @@ class Preconditioner:
         """
         weight = DECAY * self._scalars[GATHERED] + (1 - DECAY)
         left, right = ([None if side is None else side.basis for side in sides] for sides in self._sides)
-        with self._exactly():
-            u, turned, dots = ops.precondition_in_bases(
-                self._squares, r, z, weight, left=left, right=right, decay=DECAY, eps=EPSILON, backend=self._backend
-            )
+        u, turned, dots = ops.precondition_in_bases(
+            self._squares, r, z, weight, left=left, right=right, decay=DECAY, eps=EPSILON, backend=self._backend
+        )
         return Direction(u, dots, r, turned, weight)
 
     def learn(self, direction: Direction, scalars: Tensor) -> Tensor:
         """Let P see r; return the scalars with the new weight. A step that is skipped leaves P as it is."""
         left, right = ([None if side is None else side.factor for side in sides] for sides in self._sides)
-        with self._exactly():
-            return ops.update_statistics_(
-                self._squares,
-                direction.turned,
-                direction.r,
-                scalars,
-                direction.weight,
-                left=left,
-                right=right,
-                decay=DECAY,
-                gather=self._gather,
-                backend=self._backend,
-            )
-
-    def _exactly(self) -> torch.autocast:
-        """Return a context without autocast, in whose precision a basis would not be orthogonal."""
-        return torch.autocast(self._scalars.device.type, enabled=False)
+        return ops.update_statistics_(
+            self._squares,
+            direction.turned,
+            direction.r,
+            scalars,
+            direction.weight,
+            left=left,
+            right=right,
+            decay=DECAY,
+            gather=self._gather,
+            backend=self._backend,
+        )

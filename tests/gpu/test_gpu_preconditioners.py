@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curveball_fused import backends, ops
 from curveball_fused.backends.reference import preconditioners as reference
+from curveball_fused.preconditioners import Block, fresh_state
 from tests.gpu.device import DEVICE, draw, every_backend, launches, resnet50, to_device
 from tests.gpu.test_gpu_lists import LAYOUTS, SHAPES
 from tests.helpers.diagonal_truth import DECAY, EPS, Precondition, check_precondition, exact, weight_of
@@ -161,3 +162,27 @@ def test_opcheck(v_dtype: torch.dtype, r_dtype: torch.dtype) -> None:
     operator, weight = torch.ops.curveball_fused.precondition_.default, weight_of(v[0])
     torch.library.opcheck(operator, (u, v, r, z, weight, DECAY, EPS, to_device(0.3, 0.8)))
     torch.library.opcheck(operator, (u, v, r, [], weight, DECAY, EPS, None))
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(64, 3, 7, 7), (129, 40), (40, 129), (3, 5), (7,)], ids=str)
+def test_in_bases(backend: str, shape: tuple[int, ...]) -> None:
+    """Around the kernels torch rotates, by pieces that may reach beyond their side."""
+    p = draw(shape, torch.float32)
+    block = Block.of(fresh_state(p))
+    for side in block.sides:
+        side.basis.copy_(torch.linalg.qr(side.basis + 0.1 * side.basis.roll(1, -1))[0])
+    left, right = (None if side is None else side.basis for side in block[1:])
+    weight, z = to_device(0.3)[0], draw(shape, torch.float32)
+    arguments = dict(decay=0.9, eps=1e-4)
+    found = ops.precondition_in_bases(
+        [block.square_average], [p], [z], weight, left=[left], right=[right], backend=backend, **arguments
+    )
+    wide = block.widened()
+    left, right = (None if side is None else side.basis for side in wide[1:])
+    expected = ops.precondition_in_bases(
+        [wide.square_average], [p.double()], [z.double()], weight, left=[left], right=[right], backend="torch",
+        **arguments,
+    )  # fmt: skip
+    for ours, exactly in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, exactly, rtol=1e-3, atol=1e-3, check_dtype=False)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curveball_fused import backends, ops
+from curveball_fused.backends.reference import bases as reference
 from curveball_fused.backends.scalars import BETA, GATHERED, RHO, SCALARS
 
 ROOT = Path(__file__).parents[2]
@@ -295,6 +296,38 @@ def test_factors_that_are_not_contiguous_are_written(backend: str) -> None:
 
 
 @native_only
+@every_dtype
+@pytest.mark.parametrize("case", [case for case in CASES if case.left or case.right], ids=str)
+def test_kernels_get_what_lies_straight_in_memory(dtype: torch.dtype, case: Case) -> None:
+    """Those of GPUs, for which torch rotates, walk over it without asking; this one asks."""
+    p = make([case], dtype)
+    strict = torch.ops.curveball_fused.precondition_
+    found = reference.precondition_in_bases(strict, p.v, p.r, p.z, p.left, p.right, number(0.3), 0.8, 1e-3)
+    rounding = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, precondition(p, "torch", p.z), rtol=rounding, atol=rounding)
+    left, right = factors_of(p)
+    reference.update_statistics_(strict, p.v, found[1], p.r, left, right, number(0.7), 0.8, scalars(), True)
+    assert found[1][0].is_contiguous()
+
+
+@every_backend
+def test_autocast_changes_nothing(backend: str) -> None:
+    p = make(CASES, torch.float32)
+    expected = precondition(p, backend, p.z)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = precondition(p, backend, p.z)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    factors = [factors_of(p) for _ in range(2)]
+    for (left, right), enabled in zip(factors, (False, True), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            ops.update_statistics_(
+                [t.clone() for t in p.v], expected[1], p.r, scalars(), number(0.7), left=left, right=right, decay=0.8,
+                gather=True, backend=backend,
+            )  # fmt: skip
+    torch.testing.assert_close(factors[0], factors[1], rtol=0, atol=0)
+
+
+@native_only
 def test_the_same_bits_for_any_number_of_threads() -> None:
     p = make([*CASES, Case((900, 700), 100, 100)], torch.float32)
     before, results = factors_of(p), []
@@ -387,12 +420,15 @@ def test_bad_arguments(backend: str, changes: dict[str, Any], words: str) -> Non
 
 
 @every_backend
-def test_a_vector_has_no_sides(backend: str) -> None:
-    with pytest.raises(ValueError, match=r"left\[0\] is \[1, 1\]; for the side of 0"):
-        ops.precondition_in_bases(
-            [torch.ones(4)], [torch.ones(4)], None, number(0.1), left=[torch.eye(1)], right=[None], decay=0.9,
-            eps=1e-8, backend=backend,
-        )  # fmt: skip
+@pytest.mark.parametrize("shape", [(4,), (), (0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize("basis", [torch.eye(1), torch.eye(4), torch.ones(0, 4, 4), torch.ones(1, 4, 4)])
+def test_what_is_no_matrix_or_empty_has_no_sides(backend: str, shape: tuple[int, ...], basis: Tensor) -> None:
+    for sides in (dict(left=[basis], right=[None]), dict(left=[None], right=[basis])):
+        with pytest.raises(ValueError, match=r"\[0\] is .* for the side of 0"):
+            ops.precondition_in_bases(
+                [torch.ones(shape)], [torch.ones(shape)], None, number(0.1), decay=0.9, eps=1e-8, backend=backend,
+                **sides,
+            )  # fmt: skip
 
 
 @every_backend
@@ -428,6 +464,8 @@ def test_bad_arguments_of_the_native_operators() -> None:
     wide = [torch.ones(3, 8)[:, ::2]]
     for arguments, words in (
         ((t, t, t, t, [], q[:1], [3], w, 0.9, 1e-8), "bases has 1 tensors but sides asks for 2"),
+        ((t, t, t, t, [], q, [4], w, 0.9, 1e-8), "sides has an entry of 4"),
+        ((t, t, t, t, [], q, [-1], w, 0.9, 1e-8), "sides has an entry of -1"),
         ((t, t, t, t, [], q, [1], w, 0.9, 1e-8), "bases has 2 tensors but sides asks for 1"),
         ((t, t, t, t, [], q[::-1], [3], w, 0.9, 1e-8), r"bases\[0\] does not fit a side of 3"),
         ((t, t, t, t, [], [torch.eye(3)[None], q[1]], [3, 0], w, 0.9, 1e-8), "v has 1 tensors but sides has 2"),

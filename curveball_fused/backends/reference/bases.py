@@ -19,7 +19,7 @@ Basis = Tensor | None  # None: the identity
 
 
 def to_bases(t: Tensor, left: Basis, right: Basis) -> Tensor:
-    """Return QᵀM S of a tensor, in its shape."""
+    """Return QᵀM S of a tensor, in its shape, contiguous: kernels walk over it in a straight line."""
     if left is None and right is None:
         return t
     m = _matrix(t)
@@ -27,7 +27,7 @@ def to_bases(t: Tensor, left: Basis, right: Basis) -> Tensor:
         m = _on_rows(left.mT, m)
     if right is not None:
         m = _on_columns(m, right)
-    return m.reshape(t.shape)
+    return m.reshape(t.shape).contiguous()
 
 
 def from_bases(turned: Tensor, left: Basis, right: Basis) -> Tensor:
