@@ -34,8 +34,9 @@ def tiny() -> nn.Module:
 CASES = NETS | {
     "tiny": Case("MLP 8-64-64-4", tiny, lambda batch: (torch.randn(batch, 8), torch.arange(batch) % 4), 128),
     "mlp_large_batch": Case("MLP 784-256-256-10", NETS["mlp"].build, NETS["mlp"].data, 2048),
+    "vit_large_batch": Case(NETS["vit"].name, NETS["vit"].build, NETS["vit"].data, 64),
 }
-ROUNDS = {"tiny": 7, "mlp": 5, "mlp_large_batch": 3, "resnet18": 1}
+ROUNDS = {"tiny": 7, "mlp": 5, "mlp_large_batch": 3, "resnet18": 1, "vit_large_batch": 1}
 
 
 def kronecker(case: Case) -> Callable[[], Tensor]:
