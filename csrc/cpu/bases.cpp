@@ -94,7 +94,7 @@ DType check_entry(const Tensor& v, const Tensor& other, const char* name, size_t
   return dtype;
 }
 
-// A part of a parameter: `tile` where it has bases, else `count` elements from `begin` on.
+// A part of a parameter: a tile, or, without bases, some elements in a single row.
 struct Part {
   int64_t place;
   DType dtype;
