@@ -44,8 +44,9 @@ for key, value in info.items():
 assert torch.version.cuda, "this torch is not a CUDA build"
 assert info["cuda library"] == "loaded", info["cuda library"]
 operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("curveball_fused::")]
-# The tangents of functions are Triton's on a GPU.
-operators = [name for name in operators if not name.endswith(("_tangent", "::activation"))]
+# The tangents of functions are Triton's on a GPU, and the matrix products of a metric torch's.
+on_cpus = "_tangent", "::activation", "::precondition_in_bases", "::update_statistics_"
+operators = [name for name in operators if not name.endswith(on_cpus)]
 missing = [o for o in operators if not torch._C._dispatch_has_kernel_for_dispatch_key(o, "CUDA")]
 assert operators and not missing, f"without a CUDA kernel: {missing or 'all'}"
 print("with CUDA kernels:", *sorted(o.removeprefix("curveball_fused::") for o in operators))
