@@ -29,6 +29,9 @@ COLUMNS = (
     "task", "method", "seeds", "share of steps", "final train", "final validation", "validation error", "seconds",
     "over the baseline's", "over the search's",
 )  # fmt: skip
+SUMMARY_COLUMNS = (
+    "method", "reached it on", "median share of steps", "geometric mean", "range", "median of seconds", "sooner on",
+)  # fmt: skip
 
 
 def runs_of(task: str, folder: Path) -> Runs:
@@ -111,13 +114,15 @@ def rows(task: str, runs: Runs, families: tuple[str, ...], times: Times) -> list
     return table
 
 
-def summary(half: str, folder: Path, families: tuple[str, ...], times: dict[str, Times]) -> list[list[str]]:
-    """For each CurveBall setting: on how many tasks of a half it reached the baseline, in what share, in what time."""
+def summary(
+    halves: tuple[str, ...], folder: Path, families: tuple[str, ...], times: dict[str, Times]
+) -> list[list[str]]:
+    """For each CurveBall setting: on how many tasks it reached the baseline, in what share, in what time."""
     table = []
     for method in CURVEBALL:
         found: list[float | None] = []
         ratios: list[float] = []
-        for task in (name for name, task in TASKS.items() if task.half == half):
+        for task in (name for name, task in TASKS.items() if task.half in halves):
             runs = runs_of(task, folder)
             baseline = best(runs, families)
             if baseline is None or method not in runs:
@@ -133,6 +138,7 @@ def summary(half: str, folder: Path, families: tuple[str, ...], times: dict[str,
             sooner = f"{sum(r <= 1 for r in ratios)} of {len(ratios)}" if ratios else ""
             table.append([
                 method, f"{len(reached)} of {len(found)}", _text(middle) if middle < math.inf else "never",
+                _text(statistics.geometric_mean(reached)) if len(reached) == len(found) else "",
                 f"{reached[0]:.2f} to {reached[-1]:.2f}" if reached else "",
                 _text(statistics.median(ratios)) if ratios else "", sooner,
             ])  # fmt: skip
@@ -159,9 +165,10 @@ def document(folder: Path, measured: dict[str, Any]) -> str:
             for task in (name for name, task in TASKS.items() if task.half == half):
                 table += rows(task, runs_of(task, folder), families, times.get(task, {}))
             parts.append(f"## Tasks {half} on, beside the best {title}\n\n" + markdown(COLUMNS, table))
-            if short := summary(half, folder, families, times):
-                columns = "method", "reached it on", "median share of steps", "range", "median of seconds", "sooner on"
-                parts.append(markdown(columns, short))
+            if short := summary((half,), folder, families, times):
+                parts.append(markdown(SUMMARY_COLUMNS, short))
+    whole = summary(("chosen", "reported"), folder, ADAM_AND_SGD, times)
+    parts.append("## All tasks, beside the best Adam or SGD\n\n" + markdown(SUMMARY_COLUMNS, whole))
     about = []
     for name, task in TASKS.items():
         runs = runs_of(name, folder)

@@ -200,11 +200,7 @@ Tensor precondition_in_bases_cpu(std::vector<Tensor> u, std::vector<Tensor> turn
                                                           t.columns, arguments, sums);
     }
   });
-  Tensor result = new_doubles(weight, {3});
-  double* sums = result.mutable_data_ptr<double>();
-  sums[0] = sums[1] = sums[2] = 0.0;
-  for (size_t i = 0; i < partial.size(); i++) sums[i % 3] += partial[i];
-  return result;
+  return three_sums(weight, partial);
 }
 
 // One index of the lists of averages.

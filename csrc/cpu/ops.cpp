@@ -95,11 +95,7 @@ Tensor dots_cpu(std::vector<Tensor> z, std::vector<Tensor> r) {
     const Dots& p = pairs[b.tensor];
     p.block(at(p.z, b.begin, p.z_dtype), at(p.r, b.begin, p.r_dtype), b.count, &partial[3 * index]);
   });
-  Tensor result = new_doubles(z[0], {3});
-  double* sums = result.mutable_data_ptr<double>();
-  sums[0] = sums[1] = sums[2] = 0.0;
-  for (size_t i = 0; i < partial.size(); i++) sums[i % 3] += partial[i];
-  return result;
+  return three_sums(z[0], partial);
 }
 
 Tensor solve_cpu(Tensor scalars, Tensor loss, Tensor products, std::optional<Tensor> dots, std::optional<double> beta,

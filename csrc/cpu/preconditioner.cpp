@@ -49,11 +49,7 @@ Tensor precondition_cpu(std::vector<Tensor> u, std::vector<Tensor> v, std::vecto
     e.block(at(e.u, b.begin, e.dtypes.v), at(e.v, b.begin, e.dtypes.v), at(e.r, b.begin, e.dtypes.r),
             e.z ? at(e.z, b.begin, e.dtypes.v) : nullptr, b.count, arguments, &partial[3 * index]);
   });
-  Tensor result = new_doubles(weight, {3});
-  double* sums = result.mutable_data_ptr<double>();
-  sums[0] = sums[1] = sums[2] = 0.0;
-  for (size_t i = 0; i < partial.size(); i++) sums[i % 3] += partial[i];
-  return result;
+  return three_sums(weight, partial);
 }
 
 }  // namespace

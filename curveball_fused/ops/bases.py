@@ -105,7 +105,8 @@ def update_statistics_(
     """Let v and Shampoo's factors see r: v ← decay v + (1 - decay) turned², L ← decay L + (1 - decay) rrᵀ, R with rᵀr.
 
     The factors are those of Gupta et al. 2018. All stay as they are where β or ρ is not finite, the mark of a step that
-    is skipped; and the factors also where the trace of an rrᵀ overflows.
+    is skipped; and the factors also where the trace of an rrᵀ overflows. What of a factor reaches beyond its side must
+    be zero, and stays so.
 
     Args:
         v: as `precondition_` takes it.
@@ -127,7 +128,12 @@ def update_statistics_(
 
     Example::
 
-        scalars = ops.update_statistics_(v, turned, r, scalars, weight, left=[l], right=[None], decay=0.9, gather=True)
+        # v, r, turned and weight as in the example of `precondition_in_bases`; scalars as `solve` returns them
+        factor = torch.zeros(3, 3)
+        scalars = ops.update_statistics_(
+            v, turned, r, scalars, weight, left=[factor], right=[None], decay=0.9, gather=True
+        )
+        # factor is 0.1 r rᵀ now, v is 0.1 turned²
     """
     check_diagonal(decay, 1.0, weight)
     check_lists(v, turned, r)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from curveball_fused.backends.scalars import BETA, RHO
+from curveball_fused.backends.reference.preconditioners import is_taken
 
 from .blocks import SIDES
 
@@ -22,11 +22,6 @@ GATHER_INTERVAL = 2  # steps, after the first ones, from one gradient that the f
 def gathers(step: int) -> bool:
     """Return whether the factors see the gradient in the step of this number, counted from zero."""
     return step < EARLY_STEPS or step % GATHER_INTERVAL == 0
-
-
-def is_taken(scalars: Tensor) -> Tensor:
-    """Return whether a step with these scalars moves anything, 0-dim bool: one to be skipped has no β or no ρ."""
-    return torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from curveball_fused.backends.scalars import BETA, GATHERED, RHO
+from curveball_fused.backends.scalars import GATHERED
+
+from .preconditioners import is_taken
 
 Basis = Tensor | None  # None: the identity
 
@@ -77,11 +79,11 @@ def update_statistics_(
 ) -> Tensor:
     """Let v and, where `gather`, the factors see r, if the step is taken; return the scalars with the new weight."""
     precondition_([torch.empty_like(v_i) for v_i in v], v, turned, [], weight, decay, 1.0, scalars)
-    is_taken = torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
+    taken = is_taken(scalars)
     if gather:
-        _gather(r, left, right, decay, is_taken)
+        _gather(r, left, right, decay, taken)
     scalars = scalars.clone()
-    scalars[GATHERED] = torch.where(is_taken, weight, scalars[GATHERED])
+    scalars[GATHERED] = torch.where(taken, weight, scalars[GATHERED])
     return scalars
 
 

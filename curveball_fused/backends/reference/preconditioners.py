@@ -10,6 +10,11 @@ from torch import Tensor
 from curveball_fused.backends.scalars import BETA, RHO
 
 
+def is_taken(scalars: Tensor) -> Tensor:
+    """Return whether a step with these scalars moves anything, 0-dim bool: one to be skipped has no β or no ρ."""
+    return torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
+
+
 def precondition_(
     u: Sequence[Tensor],
     v: Sequence[Tensor],
@@ -55,6 +60,5 @@ def precondition_(
             total[1] += (z_i * r_c.double()).sum()
         u_i.copy_(u_new)
         if scalars is not None:
-            is_taken = torch.isfinite(scalars[BETA]) & torch.isfinite(scalars[RHO])
-            v_i.copy_(torch.where(is_taken, v_new, v_i))
+            v_i.copy_(torch.where(is_taken(scalars), v_new, v_i))
     return total
