@@ -212,14 +212,16 @@ def test_what_the_metric_learns(backend: str, dtype: torch.dtype, gather: bool, 
 @every_backend
 @every_dtype
 @pytest.mark.parametrize("coefficients", [(NAN, 0.9), (0.1, NAN), (INF, 0.9), (0.1, -INF)])
+@pytest.mark.parametrize("r_is_finite", [True, False])  # a step may be skipped for its loss, too
 def test_a_step_that_is_skipped_leaves_everything(
-    backend: str, dtype: torch.dtype, coefficients: tuple[float, float]
+    backend: str, dtype: torch.dtype, coefficients: tuple[float, float], r_is_finite: bool
 ) -> None:
     p = make(CASES[:4], dtype)
     left, right = factors_of(p)
     everything = [t for t in (*p.v, *left, *right) if t is not None]
     before = [t.clone() for t in everything]
-    p.r[0][0, 0] = NAN
+    if not r_is_finite:
+        p.r[0][0, 0] = NAN
     old = scalars(*coefficients)
     new = ops.update_statistics_(
         p.v, p.r, p.r, old, number(0.7), left=left, right=right, decay=0.8, gather=True, backend=backend
