@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from curveball_fused._torch_private import run_backward
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.curvature import ModelFn, checked_outputs
 from curveball_fused.curvature.linear_map import dense_gradients, in_own_memory, independent_outputs
-from curveball_fused.losses import LossFn, loss_at
+from curveball_fused.losses import LossFn, LossGradient, loss_gradient
 from curveball_fused.quadratic_model import StepContext
 
 
@@ -49,18 +50,23 @@ def gradient(context: StepContext, model_fn: ModelFn, loss_fn: LossFn) -> Gradie
         is_scaled = torch.float16 in {context.compute_dtype, outputs.dtype, *(p.dtype for p in context.params)}
         own = in_own_memory(outputs.detach(), context.params)
         leaf = at_least_float32(own).detach().requires_grad_()  # by which the loss sees what it sees in a solve
-        loss, is_never_negative = loss_at(loss_fn, leaf, context.params)
-        (cotangent,) = torch.autograd.grad(loss if context.settings.sign > 0 else -loss, leaf)
-        bounded = is_never_negative if context.settings.sign > 0 else False
-        room = _room(loss.detach(), cotangent, leaf.detach(), bounded)
+        at_outputs = loss_gradient(loss_fn, leaf, context.settings.sign, context.params)
+        room = _room(at_outputs, leaf.detach(), context.settings.sign)
+        cotangent = at_outputs.cotangent
         if is_scaled:
             cotangent = cotangent * context.loss_scale.float()
-        gradients = torch.autograd.grad(outputs, context.params, cotangent.to(outputs.dtype), allow_unused=True)
+        cotangents = (cotangent.to(outputs.dtype),)
+        gradients = run_backward(
+            (outputs,), cotangents, False, False, tuple(context.params), True, accumulate_grad=False
+        )
     r = dense_gradients(context.params, gradients)
-    return Gradient(loss.detach(), own, r, is_scaled, room)
+    return Gradient(at_outputs.loss, own, r, is_scaled, room)
 
 
-def _room(loss: Tensor, cotangent: Tensor, outputs: Tensor, is_never_negative: bool | Tensor) -> Tensor:
+def _room(at_outputs: LossGradient, outputs: Tensor, sign: float) -> Tensor:
+    loss, cotangent, is_never_negative = at_outputs
+    if sign < 0:
+        is_never_negative = False  # what is maximized has no upper bound that is known
     if is_never_negative is True:
         return loss
     terms = torch.where(cotangent == 0, 0, cotangent * outputs)  # an output of -inf has no gradient

@@ -56,7 +56,7 @@ class CurveBall(Optimizer):
         average: how much of β and ρ is kept from solve to solve (exponential average, without bias at the start), from
             0 to below 1 (default: 0.0; 0.5 with a preconditioner).
         solve_interval: steps from one solve to the next; those between take the last β and ρ and cost a step of SGD.
-            At least 1; above 1 only with the direction "gradient" (default: 1; 10 with a preconditioner).
+            At least 1; above 1 only with the direction "gradient" (default: 1; 20 with a preconditioner).
         weight_decay: decoupled: w shrinks by lr·weight_decay per step; at least 0; per group (default: 0.0).
         maximize: whether to climb (default: False).
         curvature: how Jacobian products are computed: "linearize" (the model runs once), "linearize_operators"

@@ -265,7 +265,7 @@ def _measure_by(
         )  # fmt: skip
         debug.check(step)
         if context.preconditioner is not None and direction is not None:
-            debug.check_metric(context.preconditioner.blocks, direction, context.z)
+            debug.check_metric(context.preconditioner.blocks(), direction, context.z)
     comparison = None
     if compares and adjoint:
         comparison = guard.compare(

@@ -54,6 +54,8 @@ class SidesReader {
 
   // Those of the next parameter, which is like `v`.
   Sides next(const Tensor& v, DType dtype, int64_t sides) {
+    STD_TORCH_CHECK(!sides || (v.dim() > 1 && v.numel()), name_, "[", next_,
+                    "] is for a tensor that is no matrix, or has no elements: it must be None.");
     const int64_t rows = v.dim() > 1 ? v.size(0) : 1;
     return {side(rows, dtype, sides & kLeft), side(rows ? v.numel() / rows : 0, dtype, sides & kRight)};
   }

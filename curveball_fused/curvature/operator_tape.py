@@ -274,12 +274,10 @@ class _Call(NamedTuple):
 
         A second derivative is taken along each coordinate, and much of it is the same for all.
         """
-        if self.kwargs or _is_random(self.func):
+        if self.kwargs or _is_random(self.func) or any(type(a) in (list, tuple) and tensors(a) for a in self.args):
             return None
         places = [self.slots.get(id(a)) if isinstance(a, Tensor) else repr(a) for a in self.args]
-        if None in places or any(type(a) in (list, tuple) and tensors(a) for a in self.args):
-            return None
-        return (self.func, *places)
+        return None if None in places else (self.func, *places)
 
 
 def _by_calling_again(call: _Call, ctx: OperatorContext) -> Sequence[Map]:

@@ -7,14 +7,15 @@ double backward, on the loss alone, and where its Hessian is zero another curvat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curveball_fused._torch_private import run_backward
 from curveball_fused.autograd_graph import nodes_of
 from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS, Map, Products, products
 
@@ -122,24 +123,62 @@ class LossModel:
         return tangent
 
 
-def loss_at(loss_fn: LossFn, leaf: Tensor, hidden: Iterable[Tensor]) -> tuple[Tensor, bool | Tensor]:
-    """Return the loss at outputs that require a gradient, with its graph, or raise what `LossModel` raises.
+class LossGradient(NamedTuple):
+    """A loss at given outputs, and its slope there.
 
-    Also return whether it is known to have no negative values, perhaps as 0-dim bool.
+    Attributes:
+        loss: 0-dim, the user's own value, detached.
+        cotangent: g, of the outputs' shape and dtype, of the minimized objective (sign · loss).
+        is_never_negative: whether the loss is known to have no negative values, perhaps as 0-dim bool.
+    """
+
+    loss: Tensor
+    cotangent: Tensor
+    is_never_negative: bool | Tensor
+
+
+def loss_gradient(loss_fn: LossFn, leaf: Tensor, sign: float, hidden: Sequence[Tensor]) -> LossGradient:
+    """Return the loss at outputs that require a gradient, without products with its curvature.
+
+    What it depends on is told by its backward pass, which is cheaper here than a walk through the graph.
+
+    Args:
+        loss_fn: as for `LossModel`.
+        leaf: the outputs, detached, which require a gradient.
+        sign: as for `LossModel`.
+        hidden: the parameters, of which the loss must use nothing, but for the outputs.
+
+    Raises:
+        TypeError: `loss_fn` returned no tensor.
+        RuntimeError: it returned no scalar.
+        _independent_of_outputs: the scalar does not depend on the outputs.
+        _uses_hidden: it depends on a parameter, other than through the outputs.
     """
     with Recognizer(leaf) as seen:
         returned = _in_place_explained(loss_fn, leaf)
-    return _of_outputs(_general(returned, hidden)), seen.is_never_negative(returned)
+    loss = _of_outputs(checked_loss(returned))
+    cotangent, *others = run_backward(
+        (loss,), (torch.full_like(loss, sign),), False, False, (leaf, *hidden), True, accumulate_grad=False
+    )
+    if any(g is not None for g in others):
+        raise _uses_hidden()
+    if cotangent is None:
+        raise _independent_of_outputs()
+    return LossGradient(loss.detach(), cotangent, seen.is_never_negative(returned))
 
 
 def _of_outputs(loss: Tensor) -> Tensor:
     """Return `loss`, or raise an error if it does not depend on the outputs."""
     if not loss.requires_grad:
-        raise RuntimeError(
-            "loss_fn returned a value that does not depend on the outputs it was given: compute the loss from its "
-            "argument, without detach() or torch.no_grad()."
-        )
+        raise _independent_of_outputs()
     return loss
+
+
+def _independent_of_outputs() -> RuntimeError:
+    return RuntimeError(
+        "loss_fn returned a value that does not depend on the outputs it was given: compute the loss from its "
+        "argument, without detach() or torch.no_grad()."
+    )
 
 
 def checked_loss(loss: Any) -> Tensor:
@@ -191,12 +230,16 @@ def _refuse_hidden(loss: Tensor, hidden: Iterable[Tensor]) -> None:
     """Raise where the loss reaches a parameter, or what depends on one, other than through the outputs."""
     ids, graphs = {id(t) for t in hidden}, {t.grad_fn for t in hidden} - {None}
     if any(id(getattr(node, "variable", None)) in ids or node in graphs for node in nodes_of(loss)):
-        raise RuntimeError(
-            "loss_fn reads what depends on the parameters beside the outputs: a parameter, or what the model has kept "
-            "of its run. The Gauss-Newton products would miss it. Let model_fn return it with the outputs, as in "
-            "torch.cat([outputs.flatten(), extra.flatten()]), and loss_fn take it from there; for a penalty on "
-            "parameters use weight_decay=."
-        )
+        raise _uses_hidden()
+
+
+def _uses_hidden() -> RuntimeError:
+    return RuntimeError(
+        "loss_fn reads what depends on the parameters beside the outputs: a parameter, or what the model has kept "
+        "of its run. The Gauss-Newton products would miss it. Let model_fn return it with the outputs, as in "
+        "torch.cat([outputs.flatten(), extra.flatten()]), and loss_fn take it from there; for a penalty on "
+        "parameters use weight_decay=."
+    )
 
 
 def _closed_form(call: RecognizedLoss, sign: float, backend: str) -> Products | None:

@@ -57,6 +57,7 @@ def precondition_in_bases(
     Raises:
         ValueError: `decay`, `eps` or `weight` is out of its range, lists differ in length or shapes, or a basis does
             not fit its side.
+        RuntimeError: a basis has another dtype than v, or `backend` cannot run here.
 
     Example::
 
@@ -69,22 +70,26 @@ def precondition_in_bases(
     check_diagonal(decay, eps, weight)
     z = z or []
     check_lists(v, r, *([z] if z else []))
-    _check_sides(v, left=left, right=right)
+    _check_lengths(v, left=left, right=right)
     if not v:
         return [], [], torch.zeros(3, dtype=torch.float64, device=weight.device)
     chosen = backends.choose(backend, weight.device)
     v = _contiguous(v)
     r, z = _like(v, r), _like(v, z)
     if chosen != "cpu":
+        _check_sides(v, left=left, right=right)
         kernels = backends.preconditioner_kernels(chosen)
         with torch.autocast(weight.device.type, enabled=False):  # in whose precision a basis would not be orthogonal
             return reference.precondition_in_bases(kernels.precondition_, v, r, z, left, right, weight, decay, eps)
     bases, sides = _those_there(left, right)
     u = [torch.empty_like(v_i) for v_i in v]
     turned = [torch.empty_like(v_i) if side else r_i for v_i, r_i, side in zip(v, r, sides, strict=True)]
-    dots: Tensor = torch.ops.curveball_fused.precondition_in_bases(
-        u, turned, v, r, z, _contiguous(bases), sides, weight, decay, eps
-    )
+    arguments = u, turned, v, r, z, _contiguous(bases), sides, weight, decay, eps
+    try:
+        dots: Tensor = torch.ops.curveball_fused.precondition_in_bases(*arguments)
+    except RuntimeError:
+        _check_sides(v, left=left, right=right)  # which says more; all is checked there, and faster
+        raise
     return u, turned, dots
 
 
@@ -125,6 +130,7 @@ def update_statistics_(
 
     Raises:
         ValueError: as from `precondition_in_bases`.
+        RuntimeError: likewise.
 
     Example::
 
@@ -137,21 +143,25 @@ def update_statistics_(
     """
     check_diagonal(decay, 1.0, weight)
     check_lists(v, turned, r)
-    _check_sides(v, left=left, right=right)
+    _check_lengths(v, left=left, right=right)
     chosen = backends.choose(backend, weight.device)
     own_v, turned, r = _contiguous(v), _like(v, turned), _like(v, r)
     factors, sides = _those_there(left, right)
     own_factors = _contiguous(factors)
     if chosen != "cpu":
+        _check_sides(v, left=left, right=right)
         kernels = backends.preconditioner_kernels(chosen)
         with torch.autocast(weight.device.type, enabled=False):
             scalars = reference.update_statistics_(
                 kernels.precondition_, own_v, turned, r, left, right, weight, decay, scalars, gather
             )
     else:
-        scalars = torch.ops.curveball_fused.update_statistics_(
-            own_v, turned, own_factors, r, sides, weight, decay, scalars, gather
-        )
+        arguments = own_v, turned, own_factors, r, sides, weight, decay, scalars, gather
+        try:
+            scalars = torch.ops.curveball_fused.update_statistics_(*arguments)
+        except RuntimeError:
+            _check_sides(v, left=left, right=right)
+            raise
         for original, own in zip(factors, own_factors, strict=True):
             if own is not original:
                 original.copy_(own)
@@ -162,12 +172,17 @@ def update_statistics_(
     return scalars
 
 
+def _check_lengths(v: Sequence[Tensor], **squares: Sequence[Tensor | None]) -> None:
+    """Check that there are as many sides as tensors."""
+    for name, side in squares.items():
+        if len(side) != len(v):
+            raise ValueError(f"{name} must have an entry for each of {len(v)} tensors; it has {len(side)}.")
+
+
 def _check_sides(v: Sequence[Tensor], **squares: Sequence[Tensor | None]) -> None:
     """Check that bases or factors fit the sides of the tensors."""
     shapes = [v_i.shape for v_i in v]
     for name, side in squares.items():
-        if len(side) != len(shapes):
-            raise ValueError(f"{name} must have an entry for each of {len(shapes)} tensors; it has {len(side)}.")
         for i, (shape, square) in enumerate(zip(shapes, side, strict=True)):
             if square is not None and not _fits(square.shape, _length(shape, name)):
                 raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from curveball_fused import ops
 from curveball_fused.backends.scalars import GATHERED
 
-from .blocks import Block
+from .blocks import SIDES, SQUARE_AVERAGE, Block
 
 DECAY = 0.9  # of the factors and of the squares, a step
 EPSILON = 1e-8  # added to √v̂, in the units of the gradient
@@ -42,15 +42,11 @@ class Preconditioner:
         scalars: of the last step.
         backend: whose kernels do the arithmetic.
         gather: whether the factors see r in this step.
-
-    Attributes:
-        blocks: of the parameters, in their order.
     """
 
     def __init__(self, states: Sequence[Mapping[str, Tensor]], scalars: Tensor, backend: str, gather: bool) -> None:
-        self.blocks = [Block.of(state) for state in states]
-        self._squares = [block.square_average for block in self.blocks]
-        self._sides = [block.left for block in self.blocks], [block.right for block in self.blocks]
+        self._states = states
+        self._squares = [state[SQUARE_AVERAGE] for state in states]
         self._scalars = scalars
         self._backend = backend
         self._gather = gather
@@ -63,7 +59,7 @@ class Preconditioner:
             z: the state, where its dot products are needed (default: None).
         """
         weight = DECAY * self._scalars[GATHERED] + (1 - DECAY)
-        left, right = ([None if side is None else side.basis for side in sides] for sides in self._sides)
+        left, right = ([state.get(basis) for state in self._states] for _, basis in SIDES)
         u, turned, dots = ops.precondition_in_bases(
             self._squares, r, z, weight, left=left, right=right, decay=DECAY, eps=EPSILON, backend=self._backend
         )
@@ -71,7 +67,7 @@ class Preconditioner:
 
     def learn(self, direction: Direction, scalars: Tensor) -> Tensor:
         """Let P see r; return the scalars with the new weight. A step that is skipped leaves P as it is."""
-        left, right = ([None if side is None else side.factor for side in sides] for sides in self._sides)
+        left, right = ([state.get(factor) for state in self._states] for factor, _ in SIDES)
         return ops.update_statistics_(
             self._squares,
             direction.turned,
@@ -84,3 +80,7 @@ class Preconditioner:
             gather=self._gather,
             backend=self._backend,
         )
+
+    def blocks(self) -> list[Block]:
+        """Return those of the parameters, in their order."""
+        return [Block.of(state) for state in self._states]

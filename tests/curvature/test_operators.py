@@ -15,29 +15,10 @@ from torch.autograd.function import once_differentiable
 from curveball_fused import CurveBall
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.explanation.trace_report import trace
-from tests.helpers.jacobians import MODES, linearized
+from tests.helpers.jacobians import MODES, assert_products, linearized
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).sin().view(4, 6)
 Run = Callable[[list[Tensor]], Tensor]
-
-
-def assert_products(mode: Any, run: Run, params: list[Tensor]) -> None:
-    """Jv and Jᵀu against the matrix, by one backward pass for each output."""
-    torch.manual_seed(1)
-    v = [torch.randn_like(p) for p in params]
-    expected = run(params)
-    rows = [
-        torch.autograd.grad(value, params, retain_graph=True, materialize_grads=True) for value in expected.flatten()
-    ]
-    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-    with force_eager():
-        linear = linearized(mode, lambda: run(params), params)
-        outputs, jv = linear.jvp(v)
-        u = torch.randn_like(outputs)
-        jtu = torch.cat([g.flatten() for g in linear.vjp(u)])
-    torch.testing.assert_close(outputs, expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(jv.flatten(), jacobian @ torch.cat([t.flatten() for t in v]), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(jtu, u.flatten() @ jacobian, rtol=1e-9, atol=1e-10)
 
 
 def params(*shapes: tuple[int, ...]) -> list[Tensor]:

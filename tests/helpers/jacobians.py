@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from curveball_fused.curvature.double_backward import DoubleBackward
 from curveball_fused.curvature.dual_numbers import DualNumbers
 from curveball_fused.curvature.linearized import Linearized
+from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.replay.replay import Replay
 
 MODES = [DualNumbers, DoubleBackward, Linearized]
@@ -18,6 +19,25 @@ MODES = [DualNumbers, DoubleBackward, Linearized]
 
 def linearized(mode: Any, model_fn: Callable[[], Tensor], params: list[Tensor]) -> Any:
     return mode(model_fn, params, Replay(params, params[0].device))
+
+
+def assert_products(mode: Any, run: Callable[[list[Tensor]], Tensor], params: list[Tensor]) -> None:
+    """Jv and Jᵀu against the matrix, by one backward pass for each output."""
+    torch.manual_seed(1)
+    v = [torch.randn_like(p) for p in params]
+    expected = run(params)
+    rows = [
+        torch.autograd.grad(value, params, retain_graph=True, materialize_grads=True) for value in expected.flatten()
+    ]
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    with force_eager():
+        linear = linearized(mode, lambda: run(params), params)
+        outputs, jv = linear.jvp(v)
+        u = torch.randn_like(outputs)
+        jtu = torch.cat([g.flatten() for g in linear.vjp(u)])
+    torch.testing.assert_close(outputs, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(jv.flatten(), jacobian @ torch.cat([t.flatten() for t in v]), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(jtu, u.flatten() @ jacobian, rtol=1e-9, atol=1e-10)
 
 
 def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -278,15 +278,15 @@ PRECONDITIONERS = [
     PythonMutant(
         "every_loss_is_taken_for_one_that_is_never_negative",
         "between_solves.py",
-        "bounded = is_never_negative if context.settings.sign > 0 else False",
-        "bounded = context.settings.sign > 0",
+        "    if is_never_negative is True:\n        return loss",
+        "    if sign > 0:\n        return loss",
         "optimizer/test_between_solves.py::test_beta_promises_no_more_than_the_loss_has_to_give",
     ),
     PythonMutant(
         "a_maximized_loss_is_bounded_as_a_minimized_one",
         "between_solves.py",
-        "bounded = is_never_negative if context.settings.sign > 0 else False",
-        "bounded = is_never_negative",
+        "    if sign < 0:\n        is_never_negative = False",
+        "    if sign > 1:\n        is_never_negative = False",
         "optimizer/test_between_solves.py::test_beta_promises_no_more_than_the_loss_has_to_give",
     ),
     PythonMutant(

@@ -11,7 +11,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from . import activations, attention, composites, distances, embedding_bags, normalizations, products, structural
+from . import (
+    activations,
+    attention,
+    composites,
+    distances,
+    embedding_bags,
+    normalizations,
+    products,
+    recurrent,
+    structural,
+)
 from .composites import without_override
 from .context import Map, Rule, RuleContext, Tangents, snapshot, tensors
 
@@ -37,6 +47,7 @@ RULES: dict[object, Rule] = (
     | structural.RULES
     | distances.RULES
     | embedding_bags.RULES
+    | recurrent.RULES
 )
 COMPOSITES = composites.COMPOSITES | attention.COMPOSITES
 IN_PLACE: dict[object, Rule] = products.IN_PLACE | activations.IN_PLACE | structural.IN_PLACE
