@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -65,6 +66,8 @@ class SecondOrder(Training):
         net: likewise.
         schedule: "constant" or "cosine".
         constants: those of `curveball_fused`, by module and name, that are others than its own in this process.
+        one_sided_tables: whether the rows of embedding tables have no factor.
+        damping_by_curvature: whether the first λ is that of the first batch's gradient r, r·Gr / r·r.
         options: the optimizer's.
     """
 
@@ -74,12 +77,19 @@ class SecondOrder(Training):
         net: nn.Module,
         schedule: str = "constant",
         constants: Mapping[str, Any] = MappingProxyType({}),
+        one_sided_tables: bool = False,
+        damping_by_curvature: bool = False,
         **options: Any,
     ) -> None:
         self.task, self.net = task, net
         for path, value in (_OWN | constants).items():
             module, name = path.rsplit(".", 1)
             setattr(import_module(f"curveball_fused.{module}"), name, value)
+        if one_sided_tables:
+            tables = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
+            blocks._lengths = lambda p: _LENGTHS(p) | ({"left": 0} if id(p) in tables else {})
+        if damping_by_curvature:
+            options["lambd"] = _curvature(task, net)
         self.optimizer = CurveBall(net.parameters(), **options)
         self.scheduler = scheduler(self.optimizer, schedule, task.steps)
 
@@ -89,20 +99,33 @@ class SecondOrder(Training):
         return loss
 
 
+def _curvature(task: Task, net: nn.Module) -> float:
+    """Return r·Gr / r·r of a net's first batch: a first step, where z = 0, has β = r·r / (r·Gr + λ r·r)."""
+    net = copy.deepcopy(net)
+    optimizer = CurveBall(net.parameters(), lambd=1.0)
+    x, y = next(task.batches(0))
+    optimizer.step(lambda: net(x), lambda outputs: task.loss_fn(outputs, y))
+    return max(1 / float(optimizer.stats()["beta"]) - 1, 1e-6)
+
+
 KRONECKER = {"preconditioner": "kronecker"}
+_EVERY_STEP: dict[str, Any] = {"direction": "residual", "solve_interval": 1}
 _EVERY_TENTH = KRONECKER | {"solve_interval": 10}  # as the default was until the last of the settings below
 _EARLY = "preconditioners.bases.EARLY_REFRESHES", "step.EARLY_SOLVES"
+_LENGTHS = blocks._lengths
 _OWN: dict[str, Any] = {
     **dict.fromkeys(_EARLY, bases.EARLY_REFRESHES),
     "preconditioners.preconditioner.DECAY": preconditioner.DECAY,
     "preconditioners.preconditioner.EPSILON": preconditioner.EPSILON,
     "preconditioners.blocks.LARGEST_BASIS": blocks.LARGEST_BASIS,
+    "preconditioners.blocks.LARGEST_SIDE": blocks.LARGEST_SIDE,
+    "preconditioners.blocks._lengths": _LENGTHS,
     "preconditioners.bases.INTERVAL": bases.INTERVAL,
     "preconditioners.bases.GATHER_INTERVAL": bases.GATHER_INTERVAL,
 }
 
 
-def _with(solve_interval: int = 10, **values: float) -> dict[str, Any]:
+def _with(solve_interval: int = 10, **values: Any) -> dict[str, Any]:
     """The Kronecker metric with other constants of these names."""
     return KRONECKER | {
         "solve_interval": solve_interval,
@@ -115,7 +138,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "Kronecker": KRONECKER,
     "Kronecker, cosine": KRONECKER | {"schedule": "cosine"},
     "Kronecker, weight decay 0.01": KRONECKER | {"weight_decay": 0.01},
-    "Kronecker, residual, solve in every step": KRONECKER | {"direction": "residual", "solve_interval": 1},
+    "Kronecker, residual, solve in every step": KRONECKER | _EVERY_STEP,
 }
 # Then these.
 _SETTINGS |= {
@@ -131,6 +154,28 @@ _SETTINGS |= {
     "Kronecker, solve every 40th": KRONECKER | {"solve_interval": 40},
     "Kronecker, solve every 20th, refresh every 40th": _with(20, INTERVAL=40),
     "Kronecker, solve every 20th, λ's factor 0.98": KRONECKER | {"solve_interval": 20, "lambda_factor": 0.98},
+}
+# And these, beside the defaults that came out of all that.
+_DIAGONAL = {"LARGEST_SIDE": 1}  # no side is as short
+_SETTINGS |= {
+    "Kronecker, ε 1e-10": _with(20, EPSILON=1e-10),
+    "Kronecker, ε 1e-6": _with(20, EPSILON=1e-6),
+    "Kronecker, λ's thresholds 0.25 and 0.75": KRONECKER | {"lambda_low": 0.25, "lambda_high": 0.75},
+    "Kronecker, one-sided tables": KRONECKER | {"one_sided_tables": True},
+    "Diagonal": _with(20, **_DIAGONAL),
+    "Diagonal, λ 100": _with(20, **_DIAGONAL) | {"lambd": 100.0},
+    "Diagonal, decay 0.999": _with(20, **_DIAGONAL, DECAY=0.999),
+    "Diagonal, decay 0.999, λ 100, average 0.9, solve every 10th": _with(**_DIAGONAL, DECAY=0.999)
+    | {"lambd": 100.0, "average": 0.9},
+    "Diagonal, decay 0.999, residual, solve in every step": _with(**_DIAGONAL, DECAY=0.999) | _EVERY_STEP,
+    "CurveBall, λ's factor 0.97": {"lambda_factor": 0.97},
+    "CurveBall, λ from r·Gr / r·r": {"damping_by_curvature": True},
+    "CurveBall, λ from r·Gr / r·r, factor 0.97": {"damping_by_curvature": True, "lambda_factor": 0.97},
+    "CurveBall, λ from r·Gr / r·r, factor 0.97, gradient": {
+        "damping_by_curvature": True,
+        "lambda_factor": 0.97,
+        "direction": "gradient",
+    },
 }
 # Chosen from first, when these were the constants and β had no bound between solves.
 _SCREENED: dict[str, dict[str, Any]] = {
