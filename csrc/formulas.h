@@ -229,6 +229,12 @@ CURVEBALL_INLINE double predicted_change(double linear_term, double quadratic_te
   return -lr * linear_term + 0.5 * lr * lr * quadratic_term;
 }
 
+// The factor for a step along which this batch's model climbs, as averages over others may: to its minimum on the way.
+CURVEBALL_INLINE double shortened(double linear_term, double quadratic_term) {
+  if (!(quadratic_term > 2.0 * linear_term)) return 1.0;
+  return linear_term > 0.0 ? linear_term / quadratic_term : 0.0;
+}
+
 struct SolveOptions {
   const double *beta, *rho;  // null, or what the user fixed
   double lr;
@@ -275,12 +281,16 @@ CURVEBALL_INLINE void solve(const double* previous, double loss, const double* p
   const double linear_term = x1 * s.b1 + x2 * s.b2;
   // A safe step does not believe the curvature: it predicts as if its length were the minimizer's.
   const double quadratic_term = step.safe ? linear_term : x1 * x1 * s.a11 + 2.0 * x1 * x2 * s.a12 + x2 * x2 * s.a22;
-  next[kBeta] = next[kAverageBeta] = used_beta;
-  next[kRho] = next[kAverageRho] = used_rho;
+  const bool is_averaged = keep > 0.0 && !beta && !rho && !step.safe;
+  const double factor = is_averaged ? shortened(linear_term, quadratic_term) : 1.0;
+  next[kAverageBeta] = used_beta;
+  next[kAverageRho] = used_rho;
+  next[kBeta] = factor * used_beta;
+  next[kRho] = factor * used_rho;
   next[kSolves] += 1.0;
-  next[kLinearTerm] = linear_term;
-  next[kQuadraticTerm] = quadratic_term;
-  next[kPredictedChange] = predicted_change(linear_term, quadratic_term, lr);
+  next[kLinearTerm] = factor * linear_term;
+  next[kQuadraticTerm] = factor * factor * quadratic_term;
+  next[kPredictedChange] = predicted_change(next[kLinearTerm], next[kQuadraticTerm], lr);
   if (step.safe) next[kSafeSteps] += 1.0;
 }
 

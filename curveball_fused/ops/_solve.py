@@ -42,7 +42,8 @@ def solve(
         lr: number (default: 1) or 0-dim tensor, by which the change of the loss is predicted.
         theta: θ, the share of z's own residual in Δ (default: 1): with 0, r is the gradient.
         average: what β and ρ keep of their averages over the solves, from 0 (default: no average) to below 1; these
-            averages are then used in their places. What is fixed is not averaged.
+            averages are then used in their places, or, where the model climbs along them, as much of both as leads to
+            its minimum on the way. What is fixed is not averaged.
         bounded: whether to solve for the best ρ in [0, 1] (default: False, for any ρ). A fixed one is left alone.
         backend: "auto" (default), "cuda", "triton", "cpu" or "torch"; one that cannot run here raises RuntimeError.
 

@@ -199,6 +199,20 @@ SOLVE = [
         "test_solve.py::test_every_combination_of_options",
     ),
     Mutant(
+        "averages_are_used_where_the_model_climbs",
+        "formulas.h",
+        "if (!(quadratic_term > 2.0 * linear_term)) return 1.0;",
+        "return 1.0;",
+        "test_solve.py::test_every_combination_of_options",
+    ),
+    Mutant(
+        "a_step_is_turned_around_where_the_model_climbs_from_the_start",
+        "formulas.h",
+        "return linear_term > 0.0 ? linear_term / quadratic_term : 0.0;",
+        "return linear_term / quadratic_term;",
+        "test_solve.py::test_every_combination_of_options",
+    ),
+    Mutant(
         "the_prediction_is_of_the_last_solve_alone",
         "formulas.h",
         "const double x1 = used_beta, x2 = -used_rho;",

@@ -77,8 +77,8 @@ class DensePreconditioned:
     largest: int = 1024
     longest: int = 128
     beta: float = 0.0
-    used: float = 0.0
     rho: float = 0.0
+    used: tuple[float, float] = (0.0, 0.0)  # β and ρ of the step
     solves: int = 0
     steps: int = 0
 
@@ -113,10 +113,9 @@ class DensePreconditioned:
         if self.steps in EARLY_SOLVES or self.steps % self.solve_interval == 0:
             basis = torch.stack((delta, self.z), dim=1)
             self._solve(basis.T @ (curvature + self.lambd * p) @ basis, basis.T @ gradient, part is not None)
-            self.used = self.beta
         else:  # the loss has its lower bound at zero
-            self.used = min(self.beta, float(self.loss_fn(outputs) / (r @ u)))
-        self.z = self.rho * self.z - self.used * delta
+            self.used = min(self.beta, float(self.loss_fn(outputs) / (r @ u))), self.rho
+        self.z = self.used[1] * self.z - self.used[0] * delta
         self.w = (1 - self.lr * self.weight_decay) * self.w + self.lr * self.z
         self.steps += 1
         return self.loss_fn(outputs), p
@@ -138,6 +137,10 @@ class DensePreconditioned:
         kept = min(self.average, 1 - 1 / (self.solves + 1))
         self.beta, self.rho = kept * self.beta + (1 - kept) * beta, kept * self.rho + (1 - kept) * rho
         self.solves += 1
+        x = torch.tensor([self.beta, -self.rho], dtype=a.dtype)
+        falls, curves = float(x @ b), float(x @ a @ x)
+        factor = max(falls, 0.0) / curves if kept > 0 and curves > 2 * falls else 1.0
+        self.used = factor * self.beta, factor * self.rho
 
     def _jacobian(self, x: Tensor) -> Tensor:
         jacobian: Tensor = jacrev(lambda w: self.forward(x, w).flatten())(self.w)

@@ -69,6 +69,26 @@ def test_refused_by_every_method(curvature: str, read: str) -> None:
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("read", READS)
+def test_refused_between_solves(read: str, checkpointed: bool) -> None:
+    """By the same words, and before anything has changed."""
+    net = make(checkpointed)
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker")
+    for _ in range(3):
+        optimizer.step(lambda: net(X), lambda out: F.cross_entropy(out, Y))
+    before = [p.detach().clone() for p in net.parameters()]
+    for loss_fn in (
+        lambda out: F.cross_entropy(out, Y) + 50 * READS[read](net),
+        lambda out: F.mse_loss(out, READS[read](net).expand(out.shape)),
+        lambda out: READS[read](net),
+    ):
+        with pytest.raises(RuntimeError, match=r"beside the outputs.*torch\.cat.*weight_decay="):
+            optimizer.step(lambda: net(X), loss_fn)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    optimizer.step(lambda: net(X), lambda out: F.cross_entropy(out, Y))
+
+
 @pytest.mark.parametrize("curvature", METHODS)
 def test_what_a_hook_has_kept_is_refused(curvature: str) -> None:
     net, features = make(), []

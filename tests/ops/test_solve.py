@@ -250,7 +250,7 @@ def test_bounds_are_for_a_momentum_that_is_solved_for(backend: str) -> None:
 @pytest.mark.parametrize("fixed", [{}, dict(beta=0.3), dict(rho=0.7)], ids=str)
 def test_coefficients_are_averaged_over_solves(backend: str, average: float, fixed: dict[str, float]) -> None:
     """Those so far alike, until there are 1/(1 - average); a skipped step counts for nothing."""
-    state, means, solves = scalars(0.1, -1.0), {"beta": 0.0, "rho": 0.0}, 0
+    state, means, solves, factors = scalars(0.1, -1.0), {"beta": 0.0, "rho": 0.0}, 0, []
     for seed in range(9):
         problem = Problem(seed, 0.1, theta=0.4, metric=True)
         now = solved(problem, backend, direct=True, **fixed)
@@ -267,12 +267,34 @@ def test_coefficients_are_averaged_over_solves(backend: str, average: float, fix
         share = max(1 - average, 1 / solves)
         for name in means:
             means[name] += share * (now[name] - means[name])
-            assert result[name] == result[f"average_{name}"] == pytest.approx(means[name], rel=1e-12, abs=1e-14)
+            assert result[f"average_{name}"] == pytest.approx(means[name], rel=1e-12, abs=1e-14)
         assert result["solves"] == solves and result["gathered"] == 0
+        mean = np.array([means["beta"], -means["rho"]])
+        falls, curves = mean @ problem.b, mean @ problem.a @ mean
+        # To the minimum of this batch's model on the way, where it climbs along the averages.
+        factors.append(max(falls, 0.0) / curves if share < 1 and not fixed and curves > 2 * falls else 1.0)
         x = np.array([result["beta"], -result["rho"]])
+        np.testing.assert_allclose(x, factors[-1] * mean, rtol=1e-9, atol=1e-14)
         assert result["linear_term"] == pytest.approx(x @ problem.b, rel=1e-9)
         assert result["quadratic_term"] == pytest.approx(x @ problem.a @ x, rel=1e-9)
         assert all(result[name] == value for name, value in fixed.items())
+    shortened = [factor for factor in factors if factor < 1]
+    assert bool(shortened) == (average > 0 and not fixed)
+
+
+@every_backend
+@pytest.mark.parametrize("climbs", [False, True])
+def test_a_step_by_averages_is_shortened_where_the_model_climbs(backend: str, climbs: bool) -> None:
+    """To no step at all where it climbs from the start."""
+    problem = Problem(0, 0.1, theta=0.0)
+    once = solved(problem, backend)
+    state = scalars(0.1, float(problem.dots[0]), average_beta=-9.0 if climbs else 9.0 * once["beta"], solves=3.0)
+    result = named(ops.solve(state, torch.tensor(1.0), problem.products, theta=0.0, average=0.75, backend=backend))
+    mean = np.array([result["average_beta"], -result["average_rho"]])
+    falls, curves = mean @ problem.b, mean @ problem.a @ mean
+    assert (falls < 0) == climbs and curves > 2 * falls
+    assert result["beta"] == pytest.approx(max(falls, 0.0) / curves * mean[0])
+    assert result["predicted_change"] == pytest.approx(-0.5 * max(falls, 0.0) ** 2 / curves)
 
 
 @every_backend

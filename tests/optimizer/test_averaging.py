@@ -234,3 +234,15 @@ def test_a_safe_step_by_averages_expects_no_more_than_the_loss_has_to_give() -> 
             shortened += int(stats["rho"] > 0)
         safe = float(stats["safe_steps"])
     assert shortened
+
+
+@pytest.mark.parametrize("direction", ["residual", "gradient"])
+def test_averages_of_other_weights_do_not_explode(direction: str) -> None:
+    """Full batch and little damping: curvature grows a hundredfold in a few steps, and old β are far too long."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 6))
+    y = torch.arange(240) % 6
+    x = 0.5 * torch.randn(6, 16)[y] + 0.4 * torch.randn(240, 16)
+    optimizer = CurveBall(net.parameters(), average=0.9, lambd=1e-3, direction=direction)
+    losses = [float(optimizer.step(lambda: net(x), lambda out: F.cross_entropy(out, y))[0]) for _ in range(100)]
+    assert max(losses) < 1.5 * losses[0] and losses[-1] < 0.05

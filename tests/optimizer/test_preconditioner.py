@@ -80,7 +80,7 @@ def test_equals_dense_matrices(
         expected, _ = dense.step(batch, part)
         _refresh_as(dense, step)
         ours = torch.stack([p.detach().double() for p in (loss, optimizer.stats()["beta"], optimizer.stats()["rho"])])
-        theirs = torch.tensor([float(expected), dense.used, dense.rho], dtype=torch.float64)
+        theirs = torch.tensor([float(expected), *dense.used], dtype=torch.float64)
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
         w = torch.cat([p.detach().flatten() for p in net.parameters()])
         torch.testing.assert_close(w, dense.w, rtol=1e-9, atol=1e-9)

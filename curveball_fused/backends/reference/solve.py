@@ -108,6 +108,13 @@ def solve(
 
     linear_term = x1 * b1 + x2 * b2
     quadratic_term = torch.where(safe, linear_term, x1 * (a11 * x1 + 2 * a12 * x2) + x2 * a22 * x2)
+    mean1, mean2 = x1, x2
+    if beta is None and rho is None:
+        # Where this batch's model climbs along averages, which are of others, to its minimum on the way.
+        climbs = (keep > 0) & ~safe & (2 * linear_term < quadratic_term)
+        factor = torch.where(climbs, linear_term.clamp(min=0) / quadratic_term, 1)
+        x1, x2, linear_term = x1 * factor, x2 * factor, linear_term * factor
+        quadratic_term = quadratic_term * factor**2
     new = scalars.clone()
     new[BETA], new[RHO] = torch.where(finite, x1, nan), torch.where(finite, -x2, nan)
     new[LINEAR_TERM], new[QUADRATIC_TERM] = (
@@ -119,8 +126,8 @@ def solve(
     new[SKIPPED_STEPS] += (~finite).to(new.dtype)
     new[SAFE_STEPS] += (finite & safe).to(new.dtype)
     new[DIRECTION_DAMPING] = s
-    new[AVERAGE_BETA] = torch.where(finite, x1, scalars[AVERAGE_BETA])
-    new[AVERAGE_RHO] = torch.where(finite, -x2, scalars[AVERAGE_RHO])
+    new[AVERAGE_BETA] = torch.where(finite, mean1, scalars[AVERAGE_BETA])
+    new[AVERAGE_RHO] = torch.where(finite, -mean2, scalars[AVERAGE_RHO])
     new[SOLVES] += finite.to(new.dtype)
     return new
 

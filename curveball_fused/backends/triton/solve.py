@@ -141,6 +141,12 @@ def solve_kernel(
     linear_term = x1 * b1 + x2 * b2
     # A safe step does not believe the curvature: it predicts as if its length were the minimizer's.
     quadratic_term = tl.where(safe, linear_term, x1 * x1 * a11 + 2.0 * x1 * x2 * a12 + x2 * x2 * a22)
+    mean1, mean2 = x1, x2
+    if not BETA_FIXED and not RHO_FIXED:  # where this batch's model climbs along averages, to its minimum on the way
+        climbs = (keep > 0.0) & (safe == 0) & (quadratic_term > 2.0 * linear_term)
+        factor = tl.where(climbs, divide_or_zero(tl.maximum(linear_term, 0.0), quadratic_term), 1.0)
+        x1, x2, linear_term = factor * x1, factor * x2, factor * linear_term
+        quadratic_term = factor * factor * quadratic_term
 
     index = tl.arange(0, BLOCK_SCALARS)
     values = tl.load(scalars + index, mask=index < COUNT)
@@ -155,8 +161,8 @@ def solve_kernel(
     values += tl.where(index == SKIPPED_STEPS, tl.where(finite, 0.0, 1.0), 0.0)
     values += tl.where(index == SAFE_STEPS, tl.where(finite & safe, 1.0, 0.0), 0.0)
     values = tl.where(index == DIRECTION_DAMPING, s, values)
-    values = tl.where(index == AVERAGE_BETA, tl.where(finite, x1, average_beta), values)
-    values = tl.where(index == AVERAGE_RHO, tl.where(finite, -x2, average_rho), values)
+    values = tl.where(index == AVERAGE_BETA, tl.where(finite, mean1, average_beta), values)
+    values = tl.where(index == AVERAGE_RHO, tl.where(finite, -mean2, average_rho), values)
     values += tl.where(index == SOLVES, tl.where(finite, 1.0, 0.0), 0.0)
     tl.store(new + index, values, mask=index < COUNT)
 
