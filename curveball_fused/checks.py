@@ -122,11 +122,11 @@ def group_values(values: dict[str, Any]) -> None:
 def raise_wrong_step_call() -> NoReturn:
     """Raise TypeError for a call of `step` in torch's old way."""
     raise TypeError(
-        "CurveBall.step needs two functions, step(model_fn, loss_fn), as it differentiates the model itself. Instead "
-        "of a closure that calls backward(), write:\n"
+        "CurveBall.step differentiates the model itself: it needs its outputs, and the loss as a function of them. "
+        "Instead of a closure that returns the loss, and calls backward(), write:\n"
         "    loss, outputs = optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))\n"
-        "A wrapper that hands on one argument, as those of Lightning, Fabric and Accelerate do, has the optimizer as "
-        "`wrapper.optimizer`: call `wrapper.optimizer.step(model_fn, loss_fn)`."
+        "or, where a trainer hands on one function, let it return both and leave out backward():\n"
+        "    optimizer.step(lambda: (model(x), lambda outputs: F.cross_entropy(outputs, y)))"
     )
 
 

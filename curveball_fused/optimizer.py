@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from curveball_fused import backends, checks, state
+from curveball_fused.closure import Closure, functions_of
+from curveball_fused.curvature import ModelFn
 from curveball_fused.settings import Settings, defaults_of, with_former_options
 from curveball_fused.step import StepInputs, take_step
 
@@ -185,26 +187,27 @@ class CurveBall(Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        model_fn: Callable[[], Tensor] | None = None,
+        model_fn: Callable[[], Tensor] | Closure | None = None,
         loss_fn: Callable[[Tensor], Tensor] | None = None,
         *,
         curvature_batch: tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]] | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        closure: None = None,
+        closure: Closure | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Take one step.
+        """Take one step, of two functions, or of one closure that stands for both, as trainers hand it on.
 
         Args:
             model_fn: called without arguments, returns the predictions, one floating-point tensor of any shape. It is
                 called one to four times, with random numbers and buffers (batch-norm statistics) replayed, so that
-                they advance once.
+                they advance once. Without `loss_fn` it is the closure.
             loss_fn: called with the predictions, in float32 if they are float16 or bfloat16; returns the scalar loss.
             curvature_batch: model_fn and loss_fn for a part of the batch, from which the curvature is taken; loss,
                 gradient and the adaptation of λ stay those of the whole. Its run leaves no trace in buffers or
                 generators (default: None, the curvature of the whole batch).
             scaler: whose loss scale a model that computes in float16 gets, and which is told of overflows; call its
                 `update()` after the step (default: None, a scale of this optimizer's own, which needs no care).
-            closure: torch's old way, which gets an error that tells the new one.
+            closure: called as `model_fn` is, returns predictions and `loss_fn`. It must not call backward(); what torch
+                calls a closure, one that does and returns the loss, gets an error that tells what to write.
 
         Returns:
             The loss (0-dim) and the predictions at the weights before the step, both detached.
@@ -219,13 +222,18 @@ class CurveBall(Optimizer):
         Example::
 
             loss, outputs = optimizer.step(lambda: model(x), lambda out: F.mse_loss(out, y))
+            optimizer.step(lambda: (model(x), lambda out: F.mse_loss(out, y)))  # the same step
         """
         checks.scaler(self, scaler)
-        if model_fn is None or loss_fn is None or closure is not None:
+        if loss_fn is None and (model_fn is None) != (closure is None):
+            functions = functions_of(cast(Closure, closure or model_fn))
+        elif model_fn is not None and loss_fn is not None and closure is None:
+            functions = cast(ModelFn, model_fn), loss_fn
+        else:
             checks.raise_wrong_step_call()
         if curvature_batch is not None:
             checks.curvature_batch(curvature_batch, [p for p in self._parameters if p.requires_grad])
-        return take_step(self, StepInputs(model_fn, loss_fn, curvature_batch, scaler), Settings.of(self))
+        return take_step(self, StepInputs(*functions, curvature_batch, scaler), Settings.of(self))
 
     def stats(self) -> dict[str, Tensor]:
         """Return the last step's figures; reading one of them is what synchronizes.

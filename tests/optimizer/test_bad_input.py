@@ -121,14 +121,25 @@ def assert_same(a: list[Any], b: list[Any]) -> None:
 
 
 STEPS: dict[str, tuple[Callable[[Setting], Any], type[Exception], str]] = {
-    "closure": (lambda s: s.optimizer.step(lambda: s.loss(s.net(s.x))), TypeError, r"step\(model_fn, loss_fn\)"),
-    "closure by a trainer": (
-        lambda s: s.optimizer.step(lambda: 1.0),
+    "closure": (lambda s: s.optimizer.step(lambda: s.loss(s.net(s.x))), TypeError, r"leave out backward\(\)"),
+    "closure that calls backward": (
+        lambda s: s.optimizer.step(lambda: s.loss(s.net(s.x)).backward()),
         TypeError,
-        r"Lightning.*wrapper\.optimizer\.step",
+        r"optimizer\.step\(lambda: \(model\(x\), lambda outputs: ",
     ),
-    "closure by name": (lambda s: s.optimizer.step(closure=lambda: 1.0), TypeError, r"step\(model_fn, loss_fn\)"),
-    "nothing": (lambda s: s.optimizer.step(), TypeError, "model_fn"),
+    "closure of outputs and loss": (
+        lambda s: s.optimizer.step(lambda: (out := s.net(s.x), s.loss(out))),
+        TypeError,
+        "the loss as a function of them",
+    ),
+    "closure by name": (lambda s: s.optimizer.step(closure=lambda: 1.0), TypeError, r"leave out backward\(\)"),
+    "closure and another": (
+        lambda s: s.optimizer.step(lambda: s.net(s.x), closure=lambda: (s.net(s.x), s.loss)),
+        TypeError,
+        "differentiates the model itself",
+    ),
+    "loss alone": (lambda s: s.optimizer.step(loss_fn=s.loss), TypeError, "differentiates the model itself"),
+    "nothing": (lambda s: s.optimizer.step(), TypeError, "lambda: model"),
     "independent": (
         lambda s: s.optimizer.step(lambda: s.x @ torch.ones(3, 2), s.loss),
         RuntimeError,
