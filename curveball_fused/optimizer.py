@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curveball_fused import backends, checks, state
-from curveball_fused.closure import Closure, functions_of
 from curveball_fused.curvature import ModelFn
 from curveball_fused.settings import Settings, defaults_of, with_former_options
-from curveball_fused.step import StepInputs, take_step
+from curveball_fused.step import Closure, StepInputs, functions_of, take_step
 
 
 class CurveBall(Optimizer):

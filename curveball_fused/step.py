@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,6 +43,9 @@ MAY_RECOMPUTE = ("forward", "double_backward")  # the methods that follow a mode
 EARLY_SOLVES = EARLY_REFRESHES
 
 
+Closure = Callable[[], tuple[Tensor, LossFn]]
+
+
 class StepInputs(NamedTuple):
     """The arguments of `CurveBall.step`."""
 
@@ -50,6 +53,26 @@ class StepInputs(NamedTuple):
     loss_fn: LossFn
     curvature_batch: tuple[ModelFn, LossFn] | None = None
     scaler: torch.amp.GradScaler | None = None
+
+
+def functions_of(closure: Closure) -> tuple[ModelFn, LossFn]:
+    """Return the `model_fn` and `loss_fn` that a closure stands for; the loss is that of its last run.
+
+    Args:
+        closure: called without arguments, as often as `model_fn` would be, returns outputs and `loss_fn`.
+    """
+    last: list[LossFn] = []
+
+    def model_fn() -> Tensor:
+        returned: Any = closure()
+        if not isinstance(returned, tuple) or len(returned) != 2 or not callable(returned[1]):
+            checks.raise_wrong_step_call()
+        outputs: Tensor
+        outputs, loss_fn = returned
+        last[:] = [loss_fn]
+        return outputs
+
+    return model_fn, lambda outputs: last[0](outputs)
 
 
 class StepKind(NamedTuple):
