@@ -137,7 +137,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "CurveBall": {},
     "Kronecker": KRONECKER,
     "Kronecker, cosine": KRONECKER | {"schedule": "cosine"},
-    "Kronecker, weight decay 0.01": KRONECKER | {"weight_decay": 0.01},
+    "Kronecker, weight decay 0.01": KRONECKER | {"weight_decay": 0.01},  # of the weights in every step: too much
+    "Kronecker, weight decay 0.0001": KRONECKER | {"weight_decay": 1e-4},  # AdamW's at a rate of 0.001 and 0.1
     "Kronecker, residual, solve in every step": KRONECKER | _EVERY_STEP,
 }
 # Then these.
