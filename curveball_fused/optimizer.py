@@ -58,7 +58,8 @@ class CurveBall(Optimizer):
             0 to below 1 (default: 0.0; 0.5 with a preconditioner).
         solve_interval: steps from one solve to the next; those between take the last β and ρ and cost a step of SGD.
             At least 1; above 1 only with the direction "gradient" (default: 1; 20 with a preconditioner).
-        weight_decay: decoupled: w shrinks by lr·weight_decay per step; at least 0; per group (default: 0.0).
+        weight_decay: decoupled: w shrinks by lr·weight_decay per step; at least 0; per group. As lr is 1, AdamW's 0.1
+            at a rate of 0.001 is 1e-4 here (default: 0.0).
         maximize: whether to climb (default: False).
         curvature: how Jacobian products are computed: "linearize" (the model runs once), "linearize_operators"
             (likewise, for models that differentiate inside), "forward" (dual numbers; slower, and the memory of SGD),

@@ -75,6 +75,7 @@ class TangentMaps:
                     values[read] = None
         tangent = values[last]
         assert tangent is not None
+        values.clear()  # maps that make several results at once hold the list
         return tangent
 
     def _order(self, last: int) -> list[tuple[int, _Entry, list[int]]]:

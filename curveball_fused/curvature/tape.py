@@ -66,7 +66,7 @@ class Tape(Decompose):
 
     A tensor is known by its identity and version: one that was written to, by whatever call, is not the one that the
     tape knows. What depends on a parameter requires a gradient, so that nothing can slip past the tape. The tape keeps
-    alive what the maps read, which is what autograd's graph holds too, and nothing else.
+    alive what the maps read, which is what autograd's graph holds too, and, of recurrent layers, their gates.
 
     Args:
         params: the parameters, whose tangents the maps begin with.

@@ -157,9 +157,12 @@ def loss_gradient(loss_fn: LossFn, leaf: Tensor, sign: float, hidden: Sequence[T
     with Recognizer(leaf) as seen:
         returned = _in_place_explained(loss_fn, leaf)
     loss = _of_outputs(checked_loss(returned))
-    cotangent, *others = run_backward(
-        (loss,), (torch.full_like(loss, sign),), False, False, (leaf, *hidden), True, accumulate_grad=False
-    )
+    inputs, ones = (leaf, *hidden), (torch.full_like(loss, sign),)
+    try:
+        cotangent, *others = run_backward((loss,), ones, False, False, inputs, True, accumulate_grad=False)
+    except RuntimeError:
+        _refuse_hidden(loss, hidden)  # a graph that it reaches may be gone
+        raise
     if any(g is not None for g in others):
         raise _uses_hidden()
     if cotangent is None:

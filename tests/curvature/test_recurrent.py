@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -114,9 +115,10 @@ def test_what_is_used(kind: str, use: str) -> None:
     assert_products(Linearized, lambda _: USES[use](*net(x)), list(net.parameters()))
 
 
+@pytest.mark.parametrize("by", ["no_grad", "data"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_that_are_written_to(kind: str) -> None:
-    """Products then need the outputs as they were: they are computed again."""
+def test_outputs_that_are_written_to(kind: str, by: str) -> None:
+    """Products need the outputs as they were; autograd lets a write pass where its backward pass does not read them."""
     net, x = make(kind, num_layers=2), inputs()
     params = list(net.parameters())
 
@@ -124,7 +126,7 @@ def test_outputs_that_are_written_to(kind: str) -> None:
         outputs, last = net(x)
         copy = outputs * 1
         with torch.no_grad():
-            outputs.add_(1.0)  # autograd lets that pass where its backward pass does not read them
+            (outputs.data if by == "data" else outputs).add_(1.0)
         return everything(copy, last)
 
     torch.manual_seed(1)
@@ -132,6 +134,23 @@ def test_outputs_that_are_written_to(kind: str) -> None:
     _, found = linearized(Linearized, run, params).jvp(v)
     _, expected = linearized(Linearized, lambda: everything(*net(x)), params).jvp(v)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_products_of_one_run(kind: str) -> None:
+    """Of which none uses what another has left, and nothing but the runs is held."""
+    net, x = make(kind, num_layers=2), inputs()
+    params = list(net.parameters())
+    torch.manual_seed(1)
+    directions = [[torch.randn_like(p) for p in params] for _ in range(3)]
+    linear = linearized(Linearized, lambda: net(x)[0].sin(), params)
+    found = [linear.jvp(v)[1] for v in directions]
+    for v, product in zip(directions, found, strict=True):
+        _, alone = linearized(Linearized, lambda: net(x)[0].sin(), params).jvp(v)
+        torch.testing.assert_close(product, alone, rtol=0, atol=0)
+    last = weakref.ref(found.pop())
+    del product
+    assert last() is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -259,11 +259,11 @@ STATE = [
         "linearize",
     ),
     PythonMutant(
-        "a_recurrent_layer_reads_outputs_that_were_written_to",
+        "a_recurrent_layer_has_the_tangents_of_the_product_before",
         "curvature/rules/recurrent.py",
-        " and version_of(self._outputs) == self._version",
-        "",
-        "curvature/test_recurrent.py::test_outputs_that_are_written_to",
+        "if self._last is None or self._last[0] is not tangents:",
+        "if self._last is None or index not in self._last[1]:",
+        "curvature/test_recurrent.py::test_several_products_of_one_run",
     ),
     PythonMutant(
         "the_second_direction_reads_the_steps_in_the_order_of_the_first",

@@ -89,6 +89,17 @@ def test_refused_between_solves(read: str, checkpointed: bool) -> None:
     optimizer.step(lambda: net(X), lambda out: F.cross_entropy(out, Y))
 
 
+def test_a_graph_that_is_gone_is_refused_between_solves() -> None:
+    net = make()
+    optimizer = CurveBall(net.parameters(), preconditioner="kronecker")
+    for _ in range(3):
+        optimizer.step(lambda: net(X), lambda out: F.cross_entropy(out, Y))
+    kept = net.gate(X).exp()
+    kept.sum().backward()
+    with pytest.raises(RuntimeError, match="beside the outputs"):
+        optimizer.step(lambda: net(X), lambda out: F.cross_entropy(out, Y) + kept.square().mean())
+
+
 @pytest.mark.parametrize("curvature", METHODS)
 def test_what_a_hook_has_kept_is_refused(curvature: str) -> None:
     net, features = make(), []

@@ -1,7 +1,8 @@
 """Rules for recurrent layers, of whose fused kernels torch has no tangents.
 
-With the states that a run has left, all gates are matrix products over all steps at once, and so is what of their
-tangents does not depend on the step before. That leaves a small product and a few sums for each step.
+With the states of all steps, which the first product computes again, all gates are matrix products over all steps at
+once, and so is what of their tangents does not depend on the step before. That leaves a small product and a few sums
+for each step.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from curveball_fused._torch_private import version_of
 
 from .context import Map, Rule, RuleContext, Tangents, tangent_at
 
@@ -36,20 +35,18 @@ class Weights(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one layer has read and left in one direction, steps x rows x features, in the order in which it read it.
+    """What one layer has read in one direction, steps x rows x features, in the order in which it read it.
 
     Attributes:
         weights: of the layer.
         x: its inputs.
         before: h before each step.
-        after: h after each step.
         kept: what tangents are multiplied by, as its kind of cell has it.
     """
 
     weights: Weights
     x: Tensor
     before: Tensor
-    after: Tensor
     kept: tuple[Tensor, ...] = ()
 
     def gates(self) -> tuple[Tensor, Tensor]:
@@ -77,17 +74,17 @@ class Kind(NamedTuple):
 
     Attributes:
         function: of torch, that computes it.
-        keep: given a run and the first states, returns what tangents are multiplied by.
+        keep: given a run, h after each step and the first states, returns what tangents are multiplied by.
         tangent: given a run, the tangents of its weights, inputs and first states, returns that of its outputs, and
             those of the last states.
     """
 
     function: Any
-    keep: Callable[[Run, Sequence[Tensor]], tuple[Tensor, ...]]
+    keep: Callable[[Run, Tensor, Sequence[Tensor]], tuple[Tensor, ...]]
     tangent: Callable[[Run, Weights, Tensor | None, Sequence[Tensor]], tuple[Tensor, tuple[Tensor, ...]]]
 
 
-def keep_lstm(run: Run, first: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def keep_lstm(run: Run, after: Tensor, first: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """i, f, o = σ(a), g = tanh(a), a = Wx + Uh; c ← f c + i g; h ← o tanh(c): ∂c/∂(i, f, g), ∂h/∂o by a; f; ∂h/∂c."""
     of_inputs, of_states = run.gates()
     i, f, g, o = of_inputs.add_(of_states).chunk(4, 2)
@@ -114,7 +111,7 @@ def lstm_tangent(run: Run, d: Weights, dx: Tensor | None, first: Sequence[Tensor
     return torch.stack(outputs), (h, c)
 
 
-def keep_gru(run: Run, first: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def keep_gru(run: Run, after: Tensor, first: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """r, z = σ(a + e), n = tanh(a + r e), a = Wx, e = Uh; h ← n + z (h - n): ∂h/∂(r, z, n) by a, the same by e; z."""
     of_inputs, of_states = run.gates()
     (a_r, a_z, a_n), (e_r, e_z, e_n) = of_inputs.chunk(3, 2), of_states.chunk(3, 2)
@@ -139,9 +136,11 @@ def gru_tangent(run: Run, d: Weights, dx: Tensor | None, first: Sequence[Tensor]
     return torch.stack(outputs), (h,)
 
 
-def keep_elman(slope: Callable[[Tensor], Tensor], run: Run, first: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def keep_elman(
+    slope: Callable[[Tensor], Tensor], run: Run, after: Tensor, first: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """h ← φ(Wx + Uh): φ', which is a function of h."""
-    return (slope(run.after),)
+    return (slope(after),)
 
 
 def elman_tangent(run: Run, d: Weights, dx: Tensor | None, first: Sequence[Tensor]) -> Any:
@@ -181,7 +180,6 @@ class Layers:
         x: inputs, rows first if `batch_first`, else steps.
         first: h, and what else a cell has, before the first step, layers x rows x width.
         weights: those of each layer and direction.
-        outputs: what the call has returned.
         at_x: the slot of the tangent of x; None for a constant.
         at_first: those of the first states.
         at_weights: those of the weights.
@@ -195,7 +193,6 @@ class Layers:
         x: Tensor,
         first: Sequence[Tensor],
         weights: Sequence[Weights],
-        outputs: Tensor,
         at_x: int | None,
         at_first: Sequence[int | None],
         at_weights: Sequence[Weights],
@@ -204,11 +201,10 @@ class Layers:
     ) -> None:
         self._kind = kind
         self._x, self._first, self._weights = x, first, weights
-        self._outputs, self._version = outputs.detach(), version_of(outputs)
         self._at_x, self._at_first, self._at_weights = at_x, at_first, at_weights
         self._directions, self._batch_first = directions, batch_first
         self._runs: list[Run] = []
-        self._last: tuple[Tangents, tuple[Tensor, ...]] | None = None  # the results' tangents, which come together
+        self._last: tuple[Tangents, dict[int, Tensor]] | None = None  # of the results, which come together
 
     def map_of(self, index: int) -> Map:
         """Return the map of one of the results: outputs, and the last of each state."""
@@ -217,8 +213,8 @@ class Layers:
     def _of(self, index: int, tangents: Tangents) -> Tensor:
         if self._last is None or self._last[0] is not tangents:
             self._runs = self._runs or self._run()
-            self._last = tangents, self._product(tangents)
-        return self._last[1][index]
+            self._last = tangents, dict(enumerate(self._product(tangents)))
+        return self._last[1].pop(index)
 
     def _run(self) -> list[Run]:
         """Return what all products read of the layers, in their order."""
@@ -229,15 +225,16 @@ class Layers:
                 first = [state[i + j] for state in self._first]
                 after = _in_order(after, j)
                 before = torch.cat((first[0][None], after[:-1]))
-                run = Run(self._weights[i + j], _in_order(x, j), before, after)
-                runs.append(run._replace(kept=self._kind.keep(run, first)))
+                run = Run(self._weights[i + j], _in_order(x, j), before)
+                runs.append(run._replace(kept=self._kind.keep(run, after, first)))
             x = outputs
         return runs
 
     def _outputs_of(self, i: int, x: Tensor) -> Tensor:
-        """Return the outputs of the layer that begins with the weights of this index, for these inputs."""
-        if i + self._directions == len(self._weights) and version_of(self._outputs) == self._version:
-            return self._steps_first(self._outputs)
+        """Return the outputs of the layer that begins with the weights of this index, for these inputs.
+
+        Those that the call has returned may have been written to by way of `.data`, which autograd lets pass.
+        """
         first = [state[i : i + self._directions] for state in self._first]
         weights = [t for each in self._weights[i : i + self._directions] for t in each if t is not None]
         has_biases = self._weights[i].b is not None
@@ -308,7 +305,6 @@ def recurrent(
         inputs,
         states,
         weights,
-        results[0],
         at_x=ctx.tangent_index(input),
         at_first=[ctx.tangent_index(h) for h in first],
         at_weights=weights_of([ctx.tangent_index(p) for p in params]),
