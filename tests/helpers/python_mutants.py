@@ -259,10 +259,10 @@ STATE = [
         "linearize",
     ),
     PythonMutant(
-        "a_recurrent_layer_has_the_tangents_of_the_product_before",
-        "curvature/rules/recurrent.py",
-        "if self._last is None or self._last[0] is not tangents:",
-        "if self._last is None or index not in self._last[1]:",
+        "a_product_holds_all_tangents_until_the_next",
+        "curvature/tangent_maps.py",
+        "        values.clear()",
+        "        values.copy()",
         "curvature/test_recurrent.py::test_several_products_of_one_run",
     ),
     PythonMutant(
