@@ -23,6 +23,7 @@ from curveball_fused.losses import LossFn, checked_loss
 from curveball_fused.losses.fused import fused
 from curveball_fused.losses.recognition import Recognizer
 from curveball_fused.optimizer import CurveBall
+from curveball_fused.outputs import StructuredOutputs
 from curveball_fused.preconditioners import multiply_adds, shapes
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
@@ -59,6 +60,8 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
     if not (callable(model_fn) and callable(loss_fn) and trained):
         optimizer.step(model_fn, loss_fn)  # which raises, and says why
     device = trained[0].device
+    structured = StructuredOutputs(model_fn, loss_fn)
+    model_fn, loss_fn = structured.model_fn, structured.loss_fn
 
     def forward() -> Tensor:
         with torch.enable_grad():
