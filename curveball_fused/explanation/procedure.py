@@ -174,14 +174,14 @@ def _loss(loss_fn: LossFn, outputs: Tensor) -> tuple[str, str]:
     """Return the name of the loss, or "" where it is not recognized, and how its products are computed."""
     leaf = outputs.detach().requires_grad_()
     with torch.enable_grad(), Recognizer(leaf) as seen:
-        call = seen.recognized(loss_fn(leaf))
-    if call is None:
+        calls = [call for _, call in seen.recognized(loss_fn(leaf))]
+    if not calls:
         return "", "autograd"
-    name = f"F.{call.function.__name__}"
-    if fused(call.function, call.args, call.kwargs, 1.0, "auto") is not None:
+    name = " + ".join(f"F.{call.function.__name__}" for call in calls)
+    if all(fused(call.function, call.args, call.kwargs, 1.0, "auto") is not None for call in calls):
         return name, "fused kernels"
-    has_closed_form = CLOSED_FORMS[call.function](*call.args, **call.kwargs) is not None
-    return name, "closed form" if has_closed_form else "autograd"
+    has_closed_forms = all(CLOSED_FORMS[call.function](*call.args, **call.kwargs) is not None for call in calls)
+    return name, "closed form" if has_closed_forms else "autograd"
 
 
 def _costs(
