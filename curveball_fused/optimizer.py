@@ -187,20 +187,22 @@ class CurveBall(Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        model_fn: Callable[[], Tensor] | Closure | None = None,
-        loss_fn: Callable[[Tensor], Tensor] | None = None,
+        model_fn: Callable[[], Any] | None = None,
+        loss_fn: Callable[[Any], Tensor] | None = None,
         *,
-        curvature_batch: tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]] | None = None,
+        curvature_batch: tuple[Callable[[], Any], Callable[[Any], Tensor]] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         closure: Closure | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         """Take one step, of two functions, or of one closure that stands for both, as trainers hand it on.
 
         Args:
-            model_fn: called without arguments, returns the predictions, one floating-point tensor of any shape. It is
-                called one to four times, with random numbers and buffers (batch-norm statistics) replayed, so that
-                they advance once. Without `loss_fn` it is the closure.
+            model_fn: called without arguments, returns the predictions: a floating-point tensor of any shape, or nested
+                tuples, lists, mappings and dataclasses of them and of other things. It is called one to four times,
+                with random numbers and buffers (batch-norm statistics) replayed, so that they advance once. Without
+                `loss_fn` it is the closure.
             loss_fn: called with the predictions, in float32 if they are float16 or bfloat16; returns the scalar loss.
+                Tensors that depend on no parameter, and what is no tensor, it is given as they are.
             curvature_batch: model_fn and loss_fn for a part of the batch, from which the curvature is taken; loss,
                 gradient and the adaptation of λ stay those of the whole. Its run leaves no trace in buffers or
                 generators (default: None, the curvature of the whole batch).
@@ -210,7 +212,7 @@ class CurveBall(Optimizer):
                 calls a closure, one that does and returns the loss, gets an error that tells what to write.
 
         Returns:
-            The loss (0-dim) and the predictions at the weights before the step, both detached.
+            The loss (0-dim) and the predictions, in their structure, at the weights before the step, both detached.
 
         Raises:
             TypeError: an argument, or what `model_fn` or `loss_fn` returns, is of a type that cannot be used.

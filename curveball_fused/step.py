@@ -33,6 +33,7 @@ from curveball_fused.between_solves import gradient
 from curveball_fused.curvature import METHODS, ModelFn
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.losses import LossFn, checked_loss
+from curveball_fused.outputs import StructuredOutputs
 from curveball_fused.preconditioners import EARLY_REFRESHES, Direction, Preconditioner, gathers, refresh
 from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure, measure_with_curvature_batch
 from curveball_fused.replay import Replay
@@ -111,12 +112,18 @@ def intervals(settings: Settings) -> tuple[int, int, int]:
 
 # torch.compile(optimizer.step) runs the step as it is: its kernels are compiled already.
 @disable_dynamo
-def take_step(optimizer: Optimizer, inputs: StepInputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Take a step, count it and note it in the history; return loss and outputs."""
+def take_step(optimizer: Optimizer, inputs: StepInputs, settings: Settings) -> tuple[Tensor, Any]:
+    """Take a step, count it and note it in the history; return loss and outputs, of whatever structure these are."""
     shared = prepared(optimizer, settings)
     before = shared["scalars"]
+    whole, part = StructuredOutputs(inputs.model_fn, inputs.loss_fn), None
+    if inputs.curvature_batch is not None:
+        of_part = StructuredOutputs(*inputs.curvature_batch)
+        part = of_part.model_fn, of_part.loss_fn
+    inputs = StepInputs(whole.model_fn, whole.loss_fn, part, inputs.scaler)
     try:
-        return run_step(optimizer, inputs, shared, settings, is_first=shared["step"] == 0)
+        loss, outputs = run_step(optimizer, inputs, shared, settings, is_first=shared["step"] == 0)
+        return loss, whole.of(outputs)
     finally:
         if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too
             finish(optimizer, shared, settings)

@@ -21,7 +21,7 @@ LAYERS = {
         "quadratic_model",
         "debug",
         "checks",
-        "guard loss_scale state",
+        "guard loss_scale outputs state",
         "settings",
         "curvature losses preconditioners",
         "autograd_graph replay",

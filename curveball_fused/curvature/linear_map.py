@@ -113,8 +113,8 @@ def checked_outputs(outputs: Any) -> Tensor:
     """Return `outputs`, or raise an error that says what `model_fn` must return."""
     if not isinstance(outputs, Tensor):
         raise TypeError(
-            f"model_fn must return one tensor, the predictions; it returned {type(outputs).__name__}. Pick the tensor "
-            "that the loss reads, or concatenate several into one."
+            "model_fn must return the predictions, a floating-point tensor or a structure of some; it returned "
+            f"{type(outputs).__name__} without one."
         )
     if not outputs.is_floating_point():
         raise TypeError(f"model_fn must return a real floating-point tensor; it returned {outputs.dtype}.")

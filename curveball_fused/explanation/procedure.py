@@ -23,6 +23,7 @@ from curveball_fused.losses import LossFn, checked_loss
 from curveball_fused.losses.fused import fused
 from curveball_fused.losses.recognition import Recognizer
 from curveball_fused.optimizer import CurveBall
+from curveball_fused.outputs import StructuredOutputs
 from curveball_fused.preconditioners import multiply_adds, shapes
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
@@ -59,6 +60,8 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
     if not (callable(model_fn) and callable(loss_fn) and trained):
         optimizer.step(model_fn, loss_fn)  # which raises, and says why
     device = trained[0].device
+    structured = StructuredOutputs(model_fn, loss_fn)
+    model_fn, loss_fn = structured.model_fn, structured.loss_fn
 
     def forward() -> Tensor:
         with torch.enable_grad():
@@ -171,14 +174,14 @@ def _loss(loss_fn: LossFn, outputs: Tensor) -> tuple[str, str]:
     """Return the name of the loss, or "" where it is not recognized, and how its products are computed."""
     leaf = outputs.detach().requires_grad_()
     with torch.enable_grad(), Recognizer(leaf) as seen:
-        call = seen.recognized(loss_fn(leaf))
-    if call is None:
+        calls = [call for _, call in seen.recognized(loss_fn(leaf))]
+    if not calls:
         return "", "autograd"
-    name = f"F.{call.function.__name__}"
-    if fused(call.function, call.args, call.kwargs, 1.0, "auto") is not None:
+    name = " + ".join(f"F.{call.function.__name__}" for call in calls)
+    if all(fused(call.function, call.args, call.kwargs, 1.0, "auto") is not None for call in calls):
         return name, "fused kernels"
-    has_closed_form = CLOSED_FORMS[call.function](*call.args, **call.kwargs) is not None
-    return name, "closed form" if has_closed_form else "autograd"
+    has_closed_forms = all(CLOSED_FORMS[call.function](*call.args, **call.kwargs) is not None for call in calls)
+    return name, "closed form" if has_closed_forms else "autograd"
 
 
 def _costs(

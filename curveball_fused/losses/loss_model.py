@@ -1,12 +1,14 @@
 """The quadratic model of a loss at the model's outputs: value, gradient g and Gauss-Newton products v ↦ H v.
 
 A `loss_fn` that returns `F.cross_entropy`, `F.nll_loss`, `F.mse_loss` or `F.binary_cross_entropy_with_logits` of the
-outputs, perhaps reshaped or sliced, is recognized and gets closed-form products. Every other loss gets autograd's
-double backward, on the loss alone, and where its Hessian is zero another curvature (see `missing_curvature`).
+outputs, perhaps reshaped or sliced, or a sum of such, is recognized and gets closed-form products. Every other loss
+gets autograd's double backward, on the loss alone, and where its Hessian is zero another curvature (see
+`missing_curvature`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -61,26 +63,25 @@ class LossModel:
         hidden = list(hidden)
         with torch.enable_grad(), _requiring_gradients(hidden), Recognizer(self._leaf) as seen:
             returned = _in_place_explained(loss_fn, self._leaf)
-        call = seen.recognized(returned)
-        form = None if call is None else _closed_form(call, sign, backend)
+        calls = seen.recognized(returned)
+        forms = [_closed_form(call, sign, backend) for _, call in calls]
+        has_forms = bool(forms) and None not in forms
         # What has a closed form is a scalar, and sees no other tensor that requires a gradient.
-        loss = _of_outputs(_general(returned, hidden) if form is None else returned)
+        loss = _of_outputs(returned if has_forms else _general(returned, hidden))
         self.loss = loss.detach()
-        self._view = self._leaf
-        self._steps: tuple[Map, ...] = ()
-        if call is not None and form is not None:
-            self._view, self._steps = call.view, call.steps
-        self._is_nll = call is not None and call.function is F.nll_loss
         self._by_autograd: MissingCurvature | None = None
-        if form is None:
+        if has_forms:
+            terms = zip(calls, forms, strict=True)
+            self._terms = [_Term(weight, call.view, call.steps, form) for (weight, call), form in terms if form]
+        else:
             self._by_autograd = _by_autograd(loss, self._leaf, sign)
-            form = self._by_autograd.products()
+            self._terms = [_Term(1.0, self._leaf, (), self._by_autograd.products())]
+        self._is_nll = any(call.function is F.nll_loss for _, call in calls)
         self.size = None if self._by_autograd is None else self._by_autograd.size
-        self._form: Products = form
 
     def gradient(self) -> Tensor:
         """Return g, of the outputs' shape and dtype."""
-        return self._of_outputs(self._form.gradient())
+        return _total([term.of_outputs(term.form.gradient(), self._leaf) for term in self._terms])
 
     def cotangent(self, tangent: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the cotangent to pull back, and what remains to be asked.
@@ -92,8 +93,13 @@ class LossModel:
             c = H Jz + g, of the outputs' shape and dtype, and a function of Jr that returns the products of the
             2x2 system as float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
         """
-        c, products_with = self._form.at(self._seen_by_loss(tangent))
-        return self._of_outputs(c), lambda tangent: products_with(self._seen_by_loss(tangent))
+        found = [term.form.at(term.seen_by_loss(tangent)) for term in self._terms]
+        pairs = list(zip(self._terms, found, strict=True))
+
+        def products_with(tangent: Tensor) -> Tensor:
+            return _total([term.weighted(products(term.seen_by_loss(tangent))) for term, (_, products) in pairs])
+
+        return _total([term.of_outputs(c, self._leaf) for term, (c, _) in pairs]), products_with
 
     def lacks_curvature(self, look: bool) -> bool:
         """Return whether another curvature stands in the place of a Hessian that is zero, as far as known.
@@ -110,17 +116,35 @@ class LossModel:
         """Return whether the products are those of the loss's Hessian; reads a value, after all have been asked for."""
         return not (self._is_nll or self.lacks_curvature(look=True))
 
-    def _of_outputs(self, cotangent: Tensor) -> Tensor:
-        """Return a cotangent of what the loss has seen as one of the outputs, in their dtype."""
-        cotangent = cotangent.to(self._view.dtype)
-        if self._view is not self._leaf:
-            (cotangent,) = torch.autograd.grad(self._view, self._leaf, cotangent, retain_graph=True)
+
+class _Term(NamedTuple):
+    """One of the losses that are summed: weight, the outputs as it got them, how these were rearranged, products."""
+
+    weight: float
+    view: Tensor
+    steps: tuple[Map, ...]
+    form: Products
+
+    def of_outputs(self, cotangent: Tensor, leaf: Tensor) -> Tensor:
+        """Return a cotangent of what the loss has seen as one of the outputs, in their dtype, with the weight."""
+        cotangent = self.weighted(cotangent.to(self.view.dtype))
+        if self.view is not leaf:
+            (cotangent,) = torch.autograd.grad(self.view, leaf, cotangent, retain_graph=True)
         return cotangent
 
-    def _seen_by_loss(self, tangent: Tensor) -> Tensor:
-        for step in self._steps:
+    def seen_by_loss(self, tangent: Tensor) -> Tensor:
+        """Return a tangent of the outputs as one of what the loss has seen."""
+        for step in self.steps:
             tangent = step(tangent)
         return tangent
+
+    def weighted(self, t: Tensor) -> Tensor:
+        """Return a tensor times the weight."""
+        return t if self.weight == 1 else self.weight * t
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 class LossGradient(NamedTuple):

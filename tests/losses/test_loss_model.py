@@ -76,6 +76,18 @@ RECOGNIZED |= {
         lambda o: F.cross_entropy(o.permute(0, 2, 3, 1).flatten(0, 2), IMAGE_INDEX.flatten()),
     ),
 }
+RECOGNIZED |= {
+    "scaled cross": (LOGITS, lambda o: 0.5 * F.cross_entropy(o, INDEX)),
+    "scaled and shifted": (LOGITS, lambda o: (3 + F.mse_loss(o, TARGET) - 1) / 4),
+    "sum of two, cross": (LOGITS, lambda o: F.cross_entropy(o, INDEX) + F.mse_loss(o, TARGET)),
+    "weighted sum": (LOGITS, lambda o: 0.25 * F.mse_loss(o, TARGET) + 2 * F.mse_loss(o[:3], LABELS[:3]) / 3 + 1),
+    "sum of a list, cross": (
+        LOGITS,
+        lambda o: sum([F.cross_entropy(o[:, :3], INDEX % 3), 0.1 * F.mse_loss(o[:, 3:], TARGET[:, 3:])]),  # type: ignore[arg-type, return-value]
+    ),
+    "the same twice": (LOGITS, lambda o: (loss := F.mse_loss(o, TARGET)) + loss),
+    "nothing of it": (LOGITS, lambda o: F.mse_loss(o, TARGET) + 0 * F.mse_loss(o, LABELS)),
+}
 NLL: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {
     "plain": (LOG_PROBABILITIES, INDEX, {}),
     "sum": (LOG_PROBABILITIES, INDEX, dict(reduction="sum")),
@@ -94,8 +106,15 @@ def _zero_first(x: Tensor) -> Tensor:
 
 
 GENERAL: dict[str, Case] = {
-    "scaled": (LOGITS, lambda o: 0.5 * F.cross_entropy(o, INDEX)),
-    "sum of two": (LOGITS, lambda o: F.cross_entropy(o, INDEX) + F.mse_loss(o, TARGET)),
+    "times a tensor": (LOGITS, lambda o: F.cross_entropy(o, INDEX) * WEIGHT[0]),
+    "product of two": (LOGITS, lambda o: F.cross_entropy(o, INDEX) * F.mse_loss(o, TARGET)),
+    "divided by one": (LOGITS, lambda o: 2 / (1 + F.mse_loss(o, TARGET))),
+    "difference of two": (LOGITS, lambda o: F.cross_entropy(o, INDEX) - 0.1 * F.mse_loss(o, TARGET)),
+    "negative weight": (LOGITS, lambda o: F.cross_entropy(o, INDEX) + F.mse_loss(o, TARGET) * -0.1),
+    "sum with another": (LOGITS, lambda o: F.cross_entropy(o, INDEX) + F.huber_loss(o, TARGET)),
+    "added with a factor": (LOGITS, lambda o: torch.add(F.cross_entropy(o, INDEX), F.mse_loss(o, TARGET), alpha=2)),
+    "added in place": (LOGITS, lambda o: F.cross_entropy(o, INDEX).add_(F.mse_loss(o, TARGET))),
+    "subtracted from a number": (LOGITS, lambda o: 3 - F.mse_loss(o, TARGET)),
     "not applied to the outputs": (LOGITS, lambda o: F.cross_entropy(o * 2, INDEX)),
     "huber": (LOGITS, lambda o: F.huber_loss(o, TARGET)),
     "exponential": (LOGITS, lambda o: torch.exp(-o * TARGET).mean()),
@@ -307,3 +326,28 @@ def test_an_empty_batch_with_probabilities_is_skipped() -> None:
     optimizer = CurveBall(net.parameters(), backend="torch")
     loss, _ = optimizer.step(lambda: net(torch.ones(0, 3)), lambda out: F.cross_entropy(out, torch.ones(0, 4)))
     assert loss.isnan() and optimizer.stats()["skipped_steps"] == 1
+
+
+NEVER_NEGATIVE: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "one": (lambda o: F.mse_loss(o, TARGET), True),
+    "sum": (lambda o: F.cross_entropy(o, INDEX) + 2 * F.mse_loss(o, TARGET), True),
+    "sum of those that are not sure": (
+        lambda o: F.binary_cross_entropy_with_logits(o, LABELS) + F.cross_entropy(o, PROBABILITIES), True,
+    ),
+    "one of the terms may be": (
+        lambda o: F.mse_loss(o, TARGET) + F.binary_cross_entropy_with_logits(o, 2 * LABELS - 1), False,
+    ),
+    "a constant above zero": (lambda o: F.mse_loss(o, TARGET) + 1, True),
+    "a constant below zero": (lambda o: F.mse_loss(o, TARGET) - 1, False),
+    "log-probabilities of densities": (lambda o: F.mse_loss(o, TARGET) + F.nll_loss(o, INDEX), False),
+    "another": (lambda o: F.huber_loss(o, TARGET), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEVER_NEGATIVE)
+def test_which_sums_are_never_negative(name: str) -> None:
+    loss_fn, expected = NEVER_NEGATIVE[name]
+    found = losses.loss_gradient(loss_fn, LOGITS.detach().clone().requires_grad_(), 1.0, [])
+    assert bool(found.is_never_negative) == expected
+    (gradient,) = torch.autograd.grad(loss_fn(leaf := LOGITS.detach().clone().requires_grad_()), leaf)
+    assert torch.equal(found.cotangent, gradient)

@@ -41,7 +41,7 @@ def margins(out: Tensor) -> Tensor:
 Model, Loss = Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
 # What the model makes of the last layer's values, and the loss of that.
 LINEAR: dict[str, tuple[Model, Loss]] = {
-    "a part of nll_loss": (lambda o: o.log_softmax(1), lambda o: 2 * F.nll_loss(o, Y)),
+    "a part of nll_loss": (lambda o: o.log_softmax(1), lambda o: 2 * F.nll_loss(o, Y, reduction="none").mean()),
     "log of a softmax": (lambda o: o.softmax(1).log(), lambda o: -o.gather(1, Y[:, None]).mean()),
     "kl_div": (lambda o: o.log_softmax(1), lambda o: F.kl_div(o, TARGET.softmax(1), reduction="batchmean")),
     "logsigmoid": (lambda o: F.logsigmoid(SIGNS * o), lambda o: -o.mean()),

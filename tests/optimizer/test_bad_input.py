@@ -152,7 +152,7 @@ STEPS: dict[str, tuple[Callable[[Setting], Any], type[Exception], str]] = {
         "does not depend",
     ),
     "under no_grad": (lambda s: s.optimizer.step(torch.no_grad()(lambda: s.net(s.x)), s.loss), RuntimeError, "no_grad"),
-    "tuple": (lambda s: s.optimizer.step(lambda: (s.net(s.x), 1), s.loss), TypeError, "one tensor.*tuple"),
+    "numbers": (lambda s: s.optimizer.step(lambda: ("x", 1), s.loss), TypeError, "floating-point tensor.*tuple"),
     "integer output": (lambda s: s.optimizer.step(lambda: s.net(s.x).argmax(1), s.loss), TypeError, "int64"),
     "complex output": (
         lambda s: s.optimizer.step(lambda: torch.complex(s.net(s.x), s.net(s.x)), s.loss),
