@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return a copy of nested tuples, lists, mappings and dataclasses with each tensor changed, in their order."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, Mapping):  # Hugging Face's ModelOutput is a dataclass, too, and keeps both in step
+    if isinstance(value, MutableMapping):  # Hugging Face's ModelOutput is a dataclass, too, and keeps both in step
         new: Any = {} if type(value) is dict else copy.copy(value)
         for key, item in value.items():
             new[key] = _changed(item, change)

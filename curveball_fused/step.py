@@ -44,7 +44,7 @@ MAY_RECOMPUTE = ("forward", "double_backward")  # the methods that follow a mode
 EARLY_SOLVES = EARLY_REFRESHES
 
 
-Closure = Callable[[], tuple[Tensor, LossFn]]
+Closure = Callable[[], tuple[Any, Callable[[Any], Tensor]]]  # returns outputs, of any structure, and their loss
 
 
 class StepInputs(NamedTuple):
@@ -56,19 +56,18 @@ class StepInputs(NamedTuple):
     scaler: torch.amp.GradScaler | None = None
 
 
-def functions_of(closure: Closure) -> tuple[ModelFn, LossFn]:
+def functions_of(closure: Closure) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
     """Return the `model_fn` and `loss_fn` that a closure stands for; the loss is that of its last run.
 
     Args:
         closure: called without arguments, as often as `model_fn` would be, returns outputs and `loss_fn`.
     """
-    last: list[LossFn] = []
+    last: list[Callable[[Any], Tensor]] = []
 
-    def model_fn() -> Tensor:
+    def model_fn() -> Any:
         returned: Any = closure()
         if not isinstance(returned, tuple) or len(returned) != 2 or not callable(returned[1]):
             checks.raise_wrong_step_call()
-        outputs: Tensor
         outputs, loss_fn = returned
         last[:] = [loss_fn]
         return outputs

@@ -95,7 +95,9 @@ class GraphedStep:
         self._device = optimizer._device
         self._pool = Pool(self._device)
         self._batch = tree_map(self._copied_to_device, tuple(sample_batch))
-        self._inputs = StepInputs(lambda: model_fn(self._batch[0]), lambda outputs: loss_fn(outputs, self._batch[1]))
+        self._inputs = StepInputs(
+            lambda: _one_tensor(model_fn(self._batch[0])), lambda outputs: loss_fn(outputs, self._batch[1])
+        )
         self._rates = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in optimizer.param_groups]
         self._rates_hold: list[float | None] = [None] * len(self._rates)
         self._failures_when_watched: dict[StepKind, str] = {}
@@ -291,6 +293,16 @@ def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> No
                 f"sample_batch holds a {type(leaf).__name__}: give tensors, numbers and strings, in lists, tuples or "
                 "dictionaries."
             )
+
+
+def _one_tensor(outputs: Any) -> Tensor:
+    """Return what a model has returned, or say that a graphed step needs one tensor."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"a graphed step needs a model_fn that returns one tensor; it returned {type(outputs).__name__}. Pick the "
+            "tensor that the loss reads, or concatenate several, or take ordinary steps, which know structures."
+        )
+    return outputs
 
 
 def _examples(settings: Settings) -> tuple[int, ...]:

@@ -59,6 +59,22 @@ def test_what_wraps_the_step_hands_the_closure_on() -> None:
     assert len(seen) == 1 and optimizer.param_groups[0]["lr"] == 0.5
 
 
+def test_outputs_of_a_closure_may_have_a_structure() -> None:
+    found = []
+    for structured in (False, True):
+        torch.manual_seed(0)
+        net, x = nn.Linear(3, 2), torch.randn(4, 3)
+        optimizer = CurveBall(net.parameters())
+        for _ in range(3):
+            if structured:
+                _, outputs = optimizer.step(lambda net=net, x=x: ((net(x), "text"), lambda out: out[0].square().mean()))
+                assert outputs[1] == "text"
+            else:
+                optimizer.step(lambda net=net, x=x: (net(x), lambda out: out.square().mean()))
+        found.append(net.weight.detach().clone())
+    assert torch.equal(*found)
+
+
 def test_a_closure_with_a_part_of_the_batch_for_the_curvature() -> None:
     net, x = nn.Linear(3, 2), torch.ones(4, 3)
     optimizer = CurveBall(net.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -172,6 +173,7 @@ WRONG: dict[str, tuple[Callable[[Net, Tensor], Any], type[Exception], str]] = {
     "nothing": (lambda net, x: {}, TypeError, "returned dict"),
     "no tensors": (lambda net, x: ("a", None), TypeError, "returned tuple"),
     "numbers": (lambda net, x: {"n": torch.ones(3, dtype=torch.long)}, TypeError, "returned dict"),
+    "one that cannot be written": (lambda net, x: MappingProxyType({"a": net(x)[0]}), TypeError, "mappingproxy"),
     "constants": (lambda net, x: [x, x + 1], RuntimeError, "does not depend on any parameter"),
     "complex": (lambda net, x: [net(x)[0], net(x)[1] * 1j], TypeError, "real, dense"),
     "sparse": (lambda net, x: [net(x)[0].to_sparse(), net(x)[1]], TypeError, "real, dense"),
