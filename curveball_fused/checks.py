@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import numbers
-import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from curveball_fused._torch_private import has_gradient_hooks
@@ -119,17 +116,6 @@ def group_values(values: dict[str, Any]) -> None:
     _number("weight_decay", values["weight_decay"], 0.0, math.inf)
 
 
-def raise_wrong_step_call() -> NoReturn:
-    """Raise TypeError for a call of `step` in torch's old way."""
-    raise TypeError(
-        "CurveBall.step differentiates the model itself: it needs its outputs, and the loss as a function of them. "
-        "Instead of a closure that returns the loss, and calls backward(), write:\n"
-        "    loss, outputs = optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))\n"
-        "or, where a trainer hands on one function, let it return both and leave out backward():\n"
-        "    optimizer.step(lambda: (model(x), lambda outputs: F.cross_entropy(outputs, y)))"
-    )
-
-
 def curvature_batch(given: Any, params: Sequence[Tensor]) -> None:
     """Raise for a `curvature_batch` that is not two functions, or whose gradient would not add up."""
     if not isinstance(given, tuple) or len(given) != 2 or not all(callable(f) for f in given):
@@ -234,30 +220,15 @@ def float64_on(device: torch.device) -> None:
         ) from error
 
 
-def replicas(params: Sequence[Tensor]) -> None:
-    """Refuse parameters that DistributedDataParallel keeps equal; warn where there are other processes at all.
-
-    Raises:
-        RuntimeError: a DistributedDataParallel has wrapped a module with one of the parameters.
-    """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    processes = torch.distributed.get_world_size()
-    if processes == 1:
-        return
-    each = f"each of {processes} processes would take steps of its own, from its own batch, as nothing is averaged"
-    own = {id(p) for p in params}
-    wrappers = (o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel))
-    if any(id(p) in own for wrapper in wrappers for p in wrapper.parameters()):
-        raise RuntimeError(
-            f"the parameters belong to a model in DistributedDataParallel, but {each}, and the replicas would drift "
-            "apart. Train in one process: CurveBall does not offer averaging across processes yet."
+def process_group(given: Any) -> None:
+    """Raise TypeError for something else than a process group."""
+    if given is not None and not (
+        torch.distributed.is_available() and isinstance(given, torch.distributed.ProcessGroup)
+    ):
+        raise TypeError(
+            "process_group must be one of torch.distributed, such as torch.distributed.group.WORLD after "
+            f"init_process_group(); got {type(given).__name__}."
         )
-    warnings.warn(
-        f"{each}: right if each process has a model to itself, but replicas of one model drift apart. CurveBall does "
-        "not offer averaging across processes yet.",
-        stacklevel=2,
-    )
 
 
 def is_state_dict(state_dict: Any) -> None:

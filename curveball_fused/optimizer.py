@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curveball_fused import backends, checks, state
-from curveball_fused.curvature import ModelFn
+from curveball_fused import backends, checks, data_parallel, state
 from curveball_fused.settings import Settings, defaults_of, with_former_options
-from curveball_fused.step import Closure, StepInputs, functions_of, take_step
+from curveball_fused.step import StepInputs, take_step
+from curveball_fused.step_arguments import Closure, Functions, GivenPart, given_parts
 
 
 class CurveBall(Optimizer):
@@ -76,6 +76,9 @@ class CurveBall(Optimizer):
             differences and adjoint identities, and P, before it changes anything. Slow (tens of steps' time), and reads
             values back to the host; for a few steps on a new model. The steps are the same, bit for bit (default:
             False).
+        process_group: of torch.distributed: the processes that train the same model, each on its part of a batch; one
+            gradient is summed over them in each step. Not needed of a model in DistributedDataParallel, whose own it is
+            (default: None).
 
     Raises:
         TypeError: a parameter or hyper-parameter is of a type that cannot be used; the message says what to do.
@@ -99,6 +102,9 @@ class CurveBall(Optimizer):
     _step_supports_amp_scaling = True  # by which GradScaler.step gets as far as to the error that says what to do
     _shared: dict[str, Any] | None = None  # the numbers of all parameters as they were last in use, see `state`
     _checked: int | None = None  # the checksum of the parameters that were last checked before a step
+    _process_group: torch.distributed.ProcessGroup | None = None
+    _processes: data_parallel.Processes | None = None  # that train the parameters together, as far as known
+    _may_share: bool = True  # whether to look for them
 
     def __init__(
         self,
@@ -125,6 +131,7 @@ class CurveBall(Optimizer):
         compile: bool = False,
         backend: str = "auto",
         debug: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -153,6 +160,8 @@ class CurveBall(Optimizer):
         chosen = defaults_of(preconditioner, direction)
         defaults = {name: chosen.get(name) if value is None else value for name, value in defaults.items()}
         checks.hyper_parameters(defaults)
+        checks.process_group(process_group)
+        self._process_group = process_group
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -187,22 +196,27 @@ class CurveBall(Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        model_fn: Callable[[], Any] | None = None,
+        model_fn: Callable[[], Any] | Sequence[Functions | Closure] | None = None,
         loss_fn: Callable[[Any], Tensor] | None = None,
         *,
-        curvature_batch: tuple[Callable[[], Any], Callable[[Any], Tensor]] | None = None,
+        weights: Sequence[float | Tensor] | None = None,
+        curvature_batch: Functions | None = None,
         scaler: torch.amp.GradScaler | None = None,
         closure: Closure | None = None,
     ) -> tuple[Tensor, Any]:
-        """Take one step, of two functions, or of one closure that stands for both, as trainers hand it on.
+        """Take one step, of two functions, of one closure that stands for both, or of a batch in parts.
 
         Args:
             model_fn: called without arguments, returns the predictions: a floating-point tensor of any shape, or nested
                 tuples, lists, mappings and dataclasses of them and of other things. It is called one to four times,
                 with random numbers and buffers (batch-norm statistics) replayed, so that they advance once. Without
-                `loss_fn` it is the closure.
+                `loss_fn` it is the closure, or a list of the batch's parts, each `(model_fn, loss_fn)` or a closure:
+                loss, gradient and curvature are those of the whole, in the memory of one part.
             loss_fn: called with the predictions, in float32 if they are float16 or bfloat16; returns the scalar loss.
                 Tensors that depend on no parameter, and what is no tensor, it is given as they are.
+            weights: of the parts: the loss is Σ wᵢLᵢ / Σ wᵢ, over those of all processes, too. Numbers or 0-dim
+                tensors, at least 0; those of losses that are means, as most are, are the numbers of samples (default:
+                the length of each part's outputs, their first dimension).
             curvature_batch: model_fn and loss_fn for a part of the batch, from which the curvature is taken; loss,
                 gradient and the adaptation of λ stay those of the whole. Its run leaves no trace in buffers or
                 generators (default: None, the curvature of the whole batch).
@@ -212,30 +226,53 @@ class CurveBall(Optimizer):
                 calls a closure, one that does and returns the loss, gets an error that tells what to write.
 
         Returns:
-            The loss (0-dim) and the predictions, in their structure, at the weights before the step, both detached.
+            The loss (0-dim), of all parts and processes, and the predictions, in their structure, at the weights before
+            the step, both detached. Of a list of parts a list of predictions.
 
         Raises:
             TypeError: an argument, or what `model_fn` or `loss_fn` returns, is of a type that cannot be used.
             ValueError: two parameters have come to share memory.
-            RuntimeError: the model or the loss cannot be used, the model is one of several replicas, or, with `debug`,
-                a product is wrong; nothing has been changed then. (An error of the model at the new weights, where λ
-                adapts, leaves a step that is complete but for that.)
+            RuntimeError: the model or the loss cannot be used, another process has failed or has other weights, or,
+                with `debug`, a product is wrong; nothing has been changed then. (An error of the model at the new
+                weights, where λ adapts, leaves a step that is complete but for that.)
 
         Example::
 
             loss, outputs = optimizer.step(lambda: model(x), lambda out: F.mse_loss(out, y))
             optimizer.step(lambda: (model(x), lambda out: F.mse_loss(out, y)))  # the same step
+
+            parts = [(partial(model, x), partial(F.mse_loss, target=y)) for x, y in parts_of_a_batch]
+            loss, outputs = optimizer.step(parts)
         """
         checks.scaler(self, scaler)
-        if loss_fn is None and (model_fn is None) != (closure is None):
-            functions = functions_of(cast(Closure, closure or model_fn))
-        elif model_fn is not None and loss_fn is not None and closure is None:
-            functions = cast(ModelFn, model_fn), loss_fn
-        else:
-            checks.raise_wrong_step_call()
+        given, is_list = given_parts(model_fn, loss_fn, closure, weights)
+        curvature_parts = None
         if curvature_batch is not None:
             checks.curvature_batch(curvature_batch, [p for p in self._parameters if p.requires_grad])
-        return take_step(self, StepInputs(*functions, curvature_batch, scaler), Settings.of(self))
+            curvature_parts = [GivenPart(curvature_batch).part()]
+        inputs = StepInputs([each.part() for each in given], curvature_parts, scaler)
+        loss, outputs = take_step(self, inputs, Settings.of(self))
+        restored = [each.of(out) for each, out in zip(given, outputs, strict=True)]
+        return loss, restored if is_list else restored[0]
+
+    def check_replicas(self) -> None:
+        """Check that all processes which train the same model hold the same numbers, bit for bit.
+
+        Weights and the optimizer's state are compared, by checksums, which waits for the device. The first step does
+        it, and with `debug` each one; every process must call it. Where there is one process it does nothing.
+
+        Raises:
+            RuntimeError: they differ.
+
+        Example::
+
+            if step % 1000 == 0:
+                optimizer.check_replicas()
+        """
+        processes = self._processes or data_parallel.processes_of(self._parameters, self._process_group)
+        if processes is not None:
+            own = [t for p in self._parameters for _, t in sorted(self.state.get(p, {}).items())]
+            processes.check_equal([*self._parameters, *own])
 
     def stats(self) -> dict[str, Tensor]:
         """Return the last step's figures; reading one of them is what synchronizes.

@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from curveball_fused._torch_private import in_dual_level
+from curveball_fused._torch_private import DisableTorchFunction, in_dual_level
 from curveball_fused.backends.dtypes import compute_dtype
 
 
@@ -32,6 +32,12 @@ class StructuredOutputs:
         self._returned: Any = None  # by the last run
         self._places: set[int] | None = None  # of the tensors that depend on the parameters, among all of them
         self._is_structure = False
+        self._samples = 1
+
+    @property
+    def samples(self) -> int:
+        """How many samples the last run of the model had: the length of the first tensor that depends on parameters."""
+        return self._samples
 
     def of(self, outputs: Tensor) -> Any:
         """Return outputs of `model_fn` in the structure and the dtypes that the model has returned, detached."""
@@ -42,6 +48,7 @@ class StructuredOutputs:
         returned: Any = self._model_fn()
         self._is_structure = not isinstance(returned, Tensor)
         if isinstance(returned, Tensor):
+            self._samples = _length(returned)
             return returned
         found: list[Tensor] = []
 
@@ -53,7 +60,7 @@ class StructuredOutputs:
         if self._places is None:  # in the first run, whatever runs follow
             self._places = {i for i, t in enumerate(found) if _depends(t)}
         parts = [t for i, t in enumerate(found) if i in self._places]
-        self._returned = returned
+        self._returned = _changed(returned, _Forgetting(self._places))
         if not parts:  # of which the check of one tensor says what is wrong
             real = [t for t in found if t.is_floating_point()]
             wrong: Tensor = real[0] if real else returned
@@ -64,6 +71,7 @@ class StructuredOutputs:
                     f"model_fn must return real, dense floating-point tensors where they depend on parameters; one is "
                     f"{t.dtype}, {t.layout}."
                 )
+        self._samples = _length(parts[0])
         return parts[0] if len(parts) == 1 else torch.cat([t.reshape(-1) for t in parts])
 
     def loss_fn(self, outputs: Tensor) -> Tensor:
@@ -90,6 +98,28 @@ class StructuredOutputs:
             return found if found.dtype == dtype else found.to(dtype)
 
         return _changed(self._returned, part)
+
+
+class _Forgetting:
+    """Put in the place of a tensor that depends on parameters one without memory, so that no graph is kept.
+
+    Args:
+        places: of these tensors among all.
+    """
+
+    def __init__(self, places: set[int]) -> None:
+        self._places, self._count = places, 0
+
+    def __call__(self, t: Tensor) -> Tensor:
+        self._count += 1
+        if self._count - 1 not in self._places:
+            return t
+        with DisableTorchFunction():
+            return torch.empty(t.shape, dtype=t.dtype, device="meta")
+
+
+def _length(t: Tensor) -> int:
+    return t.shape[0] if t.ndim else 1
 
 
 def _depends(t: Tensor) -> bool:

@@ -12,11 +12,11 @@ and the last step is that of Martens and Grosse (2015, section 7), for the direc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,11 +24,11 @@ from torch import Tensor
 from curveball_fused import guard, ops
 from curveball_fused._torch_private import gradient_hooks_set_aside, has_gradient_hooks
 from curveball_fused.backends.dtypes import at_least_float32
+from curveball_fused.batch import BatchMean, Part
 from curveball_fused.curvature import (
     LinearMap,
     Method,
     MethodUnsupported,
-    ModelFn,
     Pullback,
     by_first_of,
     refusal,
@@ -37,10 +37,11 @@ from curveball_fused.curvature import (
 from curveball_fused.curvature.backward import Backward
 from curveball_fused.curvature.linear_map import own_gradients
 from curveball_fused.curvature.torch_modes import announce
+from curveball_fused.data_parallel import Processes
 from curveball_fused.loss_scale import Overflow, ScaledLinearMap, WideLinearMap, scale_tangents
 from curveball_fused.losses import LossFn, LossModel
 from curveball_fused.preconditioners import Direction, Preconditioner
-from curveball_fused.replay import Replay
+from curveball_fused.replay import Replay, Replays
 from curveball_fused.settings import Settings
 
 _NO_CURVATURE = (
@@ -68,6 +69,7 @@ class StepContext:
         compares: whether the guard compares in this step in any case.
         is_first: whether it is the first step, in which the host may read a value.
         preconditioner: P; None where P = 1.
+        processes: that train the parameters together; None: this one alone.
     """
 
     settings: Settings
@@ -82,6 +84,7 @@ class StepContext:
     compares: bool
     is_first: bool
     preconditioner: Preconditioner | None
+    processes: Processes | None
 
     @property
     def guarded(self) -> bool:
@@ -98,9 +101,9 @@ class StepContext:
         """Whether gradients are not rounded to less than float32."""
         return all(p.dtype in (torch.float32, torch.float64) for p in self.params)
 
-    def wide(self, linear: LinearMap | Pullback, outputs: Tensor, compute_dtype: torch.dtype | None) -> WideLinearMap:
-        """Return a map as the step sees it."""
-        if compute_dtype is torch.float16:
+    def wide(self, linear: LinearMap | Pullback, outputs: Tensor, is_scaled: bool) -> WideLinearMap:
+        """Return a map as the step sees it, with the loss scale or without."""
+        if is_scaled:
             return ScaledLinearMap(linear, outputs.dtype, self.loss_scale, self.tangent_size)
         return WideLinearMap(linear, outputs.dtype)
 
@@ -120,7 +123,8 @@ class QuadraticTerms(NamedTuple):
     """What a step has measured, before anything is changed.
 
     Attributes:
-        loss, outputs: of the model, the loss 0-dim; detached.
+        loss: of the whole batch, 0-dim, detached.
+        outputs: of the model for each part of it, detached.
         u: P⁻¹Jᵀc, of the parameters' shapes; in float16 there is an `overflow`, and where P = 1 it is multiplied by the
             loss scale.
         products: float64[5], of the unscaled u.
@@ -131,10 +135,11 @@ class QuadraticTerms(NamedTuple):
         comparison: of the products with dot products taken directly; None where the step's number asks for none.
         loss_size: of a loss that may be concave somewhere, as `LossModel` has it; None of others.
         direction: what P is to learn from; None where P = 1.
+        mean: by which numbers of the parts become those of the whole.
     """
 
     loss: Tensor
-    outputs: Tensor
+    outputs: list[Tensor]
     u: list[Tensor]
     products: Tensor
     dots: Tensor | None
@@ -144,6 +149,7 @@ class QuadraticTerms(NamedTuple):
     comparison: guard.Comparison | None
     loss_size: Tensor | None
     direction: Direction | None
+    mean: BatchMean
 
 
 class FullGradient(NamedTuple):
@@ -160,61 +166,88 @@ class FullGradient(NamedTuple):
     compute_dtype: torch.dtype | None
 
 
+class _Run(NamedTuple):
+    """What the run of a part of the batch has left.
+
+    Attributes:
+        linear: J; None where its memory was freed for the next part.
+        outputs: of the model.
+        jz: J z, in float32 at least.
+        loss_model: the quadratic model of the loss.
+        c: the cotangent that is pulled back, g + θ H Jz.
+        products_with: gives the products, of Ju.
+        map_: the method and the functions that the model consists of.
+        is_scaled: whether r is multiplied by the loss scale.
+        compute_dtype: the half precision that the model computes in, or None.
+    """
+
+    linear: WideLinearMap | None
+    outputs: Tensor
+    jz: Tensor
+    loss_model: LossModel
+    c: Tensor
+    products_with: Callable[[Tensor], Tensor]
+    map_: tuple[str, frozenset[str]]
+    is_scaled: bool
+    compute_dtype: torch.dtype | None
+
+
 def measure(
-    context: StepContext,
-    model_fn: ModelFn,
-    loss_fn: LossFn,
-    replay: Replay,
-    full_gradient: FullGradient | None = None,
+    context: StepContext, parts: Sequence[Part], replays: Replays, full_gradient: FullGradient | None = None
 ) -> QuadraticTerms:
     """Return the terms of a step that solves.
 
     Args:
         context: where the step begins.
-        model_fn: returns the predictions.
-        loss_fn: maps them to the scalar loss.
-        replay: makes later runs of the model the same function.
+        parts: of the batch.
+        replays: make later runs of the model the same function.
         full_gradient: Jᵀg of another batch, to take the place of this one's in r.
     """
 
     def by(method: Method) -> QuadraticTerms:
-        return _measure_by(method, context, model_fn, loss_fn, replay, full_gradient)
+        if context.processes is not None and all(name != method.name for name, _ in context.known_maps):
+            _agree(context.processes, context, method, parts, replays)
+        return _measure_by(method, context, parts, replays, full_gradient)
 
-    return by_first_of(context.methods, by, model_fn, replay)
+    return by_first_of(context.methods, by, [part.model_fn for part in parts], replays)
 
 
 def measure_with_curvature_batch(
-    context: StepContext,
-    model_fn: ModelFn,
-    loss_fn: LossFn,
-    curvature_batch: tuple[ModelFn, LossFn],
-    replay: Replay,
+    context: StepContext, parts: Sequence[Part], curvature_parts: Sequence[Part], replays: Replays
 ) -> QuadraticTerms:
     """Measure loss, outputs and gradient of the full batch, and the curvature of a part of it."""
-    backward = Backward(model_fn, context.params, replay)
-    outputs = backward.outputs
-    compute_dtype = _half_precision({outputs.dtype, *replay.dtypes}, context.params)
-    linear = context.wide(backward, outputs, compute_dtype)
-    loss_model = context.loss_model(loss_fn, outputs, linear, replay)
-    full_gradient = FullGradient(linear.vjp(loss_model.gradient()), linear.is_scaled, compute_dtype)
-    scratch_replay = Replay(context.params, context.params[0].device)
+    mean, compute_dtype, is_scaled = BatchMean(context.params, len(parts), context.processes), None, False
+    losses, all_outputs = [], []
+    for i, (model_fn, loss_fn, _) in enumerate(parts):
+        backward = Backward(model_fn, context.params, replays[i])
+        mean.weigh(parts[i])
+        outputs = backward.outputs
+        compute_dtype = _half_precision({compute_dtype, outputs.dtype, *replays.dtypes}, context.params)
+        is_scaled = compute_dtype is torch.float16 if i == 0 else is_scaled
+        linear = context.wide(backward, outputs, is_scaled)
+        loss_model = context.loss_model(loss_fn, outputs, linear, replays[i])
+        mean.pull_back(partial(linear.vjp, loss_model.gradient()))
+        losses.append(loss_model.loss)
+        all_outputs.append(outputs)
+    loss = mean.of_losses(losses)
+    full_gradient = FullGradient(mean.gradient(), is_scaled, compute_dtype)
+    scratch_replays = replays.scratches()
     try:
         part = replace(context, compute_dtype=compute_dtype)
-        terms = measure(part, *curvature_batch, scratch_replay, full_gradient)
+        terms = measure(part, curvature_parts, scratch_replays, full_gradient)
     finally:
-        scratch_replay.rewind()
+        scratch_replays.rewind()
     overflow = terms.overflow
     if overflow is not None:  # a loss that is not finite is none
-        overflow = Overflow(*(each & torch.isfinite(loss_model.loss) for each in overflow))
-    return terms._replace(loss=loss_model.loss, outputs=outputs, overflow=overflow)
+        overflow = Overflow(*(each & torch.isfinite(loss) for each in overflow))
+    return terms._replace(loss=loss, outputs=all_outputs, overflow=overflow, mean=mean)
 
 
 def _measure_by(
     method: Method,
     context: StepContext,
-    model_fn: ModelFn,
-    loss_fn: LossFn,
-    replay: Replay,
+    parts: Sequence[Part],
+    replays: Replays,
     full_gradient: FullGradient | None,
 ) -> QuadraticTerms:
     """Measure by one method.
@@ -225,73 +258,136 @@ def _measure_by(
     Returns:
         What `measure` returns.
     """
-    linear, outputs, jz, compute_dtype = _linearize(context, method, model_fn, replay, full_gradient)
-    map_ = (method.name, linear.operators)
-    first = context.guarded and map_ not in context.known_maps
-    compares = first or context.compares
-    if compares:
-        linear.compare_runs()
-    loss_model = context.loss_model(loss_fn, outputs, linear, replay)
-    c, products_with = loss_model.cotangent(jz)  # c = g + H Jz
-    if context.settings.theta == 0:
-        c = loss_model.gradient()
-    with refusals_of(method), own_gradients(context.params) if first else nullcontext():
-        r = _pull_back(context, linear, loss_model, c, full_gradient)  # r = Jᵀc
+    settings = context.settings
+    mean = BatchMean(context.params, len(parts), context.processes)
+    runs: list[_Run] = []
+    for i, part in enumerate(parts):
+        if settings.debug and not mean.is_plain:
+            _rehearse(context, method, [part], replays)  # each part has products of its own to be checked
+        run = _run(context, method, part, replays[i], runs[0] if runs else full_gradient)
+        mean.weigh(part)
+        if full_gradient is None or settings.theta != 0:
+            mean.pull_back(partial(_pull_back, context, method, run, full_gradient))  # r = Jᵀc
+        runs.append(run if i == len(parts) - 1 else run._replace(linear=None))
+    linear = cast(WideLinearMap, run.linear)
+    r = mean.gradient() if full_gradient is None else _with_full_gradient(context, linear, mean, full_gradient)
     # Adjointness does not hold of gradients that are rounded to a lower precision or altered by a hook.
     adjoint = not context.hooked and full_gradient is None
     direct = not adjoint or linear.is_scaled or not context.precise
     direction = None
     if context.preconditioner is None:
         u, dots = r, context.dots(linear, r) if direct else None
-        with refusals_of(method):
-            ju = linear.jvp_along(r, dots)
     else:
         direction = context.preconditioner.direction(linear.unscaled(r), context.z)
         u, dots = direction.u, direction.dots
-        with refusals_of(method):
-            ju = linear.jvp(u)
-    products = products_with(ju)
-    if loss_model.lacks_curvature(look=context.is_first):
+    ju = _images(context, method, parts, replays, runs, u, dots)
+    loss, products, size = _of_whole(mean, runs, [run.products_with(t) for run, t in zip(runs, ju, strict=True)])
+    if any(run.loss_model.lacks_curvature(look=context.is_first) for run in runs):
         announce(_NO_CURVATURE, _NO_CURVATURE)
-    overflow = linear.overflow(loss_model.loss, products, dots)
-    settings = context.settings
-    if settings.debug and full_gradient is None and not (overflow is not None and any(map(bool, overflow))):
+    overflow = linear.overflow(loss, products, dots)
+    if (
+        settings.debug
+        and mean.is_plain
+        and full_gradient is None
+        and not (overflow is not None and any(map(bool, overflow)))
+    ):
         from curveball_fused import debug  # which no other step needs
 
+        loss_model = run.loss_model
         step = debug.Step(
-            method.name, model_fn, loss_fn, settings.sign, context.params, replay, context.z, outputs, jz,
-            settings.theta, c, linear.unscaled(r), linear.unscaled(u) if direction is None else u, ju, products,
-            loss_model.has_own_curvature(),
+            method.name, part.model_fn, part.loss_fn, settings.sign, context.params, replays[0], context.z, run.outputs,
+            run.jz, settings.theta, run.c, linear.unscaled(r), linear.unscaled(u) if direction is None else u, ju[0],
+            products, loss_model.has_own_curvature(),
         )  # fmt: skip
         debug.check(step)
         if context.preconditioner is not None and direction is not None:
             debug.check_metric(context.preconditioner.blocks(), direction, context.z)
     comparison = None
-    if compares and adjoint:
+    first = any(_is_new(context, run) for run in runs)
+    if (first or context.compares) and adjoint:
         comparison = guard.compare(
             context.dots(linear, r) if dots is None else dots,
-            ops.dots([jz], [c], backend=settings.backend),
-            ops.dots([ju], [c], backend=settings.backend),
+            *_by_adjointness(mean, runs, ju, settings.backend),
             linear.difference_of_runs(),
-            {outputs.dtype, *replay.dtypes, *(p.dtype for p in context.params)},
+            {*(run.outputs.dtype for run in runs), *replays.dtypes, *(p.dtype for p in context.params)},
         )
         if first:
-            error = _judge(context, method, comparison, model_fn, replay)
+            error = _judge(context, method, comparison, parts, replays)
             # An overflow of float16 says nothing, and may last for some steps: later comparisons are on the device.
             if math.isfinite(error) or overflow is not None:
-                context.known_maps[map_] = error
+                context.known_maps.update({run.map_: error for run in runs if _is_new(context, run)})
         products = comparison.masked(products)
     elif first:
-        _rehearse(context, method, model_fn, loss_fn)
+        _rehearse(context, method, parts, replays)
     if full_gradient is not None:
         assert dots is not None
         products = _consistent(products, dots, settings.theta)
     # A first step by a method may be any, in a training that was resumed too: it leaves no trace in the state.
     noted = comparison if context.compares else None
     return QuadraticTerms(
-        loss_model.loss, outputs, u, products, dots, overflow, method.name, compute_dtype, noted, loss_model.size,
-        direction,
+        loss, [run.outputs for run in runs], u, products, dots, overflow, method.name, run.compute_dtype, noted, size,
+        direction, mean,
     )  # fmt: skip
+
+
+def _is_new(context: StepContext, run: _Run) -> bool:
+    """Return whether the guard, which looks, has not seen the functions that the model consists of."""
+    return context.guarded and run.map_ not in context.known_maps
+
+
+def _images(
+    context: StepContext,
+    method: Method,
+    parts: Sequence[Part],
+    replays: Replays,
+    runs: Sequence[_Run],
+    u: list[Tensor],
+    dots: Tensor | None,
+) -> list[Tensor]:
+    """Return J u for each part. The last one has its map still; the others run once more, and are before their run."""
+
+    def image(linear: WideLinearMap) -> Tensor:
+        with refusals_of(method):
+            return linear.jvp_along(u, dots) if context.preconditioner is None else linear.jvp(u)
+
+    found = [image(cast(WideLinearMap, runs[-1].linear))]
+    for i in reversed(range(len(parts) - 1)):
+        replays[i + 1].rewind()
+        replays[i].rewind()
+        scratch = replays.scratch()
+        try:
+            with refusals_of(method):
+                map_ = method.build(parts[i].model_fn, context.params, scratch, context.settings.tangent_backend)
+            found.insert(0, image(context.wide(map_, runs[i].outputs, runs[i].is_scaled)))
+        finally:
+            scratch.rewind()
+    return found
+
+
+def _of_whole(
+    mean: BatchMean, runs: Sequence[_Run], products: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return loss, products and `loss_size` of the whole batch from those of its parts."""
+    sizes = [run.loss_model.size for run in runs]
+    if mean.is_plain:
+        return runs[0].loss_model.loss, products[0], sizes[0]
+    numbers = []
+    for run, products_i, size, share in zip(runs, products, sizes, mean.shares, strict=True):
+        loss = run.loss_model.loss.double()
+        numbers.append(share * torch.cat((torch.stack((loss, loss.abs() if size is None else size)), products_i)))
+    total = mean.sum(numbers)
+    return total[0], total[2:], None if all(size is None for size in sizes) else total[1]
+
+
+def _by_adjointness(mean: BatchMean, runs: Sequence[_Run], ju: Sequence[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    """Return `[Jz·Jz, Jz·c, c·c]`, and that of Ju, for the c of the whole batch, in which each part has its share."""
+    numbers = []
+    for run, ju_i, share in zip(runs, ju, mean.shares, strict=True):
+        of_z, of_u = (ops.dots([t], [run.c], backend=backend) for t in (run.jz, ju_i))
+        in_share = torch.stack([of_z.new_ones(()) * share**k for k in range(3)])
+        numbers.append(torch.cat((in_share * of_z, in_share * of_u)))
+    of_z, of_u = mean.sum(numbers).split(3)
+    return of_z, of_u
 
 
 def _consistent(products: Tensor, dots: Tensor, theta: float) -> Tensor:
@@ -308,8 +404,8 @@ def _judge(
     context: StepContext,
     method: Method,
     comparison: guard.Comparison,
-    model_fn: ModelFn,
-    replay: Replay,
+    parts: Sequence[Part],
+    replays: Replays,
 ) -> float:
     """Read a comparison on the host, in the first step by a method or by other functions.
 
@@ -317,8 +413,8 @@ def _judge(
         context: where the step begins.
         method: that has measured.
         comparison: of what it has measured.
-        model_fn: called without arguments, returns the predictions.
-        replay: makes another run of the model the same function.
+        parts: of the batch.
+        replays: make another run of the model the same function.
 
     Returns:
         The largest error; NaN where it cannot be read, or is none.
@@ -333,63 +429,91 @@ def _judge(
         if method.name == context.methods[-1]:
             from curveball_fused import debug
 
-            complaint = f"{complaint}. {debug.suspects(method.name, model_fn, replay)}"
+            complaint = f"{complaint}. {debug.suspects(method.name, parts[-1].model_fn, replays[len(parts) - 1])}"
         raise MethodUnsupported(refusal(method, complaint))
     return float(comparison.worst())
 
 
-def _rehearse(context: StepContext, method: Method, model_fn: ModelFn, loss_fn: LossFn) -> None:
-    """Let the guard see a step as it is without hooks and without another batch's gradient, which hide its identities.
+def _rehearse(context: StepContext, method: Method, parts: Sequence[Part], replays: Replays) -> None:
+    """Let the guard see a step as it is without hooks, another batch's gradient and other processes.
 
-    Nothing stays of it, but that the guard knows the map.
+    The first two hide its identities. Nothing stays of it, but that the guard knows the map.
     """
-    scratch_replay = Replay(context.params, context.params[0].device)
-    plain = replace(context)
+    scratch_replays = replays.scratches()
     try:
         with gradient_hooks_set_aside(context.params):
-            _measure_by(method, plain, model_fn, loss_fn, scratch_replay, None)
+            _measure_by(method, replace(context, processes=None), parts, scratch_replays, None)
     finally:
-        scratch_replay.rewind()
+        scratch_replays.rewind()
 
 
-def _linearize(
-    context: StepContext, method: Method, model_fn: ModelFn, replay: Replay, full_gradient: FullGradient | None
-) -> tuple[WideLinearMap, Tensor, Tensor, torch.dtype | None]:
-    """Return the map, outputs, Jz in float32 at least, and the model's half precision."""
+def _agree(processes: Processes, context: StepContext, method: Method, parts: Sequence[Part], replays: Replays) -> None:
+    """Let all processes find out whether each can follow the model by a method, before one waits for another in vain.
+
+    Args:
+        processes: all of them.
+        context: where the step begins.
+        method: to be tried.
+        parts: of the batch.
+        replays: make further runs of the model the same function.
+
+    Raises:
+        MethodUnsupported: one of them cannot; what another one says of its model is said there.
+    """
+    own = None
+    try:
+        _rehearse(context, method, parts, replays)
+    except MethodUnsupported as refused:
+        own = refused
+    if not processes.all(own is None, context.params[0].device):
+        raise own or MethodUnsupported(refusal(method, "that of another process is refused, which says why"))
+
+
+def _run(context: StepContext, method: Method, part: Part, replay: Replay, before: _Run | FullGradient | None) -> _Run:
+    """Run the model of a part: the map, outputs, Jz and the loss. `before` is another part, or the full gradient."""
     scaled = None
     if context.compute_dtype is torch.float16:
         scaled = scale_tangents(context.z, context.z_dot_z, context.tangent_size)
     with refusals_of(method):
-        linear = method.build(model_fn, context.params, replay, context.settings.tangent_backend)
-        outputs, jz = linear.jvp(context.z if scaled is None else scaled.tangents)
+        map_ = method.build(part.model_fn, context.params, replay, context.settings.tangent_backend)
+        outputs, jz = map_.jvp(context.z if scaled is None else scaled.tangents)
     jz = at_least_float32(jz) if scaled is None else scaled.unscale(jz)
     known = {outputs.dtype, *replay.dtypes}
-    if full_gradient is not None and full_gradient.compute_dtype is not None:
-        known.add(full_gradient.compute_dtype)
+    if before is not None and before.compute_dtype is not None:
+        known.add(before.compute_dtype)
     compute_dtype = _half_precision(known, context.params)
-    return context.wide(linear, outputs, compute_dtype), outputs, jz, compute_dtype
+    is_scaled = before.is_scaled if isinstance(before, _Run) else compute_dtype is torch.float16
+    linear = context.wide(map_, outputs, is_scaled)
+    name = (method.name, linear.operators)
+    if context.compares or (context.guarded and name not in context.known_maps):
+        linear.compare_runs()
+    loss_model = context.loss_model(part.loss_fn, outputs, linear, replay)
+    c, products_with = loss_model.cotangent(jz)  # c = g + H Jz
+    if context.settings.theta == 0:
+        c = loss_model.gradient()
+    return _Run(linear, outputs, jz, loss_model, c, products_with, name, is_scaled, compute_dtype)
 
 
-def _pull_back(
-    context: StepContext,
-    linear: WideLinearMap,
-    loss_model: LossModel,
-    c: Tensor,
-    full_gradient: FullGradient | None,
+def _pull_back(context: StepContext, method: Method, run: _Run, full_gradient: FullGradient | None) -> list[Tensor]:
+    """Return r = Jᵀ(g + θ H Jz) of a part, or θ Jᵀ H Jz where there is a full gradient."""
+    c = run.c if full_gradient is None else run.c - run.loss_model.gradient()
+    with refusals_of(method), own_gradients(context.params) if _is_new(context, run) else nullcontext():
+        return cast(WideLinearMap, run.linear).vjp(c)
+
+
+def _with_full_gradient(
+    context: StepContext, linear: WideLinearMap, mean: BatchMean, full_gradient: FullGradient
 ) -> list[Tensor]:
-    """Return r = Jᵀ(g + θ H Jz), or θ Jᵀ H Jz and the given gradient."""
-    if full_gradient is None:
-        return linear.vjp(c)
+    """Return r = θ Jᵀ H Jz, as `mean` has it, and the given gradient."""
     gradient = full_gradient.tensors
     if linear.is_scaled and not full_gradient.is_scaled:
         gradient = [g * context.loss_scale.to(g.dtype) for g in gradient]
     if context.settings.theta == 0:
         return gradient
-    curved = linear.vjp(c - loss_model.gradient())
-    return [a + b for a, b in zip(curved, gradient, strict=True)]
+    return [a + b for a, b in zip(mean.gradient(), gradient, strict=True)]
 
 
-def _half_precision(used: set[torch.dtype], params: Sequence[Tensor]) -> torch.dtype | None:
+def _half_precision(used: Collection[torch.dtype | None], params: Sequence[Tensor]) -> torch.dtype | None:
     """Return float16 if anything is in it, else bfloat16 likewise, else None."""
-    used = used | {p.dtype for p in params}
+    used = {*used, *(p.dtype for p in params)}
     return next((dtype for dtype in (torch.float16, torch.bfloat16) if dtype in used), None)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,14 +29,15 @@ from curveball_fused.backends.scalars import (
     SAFE_STEPS,
     Z_DOT_Z,
 )
+from curveball_fused.batch import Part
 from curveball_fused.between_solves import gradient
-from curveball_fused.curvature import METHODS, ModelFn
+from curveball_fused.curvature import METHODS
 from curveball_fused.curvature.torch_modes import force_eager
-from curveball_fused.losses import LossFn, checked_loss
-from curveball_fused.outputs import StructuredOutputs
+from curveball_fused.data_parallel import processes_of
+from curveball_fused.losses import checked_loss
 from curveball_fused.preconditioners import EARLY_REFRESHES, Direction, Preconditioner, gathers, refresh
 from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure, measure_with_curvature_batch
-from curveball_fused.replay import Replay
+from curveball_fused.replay import Replays
 from curveball_fused.settings import Settings
 
 MAY_RECOMPUTE = ("forward", "double_backward")  # the methods that follow a model with gradient checkpoints
@@ -44,35 +45,18 @@ MAY_RECOMPUTE = ("forward", "double_backward")  # the methods that follow a mode
 EARLY_SOLVES = EARLY_REFRESHES
 
 
-Closure = Callable[[], tuple[Any, Callable[[Any], Tensor]]]  # returns outputs, of any structure, and their loss
-
-
 class StepInputs(NamedTuple):
-    """The arguments of `CurveBall.step`."""
+    """The arguments of `CurveBall.step`.
 
-    model_fn: ModelFn
-    loss_fn: LossFn
-    curvature_batch: tuple[ModelFn, LossFn] | None = None
-    scaler: torch.amp.GradScaler | None = None
-
-
-def functions_of(closure: Closure) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
-    """Return the `model_fn` and `loss_fn` that a closure stands for; the loss is that of its last run.
-
-    Args:
-        closure: called without arguments, as often as `model_fn` would be, returns outputs and `loss_fn`.
+    Attributes:
+        parts: of the batch.
+        curvature_parts: those from which the curvature is taken; None: the same.
+        scaler: of float16.
     """
-    last: list[Callable[[Any], Tensor]] = []
 
-    def model_fn() -> Any:
-        returned: Any = closure()
-        if not isinstance(returned, tuple) or len(returned) != 2 or not callable(returned[1]):
-            checks.raise_wrong_step_call()
-        outputs, loss_fn = returned
-        last[:] = [loss_fn]
-        return outputs
-
-    return model_fn, lambda outputs: last[0](outputs)
+    parts: Sequence[Part]
+    curvature_parts: Sequence[Part] | None = None
+    scaler: torch.amp.GradScaler | None = None
 
 
 class StepKind(NamedTuple):
@@ -111,18 +95,13 @@ def intervals(settings: Settings) -> tuple[int, int, int]:
 
 # torch.compile(optimizer.step) runs the step as it is: its kernels are compiled already.
 @disable_dynamo
-def take_step(optimizer: Optimizer, inputs: StepInputs, settings: Settings) -> tuple[Tensor, Any]:
-    """Take a step, count it and note it in the history; return loss and outputs, of whatever structure these are."""
+def take_step(optimizer: Any, inputs: StepInputs, settings: Settings) -> tuple[Tensor, list[Tensor]]:
+    """Take a step, count it and note it in the history; return loss and outputs of the parts."""
     shared = prepared(optimizer, settings)
     before = shared["scalars"]
-    whole, part = StructuredOutputs(inputs.model_fn, inputs.loss_fn), None
-    if inputs.curvature_batch is not None:
-        of_part = StructuredOutputs(*inputs.curvature_batch)
-        part = of_part.model_fn, of_part.loss_fn
-    inputs = StepInputs(whole.model_fn, whole.loss_fn, part, inputs.scaler)
     try:
-        loss, outputs = run_step(optimizer, inputs, shared, settings, is_first=shared["step"] == 0)
-        return loss, whole.of(outputs)
+        with nullcontext() if optimizer._processes is None else optimizer._processes.wrapper_set_aside():
+            return run_step(optimizer, inputs, shared, settings, is_first=shared["step"] == 0)
     finally:
         if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too
             finish(optimizer, shared, settings)
@@ -148,10 +127,12 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
     active = state.checksum(trained)
     if optimizer._checked != active:  # in the first step, and where others are trained
         checks.separate_memory(everything)
-        checks.replicas(everything)
-        optimizer._checked = active
+        optimizer._processes = processes_of(everything, optimizer._process_group) if optimizer._may_share else None
     shared = state.prepare(optimizer.state, everything, optimizer._shared, active, settings)
     optimizer._shared = shared
+    if optimizer._processes is not None and (optimizer._checked != active or settings.debug):
+        optimizer.check_replicas()
+    optimizer._checked = active
     return shared
 
 
@@ -160,8 +141,8 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def run_step(
-    optimizer: Optimizer, inputs: StepInputs, shared: dict[str, Any], settings: Settings, is_first: bool = False
-) -> tuple[Tensor, Tensor]:
+    optimizer: Any, inputs: StepInputs, shared: dict[str, Any], settings: Settings, is_first: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """Do all that a step does on the device; return loss and outputs. In a first step the host may read a value."""
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
     kind = kind_of(settings, shared["step"])
@@ -179,15 +160,15 @@ def _run_with_solve(
     inputs: StepInputs,
     shared: dict[str, Any],
     kind: StepKind,
-) -> tuple[Tensor, Tensor]:
-    settings = context.settings
-    replay = Replay(context.params, context.params[0].device)
+) -> tuple[Tensor, list[Tensor]]:
+    settings, processes = context.settings, context.processes
+    replays = Replays(context.params)
     with force_eager():
         try:
-            terms = _measure(context, inputs, replay)  # (1-4)  u = P⁻¹Jᵀ(g + θ H Jz)
+            terms = _measure(context, inputs, replays)  # (1-4)  u = P⁻¹Jᵀ(g + θ H Jz)
             scalars = _solve(terms, inputs, shared, settings)  # (5-7)  [β, -ρ] = A⁺ b
             scalars = _bounded(scalars, shared["scalars"], terms.loss_size, settings)
-            replay.finish()  # before the update, which is of the weights that the model has left
+            replays.finish()  # before the update, which is of the weights that the model has left
             is_scaled = terms.overflow is not None and terms.direction is None
             scalars = _update(context, groups, terms.u, is_scaled, terms.direction, scalars)  # (8)
             _remember(optimizer, context, inputs, shared, scalars, terms.overflow)
@@ -196,11 +177,14 @@ def _run_with_solve(
                 failed, worst = terms.comparison.failed(), terms.comparison.worst()
                 shared["guard"] = state.noted_comparison(shared["guard"], failed, worst)
         except BaseException:
-            replay.rewind()
+            replays.rewind()
             raise
         torch.clear_autocast_cache()  # for the run at the new weights, and for whatever follows in the same autocast
         if kind.adapt_damping:
-            shared["scalars"] = _adapt_damping(inputs, terms.method, scalars, replay, settings)  # (9-10)  λ by γ
+            shared["scalars"] = _adapt_damping(inputs, terms, scalars, replays, settings)  # (9-10)  λ by γ
+        if processes is not None:
+            processes.note_modules(replays.modules())
+            processes.broadcast_buffers()
     return terms.loss, terms.outputs
 
 
@@ -210,16 +194,14 @@ def _run_between_solves(
     groups: Sequence[list[Tensor]],
     inputs: StepInputs,
     shared: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     settings = context.settings
-    model_fn: ModelFn = inputs.model_fn
-    if shared["method"] in MAY_RECOMPUTE:
-        # Only such a model can have gradient checkpoints, which run again in the backward pass: with their first
-        # buffers, which advance once.
-        replay = Replay(context.params, context.params[0].device)
-        model_fn = partial(replay.first, model_fn)
-    with force_eager() if shared["method"] in MAY_RECOMPUTE else nullcontext():
-        loss, outputs, u, is_scaled, room = gradient(context, model_fn, inputs.loss_fn)
+    # Only such a model can have gradient checkpoints, which run again in the backward pass: with their first buffers,
+    # which advance once.
+    may_recompute = shared["method"] in MAY_RECOMPUTE
+    with force_eager() if may_recompute else nullcontext():
+        found = gradient(context, inputs.parts, Replays(context.params) if may_recompute else None)
+    loss, outputs, u, is_scaled, room = found
     direction = None
     if context.preconditioner is not None:
         direction = context.preconditioner.direction(loss_scale.unscaled(u, context.loss_scale) if is_scaled else u)
@@ -243,11 +225,13 @@ def _run_between_solves(
         overflow = loss_scale.Overflow(too_large, torch.zeros_like(too_large))
     _remember(optimizer, context, inputs, shared, scalars, overflow)
     torch.clear_autocast_cache()
+    if context.processes is not None:
+        context.processes.broadcast_buffers()
     return loss, outputs
 
 
 def _context(
-    optimizer: Optimizer,
+    optimizer: Any,
     groups: Sequence[list[Tensor]],
     inputs: StepInputs,
     shared: dict[str, Any],
@@ -270,6 +254,7 @@ def _context(
         compares=kind.compare,
         is_first=is_first,
         preconditioner=_preconditioner(optimizer, params, shared, settings, kind.gather),
+        processes=optimizer._processes,
     )
 
 
@@ -282,17 +267,16 @@ def _preconditioner(
     return Preconditioner([optimizer.state[p] for p in params], shared["scalars"], settings.backend, gather)
 
 
-def _measure(context: StepContext, inputs: StepInputs, replay: Replay) -> QuadraticTerms:
-    model_fn, loss_fn, curvature_batch = inputs.model_fn, inputs.loss_fn, inputs.curvature_batch
-    if curvature_batch is None:
-        return measure(context, model_fn, loss_fn, replay)
-    return measure_with_curvature_batch(context, model_fn, loss_fn, curvature_batch, replay)
+def _measure(context: StepContext, inputs: StepInputs, replays: Replays) -> QuadraticTerms:
+    if inputs.curvature_parts is None:
+        return measure(context, inputs.parts, replays)
+    return measure_with_curvature_batch(context, inputs.parts, inputs.curvature_parts, replays)
 
 
 def _solve(terms: QuadraticTerms, inputs: StepInputs, shared: dict[str, Any], settings: Settings) -> Tensor:
     """Return the scalars with β and ρ."""
     # ρ > 1 is a matter of one step and one batch: beyond it the heavy ball gains energy.
-    is_exact = settings.average == 0 and settings.solve_interval == 1 and inputs.curvature_batch is None
+    is_exact = settings.average == 0 and settings.solve_interval == 1 and inputs.curvature_parts is None
     return ops.solve(
         shared["scalars"],
         settings.sign * terms.loss,
@@ -369,13 +353,22 @@ def _remember(
         loss_scale.report_overflow(inputs.scaler, optimizer, found)
 
 
-def _adapt_damping(inputs: StepInputs, method: str, scalars: Tensor, replay: Replay, settings: Settings) -> Tensor:
+def _adapt_damping(
+    inputs: StepInputs, terms: QuadraticTerms, scalars: Tensor, replays: Replays, settings: Settings
+) -> Tensor:
     """Compare the loss at the new weights, on the same batch, with the predicted one; return scalars with the new λ."""
-    evaluate = METHODS[method].evaluate
-    new_loss = replay.again_at_new_weights(lambda: inputs.loss_fn(at_least_float32(evaluate(inputs.model_fn))))
+    evaluate = METHODS[terms.method].evaluate
+
+    def loss_of(part: Part) -> Tensor:
+        return part.loss_fn(at_least_float32(evaluate(part.model_fn)))
+
+    losses = [
+        checked_loss(replays[i].again_at_new_weights(partial(loss_of, part))).detach()
+        for i, part in enumerate(inputs.parts)
+    ]
     return ops.adapt_damping(
         scalars,
-        settings.sign * checked_loss(new_loss).detach(),
+        settings.sign * terms.mean.of_losses(losses),
         low=settings.lambda_low,
         high=settings.lambda_high,
         factor=settings.lambda_factor**settings.lambda_interval,

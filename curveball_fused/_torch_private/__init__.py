@@ -41,7 +41,9 @@ __all__ = [
     "dual_level",
     "flash_attention_for_cpu",
     "flash_attention_for_cpu_backward",
+    "foreach_add_",
     "foreach_mul",
+    "foreach_mul_",
     "forget_cached_parametrizations",
     "forward_grad_enabled",
     "gradient_hooks_set_aside",
@@ -50,6 +52,7 @@ __all__ = [
     "in_dual_level",
     "in_functorch_transform",
     "is_functorch_wrapped",
+    "is_in_join",
     "mark_as_stepped",
     "parameters_of",
     "recomputations_wrapped",
@@ -69,7 +72,9 @@ __all__ = [
 ]
 
 # Functions and operators.
+foreach_add_ = torch._foreach_add_
 foreach_mul = torch._foreach_mul
+foreach_mul_ = torch._foreach_mul_
 safe_softmax = torch._safe_softmax
 softmax_backward = torch._softmax_backward_data
 weight_norm = torch._weight_norm
@@ -183,6 +188,11 @@ def recomputations_wrapped(wrap: Callable[[Callable[..., None]], Callable[..., N
 def versions_kept(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Let autograd not know what is written to these tensors within the block, at whose end they are as before it."""
     return _unsafe_preserve_version_counter(tuple(tensors))
+
+
+def is_in_join(wrapper: nn.parallel.DistributedDataParallel) -> bool:
+    """Return whether a wrapper is within `with wrapper.join()`."""
+    return bool(wrapper._join_config.enable)
 
 
 def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:

@@ -28,6 +28,7 @@ from curveball_fused._torch_private import (
     tree_leaves,
     tree_map,
 )
+from curveball_fused.batch import Part
 from curveball_fused.curvature import METHODS
 from curveball_fused.optimizer import CurveBall
 from curveball_fused.preconditioners import EARLY_STEPS
@@ -95,9 +96,8 @@ class GraphedStep:
         self._device = optimizer._device
         self._pool = Pool(self._device)
         self._batch = tree_map(self._copied_to_device, tuple(sample_batch))
-        self._inputs = StepInputs(
-            lambda: _one_tensor(model_fn(self._batch[0])), lambda outputs: loss_fn(outputs, self._batch[1])
-        )
+        part = Part(lambda: _one_tensor(model_fn(self._batch[0])), lambda outputs: loss_fn(outputs, self._batch[1]))
+        self._inputs = StepInputs([part])
         self._rates = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in optimizer.param_groups]
         self._rates_hold: list[float | None] = [None] * len(self._rates)
         self._failures_when_watched: dict[StepKind, str] = {}
@@ -105,6 +105,8 @@ class GraphedStep:
         settings = replace(Settings.of(optimizer), lr=tuple(self._rates))
         with torch.no_grad():
             shared = prepared(optimizer, settings)
+            if optimizer._processes is not None:
+                raise RuntimeError("a graphed step is of one process: in several call optimizer.step.")
             kinds = sorted({kind_of(settings, step) for step in _examples(settings)})
             self._modules = self._warm_up(kinds, shared, settings)
             self._shared = {name: shared[name] for name in state.REPLACED}
@@ -242,7 +244,7 @@ class GraphedStep:
         capture = Capture(self._pool, METHODS[shared["method"]].reruns)
         try:
             with capture.recording():
-                loss, outputs = run_step(self._optimizer, self._inputs, shared, settings)
+                loss, (outputs,) = run_step(self._optimizer, self._inputs, shared, settings)
                 for name, place in self._shared.items():
                     if shared[name] is not place:
                         place.copy_(shared[name])

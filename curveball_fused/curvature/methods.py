@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from traceback import walk_tb
 from typing import TypeVar
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
-from curveball_fused.replay import Replay, Unrepeatable
+from curveball_fused.data_parallel import LostProcess
+from curveball_fused.replay import Replay, Replays, Unrepeatable
 
 from .double_backward import DoubleBackward
 from .dual_numbers import DualNumbers
@@ -106,7 +108,7 @@ METHODS = {method.name: method for method in (_LINEARIZE, _LINEARIZE_OPERATORS, 
 
 
 def by_first_of(
-    methods: Sequence[str], measure: Callable[[Method], Result], model_fn: ModelFn, replay: Replay
+    methods: Sequence[str], measure: Callable[[Method], Result], model_fns: Sequence[ModelFn], replays: Replays
 ) -> Result:
     """Measure by the first of `methods` that can follow the model.
 
@@ -114,8 +116,8 @@ def by_first_of(
         methods: names, see `METHODS`.
         measure: runs the model by a method; raises `MethodUnsupported`, as `refusals_of` makes it do, where that cannot
             follow it.
-        model_fn: called without arguments, returns the predictions.
-        replay: puts back what an attempt has changed.
+        model_fns: of the parts of the batch: called without arguments, each returns its predictions.
+        replays: put back what an attempt has changed.
 
     Returns:
         What `measure` returns.
@@ -129,9 +131,9 @@ def by_first_of(
         try:
             result = measure(METHODS[name])
         except MethodUnsupported as refusal:
-            replay.rewind()
+            replays.rewind()
             refusals.append(refusal)
-            own = _own_error(refusal, model_fn, replay)
+            own = _own_error(refusal, model_fns, replays)
             if own is not None:
                 raise own from None
         else:
@@ -167,12 +169,13 @@ def refusals_of(method: Method) -> Iterator[None]:
     Raises:
         OutOfMemoryError: as it was raised: no fault of the method.
         Unrepeatable: likewise, as every method would refuse the model.
+        LostProcess: likewise.
         reentrant_checkpoint: likewise.
         MethodUnsupported: anything else was raised.
     """
     try:
         yield
-    except (MethodUnsupported, Unrepeatable, torch.OutOfMemoryError):
+    except (MethodUnsupported, Unrepeatable, LostProcess, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if _is_of_reentrant_checkpoint(error):
@@ -193,16 +196,17 @@ def refusal(method: Method, reason: str) -> str:
     return f"{option} cannot follow this model: {reason.rstrip('.')}"
 
 
-def _own_error(refusal: MethodUnsupported, model_fn: ModelFn, replay: Replay) -> Exception | None:
+def _own_error(refusal: MethodUnsupported, model_fns: Sequence[ModelFn], replays: Replays) -> Exception | None:
     """Return what the model raises in an ordinary run too, which is no fault of a method; None if nothing."""
     if refusal.__cause__ is None or isinstance(refusal.__cause__, (TapeUnsupported, ForwardModeUnsupported)):
         return None
     try:
-        replay.first(lambda: evaluate(model_fn))  # recorded, as a refused run may have ended before it wrote
+        for i, model_fn in enumerate(model_fns):
+            replays[i].first(partial(evaluate, model_fn))  # recorded, as a refused run may have ended before it wrote
     except Exception as error:
         return error
     finally:
-        replay.rewind()
+        replays.rewind()
     return None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from curveball_fused import backends, guard
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS
+from curveball_fused.batch import Part
 from curveball_fused.curvature import AUTO, MethodUnsupported, ModelFn, checked_outputs, torch_modes
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.losses import LossFn, checked_loss
@@ -56,6 +57,7 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
         print(explain(lambda: model(x), lambda out: F.cross_entropy(out, y), model.parameters()))
     """
     optimizer = CurveBall(params, auto_lambda=False)
+    optimizer._may_share = False  # its steps are of this process
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not (callable(model_fn) and callable(loss_fn) and trained):
         optimizer.step(model_fn, loss_fn)  # which raises, and says why
@@ -72,7 +74,9 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
 
     def step(method: str) -> None:
         with torch.no_grad():
-            take_step(optimizer, StepInputs(model_fn, loss_fn), replace(Settings.of(optimizer), curvature=method))
+            take_step(
+                optimizer, StepInputs([Part(model_fn, loss_fn)]), replace(Settings.of(optimizer), curvature=method)
+            )
 
     with _quiet(), force_eager(), _unchanged(forward, trained) as restore:
         errors = {method: _error(partial(step, method), restore) for method in AUTO}

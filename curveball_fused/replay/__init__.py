@@ -2,5 +2,6 @@
 
 from .memory import Unrepeatable
 from .replay import Replay
+from .replays import Replays
 
-__all__ = ["Replay", "Unrepeatable"]
+__all__ = ["Replay", "Replays", "Unrepeatable"]

@@ -177,10 +177,19 @@ class Replay:
 
 
 def _refuse_wrapper(module: nn.Module) -> None:
-    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+    if isinstance(module, nn.DataParallel):
         raise Unrepeatable(
-            f"model_fn calls a {type(module).__name__}-wrapped module, but CurveBall differentiates the model itself "
-            "and averages nothing: each process or device would take a step of its own from its own gradient, and the "
-            "replicas would drift apart. Train the module without the wrapper, in one process and on one device; "
-            "averaging across processes is not offered yet."
+            "model_fn calls a DataParallel-wrapped module, which copies the model to other devices, where no method "
+            "follows it: use DistributedDataParallel, with a process for each device."
+        )
+    # That of the optimizer's own parameters has a `forward` of its own during a step, which calls the model itself.
+    if isinstance(module, nn.parallel.DistributedDataParallel) and "forward" not in vars(module):
+        raise Unrepeatable(
+            "model_fn calls a DistributedDataParallel-wrapped module without a parameter of this optimizer, or in a "
+            "place that is of one process, such as explain: call the module inside it, wrapper.module."
+        )
+    if isinstance(module, nn.SyncBatchNorm) and module.training and torch.distributed.is_initialized():
+        raise Unrepeatable(
+            "model_fn calls SyncBatchNorm, whose outputs depend on other processes' batches, which Jacobian products "
+            "do not follow: use nn.BatchNorm, or a norm without statistics of the batch, such as nn.GroupNorm."
         )

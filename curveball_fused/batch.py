@@ -1,0 +1,117 @@
+"""A batch in parts, in this process and perhaps in others, and means over all of them: Σ wᵢ xᵢ / Σ wᵢ.
+
+The loss of the whole is L = Σ wᵢ Lᵢ / Σ wᵢ, and so are its gradient and its products with the curvature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from curveball_fused._torch_private import foreach_add_, foreach_mul, foreach_mul_
+from curveball_fused.backends.dtypes import at_least_float32
+from curveball_fused.curvature import ModelFn
+from curveball_fused.data_parallel import GradientSum, Processes
+from curveball_fused.losses import LossFn
+
+Weight = float | Tensor
+
+
+class Part(NamedTuple):
+    """One part of a batch.
+
+    Attributes:
+        model_fn: called without arguments, returns the predictions.
+        loss_fn: maps them to the scalar loss.
+        weight: called after a run of the model, returns w; a tensor is 0-dim.
+    """
+
+    model_fn: ModelFn
+    loss_fn: LossFn
+    weight: Callable[[], Weight] = lambda: 1.0
+
+
+class BatchMean:
+    """The mean over the parts of a batch, in all processes.
+
+    The parts come in their order: each is weighed when its model has run, and then pulled back.
+
+    Args:
+        params: the parameters.
+        count: of the parts in this process.
+        processes: that train the parameters; None: this one alone.
+
+    Attributes:
+        is_plain: whether there is one part, in one process, whose mean it is itself.
+    """
+
+    def __init__(self, params: Sequence[Tensor], count: int, processes: Processes | None) -> None:
+        self.is_plain = count == 1 and processes is None
+        self._params, self._count, self._processes = params, count, processes
+        self._weights: list[Weight] = []
+        self._pulled_back = 0
+        self._gradient: list[Tensor] = []
+
+    def weigh(self, part: Part) -> None:
+        """Note the weight of the part whose model has run last."""
+        self._weights.append(1.0 if self.is_plain else part.weight())
+
+    def pull_back(self, vjp: Callable[[], list[Tensor]]) -> None:
+        """Take in the Jᵀc of the next part, which `vjp` computes; that of the last one completes the gradient."""
+        i = self._pulled_back
+        self._pulled_back += 1
+        if self.is_plain:
+            self._gradient = vjp()
+        elif self._pulled_back < self._count:
+            self._add(vjp(), self._weights[i])
+        else:
+            so_far = self._gradient or None
+            if so_far is not None:
+                foreach_mul_(so_far, 1 / self._total)
+            share = self.shares[i]
+            if self._processes is not None:
+                with GradientSum(self._processes, self._params, share, so_far) as total:
+                    r = vjp()
+                self._gradient = total.of(r)
+            else:
+                self._add(vjp(), share)
+
+    def gradient(self) -> list[Tensor]:
+        """Return the mean of Jᵀc, in float32 at least where there are several parts."""
+        return self._gradient
+
+    def sum(self, numbers: Sequence[Tensor]) -> Tensor:
+        """Return the sum over all parts, each of which has a float64 vector of one length."""
+        own = numbers[0] if len(numbers) == 1 else torch.stack(list(numbers)).sum(dim=0)
+        return own if self._processes is None else self._processes.sum(own)
+
+    def of_losses(self, losses: Sequence[Tensor]) -> Tensor:
+        """Return the mean of the losses of all parts, 0-dim."""
+        if self.is_plain:
+            return losses[0]
+        return self.sum([share * loss.double() for loss, share in zip(losses, self.shares, strict=True)])
+
+    @cached_property
+    def shares(self) -> list[Weight]:
+        """wᵢ / Σ w of the parts in this process, when all of them have been weighed."""
+        return [1.0] if self.is_plain else [w / self._total for w in self._weights]
+
+    @cached_property
+    def _total(self) -> Weight:
+        own = sum(self._weights[1:], start=self._weights[0])
+        if self._processes is None:
+            return own
+        total = torch.zeros((), dtype=torch.float64, device=self._params[0].device) + own
+        return self._processes.sum(total)
+
+    def _add(self, r: Sequence[Tensor], weight: Weight) -> None:
+        if not self._gradient:
+            self._gradient = list(foreach_mul([at_least_float32(r_i) for r_i in r], weight))
+        elif isinstance(weight, Tensor):
+            foreach_add_(self._gradient, foreach_mul([at_least_float32(r_i) for r_i in r], weight))
+        else:
+            foreach_add_(self._gradient, list(r), alpha=weight)
