@@ -72,15 +72,39 @@ def gradient(context: StepContext, parts: Sequence[Part], replays: Replays | Non
             own = in_own_memory(outputs.detach(), context.params)
             leaf = at_least_float32(own).detach().requires_grad_()  # by which the loss sees what it sees in a solve
             at_outputs = loss_gradient(loss_fn, leaf, context.settings.sign, context.params)
-            room = _room(at_outputs, leaf.detach(), context.settings.sign)
             mean.pull_back(partial(_pull_back, context, outputs, at_outputs.cotangent, is_scaled))
-        found.append((at_outputs.loss, own, room))
-    losses, all_outputs, rooms = zip(*found, strict=True)
+        found.append((at_outputs, own))
+    all_outputs = [own for _, own in found]
+    loss, room = _loss_and_room(mean, found, context.settings.sign)
+    return Gradient(loss, all_outputs, mean.gradient(), is_scaled, room)
+
+
+def _loss_and_room(mean: BatchMean, found: Sequence[tuple[LossGradient, Tensor]], sign: float) -> tuple[Tensor, Tensor]:
+    """Return `loss` and `room` of the whole batch."""
+    # What is maximized has no upper bound that is known.
+    never_negative = [sign > 0 and each.is_never_negative for each, _ in found]
     if mean.is_plain:
-        return Gradient(losses[0], [own], mean.gradient(), is_scaled, rooms[0])
-    pairs = [torch.stack((loss, room)).double() * w for loss, room, w in zip(losses, rooms, mean.shares, strict=True)]
-    loss, room = mean.sum(pairs).unbind()
-    return Gradient(loss, list(all_outputs), mean.gradient(), is_scaled, room)
+        loss, is_never_negative = found[0][0].loss, never_negative[0]
+        return loss, loss if is_never_negative is True else _room(loss, _size(*found[0]), is_never_negative)
+    numbers = []
+    for (at_outputs, outputs), never, share in zip(found, never_negative, mean.shares, strict=True):
+        in_share = torch.stack((at_outputs.loss.double(), _size(at_outputs, outputs).double())) * share
+        may_be_negative = torch.zeros_like(in_share[:1]) + ~torch.as_tensor(never, device=in_share.device)
+        numbers.append(torch.cat((in_share, may_be_negative)))
+    loss, size, negative = mean.sum(numbers).unbind()
+    return loss, _room(loss, size, negative == 0)
+
+
+def _room(loss: Tensor, size: Tensor, is_never_negative: bool | Tensor) -> Tensor:
+    larger = torch.maximum(loss.abs(), size)
+    return larger if is_never_negative is False else torch.where(torch.as_tensor(is_never_negative), loss, larger)
+
+
+def _size(at_outputs: LossGradient, outputs: Tensor) -> Tensor:
+    """Return Σ |g_i o_i| over the outputs o."""
+    cotangent = at_outputs.cotangent
+    terms = torch.where(cotangent == 0, 0, cotangent * at_least_float32(outputs))  # an output of -inf has no gradient
+    return terms.abs().sum()
 
 
 def _pull_back(context: StepContext, outputs: Tensor, cotangent: Tensor, is_scaled: bool) -> list[Tensor]:
@@ -89,14 +113,3 @@ def _pull_back(context: StepContext, outputs: Tensor, cotangent: Tensor, is_scal
     cotangents = (cotangent.to(outputs.dtype),)
     gradients = run_backward((outputs,), cotangents, False, False, tuple(context.params), True, accumulate_grad=False)
     return dense_gradients(context.params, gradients)
-
-
-def _room(at_outputs: LossGradient, outputs: Tensor, sign: float) -> Tensor:
-    loss, cotangent, is_never_negative = at_outputs
-    if sign < 0:
-        is_never_negative = False  # what is maximized has no upper bound that is known
-    if is_never_negative is True:
-        return loss
-    terms = torch.where(cotangent == 0, 0, cotangent * outputs)  # an output of -inf has no gradient
-    size = torch.maximum(loss.abs(), terms.abs().sum())
-    return size if is_never_negative is False else torch.where(is_never_negative, loss, size)

@@ -42,15 +42,15 @@ class Processes:
 
     Args:
         group: of torch.distributed.
-        wrapper: the DistributedDataParallel that the model is in; None: it is in none.
+        wrappers: the DistributedDataParallel that the model is in, or those of its parts; perhaps none.
 
     Attributes:
         sent_bytes: what this process has given to collectives since it was last set to zero.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, wrapper: DistributedDataParallel | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup, wrappers: Sequence[DistributedDataParallel] = ()) -> None:
         self._group = group
-        self._wrapper = wrapper
+        self._wrappers = wrappers
         self._modules: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # in their order
         self._buckets: list[_Bucket] = []
         self._overlap: bool | None = None  # not known before the first backward pass has been watched
@@ -118,13 +118,16 @@ class Processes:
 
     def _buffers(self) -> list[Tensor]:
         """Return them in the same order in every process."""
-        wrapper = self._wrapper
-        if wrapper is not None:
-            ignored = wrapper.parameters_to_ignore
-            named = wrapper.module.named_buffers() if wrapper.broadcast_buffers else ()
-            return [buffer for name, buffer in named if name not in ignored]
-        own = {id(b): b for module in self._modules for b in buffers_of(module).values() if b is not None}
-        return list(own.values())
+        if not self._wrappers:
+            found = [b for module in self._modules for b in buffers_of(module).values() if b is not None]
+            return list({id(b): b for b in found}.values())
+        return [
+            buffer
+            for wrapper in self._wrappers
+            if wrapper.broadcast_buffers
+            for name, buffer in wrapper.module.named_buffers()
+            if name not in wrapper.parameters_to_ignore
+        ]
 
     def check_equal(self, tensors: Sequence[Tensor]) -> None:
         """Raise RuntimeError unless the tensors of all processes are equal, bit for bit; this waits for the device."""
@@ -142,17 +145,15 @@ class Processes:
             )
 
     @contextmanager
-    def wrapper_set_aside(self) -> Iterator[None]:
+    def wrappers_set_aside(self) -> Iterator[None]:
         """Let a call of the wrapped model be a call of the model: what it adds, `sum` and the others do."""
-        if self._wrapper is None:
-            yield
-            return
-        own, module = vars(self._wrapper), self._wrapper.module
-        own["forward"] = lambda *args, **kwargs: module(*args, **kwargs)
+        for wrapper in self._wrappers:
+            vars(wrapper)["forward"] = wrapper.module.__call__
         try:
             yield
         finally:
-            del own["forward"]
+            for wrapper in self._wrappers:
+                del vars(wrapper)["forward"]
 
 
 class _Bucket(NamedTuple):
@@ -300,14 +301,22 @@ def processes_of(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> P
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
-    own = {id(p) for p in params}
-    wrappers = (o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel))
-    wrapper = next((w for w in wrappers if any(id(p) in own for p in w.parameters())), None)
-    if wrapper is not None:
+    place = {id(p): i for i, p in enumerate(params)}
+    everywhere = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    of_wrapper = [
+        (min((place.get(id(p), len(place)) for p in w.parameters()), default=len(place)), w) for w in everywhere
+    ]
+    wrappers = [w for i, w in sorted(of_wrapper, key=lambda pair: pair[0]) if i < len(place)]
+    for wrapper in wrappers:
         _check_wrapper(wrapper)
-        group = group or wrapper.process_group
-    if group is not None:
-        return Processes(group, wrapper)
+    groups = {id(g): g for g in ([group] if group else [w.process_group for w in wrappers])}
+    if len(groups) > 1:
+        raise RuntimeError(
+            "the parameters are in several DistributedDataParallel with different process groups: construct CurveBall "
+            "with process_group=, the one over which all are to be averaged."
+        )
+    if groups:
+        return Processes(next(iter(groups.values())), wrappers)
     if (count := dist.get_world_size()) > 1:
         warnings.warn(
             f"each of {count} processes takes steps of its own, from its own batch: right if each has a model to "

@@ -51,12 +51,18 @@ class WideLinearMap:
     is_scaled = False
 
     def __init__(self, linear: LinearMap | Pullback, dtype: torch.dtype) -> None:
-        self._linear = linear
+        self._linear: LinearMap | Pullback | None = linear
         self._dtype = dtype
+        self._difference: Tensor | None = None
+
+    def release(self) -> None:
+        """Free the memory of the map, of which no more products will be asked for."""
+        self._difference = self.difference_of_runs()
+        self._linear = None
 
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         """Return r = Jᵀu."""
-        return self._linear.vjp(cotangent.to(self._dtype))
+        return cast(Pullback, self._linear).vjp(cotangent.to(self._dtype))
 
     @property
     def operators(self) -> frozenset[str]:
@@ -69,11 +75,11 @@ class WideLinearMap:
 
     def difference_of_runs(self) -> Tensor | None:
         """Return how far the compared outputs differ; None where the model runs once."""
-        return cast(LinearMap, self._linear).difference_of_runs()
+        return self._difference if self._linear is None else cast(LinearMap, self._linear).difference_of_runs()
 
     def without_graph(self) -> list[Tensor]:
         """Return what the run of the model has left, depends on the parameters, and has no graph that tells so."""
-        return self._linear.without_graph()
+        return cast(Pullback, self._linear).without_graph()
 
     def jvp_along(self, r: Sequence[Tensor], dots: Tensor | None) -> Tensor:
         """Return J r of what `vjp` returned; `dots` are `[z·z, z·r, r·r]`, unscaled, if they are known."""

@@ -229,6 +229,9 @@ def measure_with_curvature_batch(
         mean.pull_back(partial(linear.vjp, loss_model.gradient()))
         losses.append(loss_model.loss)
         all_outputs.append(outputs)
+        del backward, linear, loss_model  # before the next part runs
+    if len(parts) > 1:
+        replays.close()
     loss = mean.of_losses(losses)
     full_gradient = FullGradient(mean.gradient(), is_scaled, compute_dtype)
     scratch_replays = replays.scratches()
@@ -269,6 +272,10 @@ def _measure_by(
         if full_gradient is None or settings.theta != 0:
             mean.pull_back(partial(_pull_back, context, method, run, full_gradient))  # r = Jᵀc
         runs.append(run if i == len(parts) - 1 else run._replace(linear=None))
+        del run  # before the next part runs
+    if len(parts) > 1:
+        replays.close()
+    run = runs[-1]
     linear = cast(WideLinearMap, run.linear)
     r = mean.gradient() if full_gradient is None else _with_full_gradient(context, linear, mean, full_gradient)
     # Adjointness does not hold of gradients that are rounded to a lower precision or altered by a hook.
@@ -350,17 +357,23 @@ def _images(
         with refusals_of(method):
             return linear.jvp_along(u, dots) if context.preconditioner is None else linear.jvp(u)
 
-    found = [image(cast(WideLinearMap, runs[-1].linear))]
-    for i in reversed(range(len(parts) - 1)):
-        replays[i + 1].rewind()
-        replays[i].rewind()
+    def image_of_another_run(i: int) -> Tensor:
         scratch = replays.scratch()
         try:
             with refusals_of(method):
                 map_ = method.build(parts[i].model_fn, context.params, scratch, context.settings.tangent_backend)
-            found.insert(0, image(context.wide(map_, runs[i].outputs, runs[i].is_scaled)))
+            return image(context.wide(map_, runs[i].outputs, runs[i].is_scaled))
         finally:
             scratch.rewind()
+
+    last = cast(WideLinearMap, runs[-1].linear)
+    found = [image(last)]
+    if len(parts) > 1:
+        last.release()  # before another part runs
+    for i in reversed(range(len(parts) - 1)):
+        replays[i + 1].rewind()
+        replays[i].rewind()
+        found.insert(0, image_of_another_run(i))
     return found
 
 

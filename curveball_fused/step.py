@@ -100,7 +100,7 @@ def take_step(optimizer: Any, inputs: StepInputs, settings: Settings) -> tuple[T
     shared = prepared(optimizer, settings)
     before = shared["scalars"]
     try:
-        with nullcontext() if optimizer._processes is None else optimizer._processes.wrapper_set_aside():
+        with nullcontext() if optimizer._processes is None else optimizer._processes.wrappers_set_aside():
             return run_step(optimizer, inputs, shared, settings, is_first=shared["step"] == 0)
     finally:
         if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
+import torch
 from torch import Tensor
 
 from curveball_fused.batch import Part, Weight
@@ -112,3 +113,6 @@ def _check_weights(weights: Any, count: int) -> None:
                 raise ValueError(f"each weight must be a number, or 0-dim; one has the shape {tuple(weight.shape)}.")
         elif not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(f"each weight must be a finite number, at least 0; got {weight!r}.")
+    several_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not several_processes and not any(isinstance(weight, Tensor) or weight for weight in weights):
+        raise ValueError("all weights are zero: there is nothing to learn from.")

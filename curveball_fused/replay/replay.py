@@ -70,6 +70,11 @@ class Replay:
         self._modules.mark()
         return result
 
+    def close(self) -> None:
+        """Leave the generators as the first run left them, and note where that is, before something else runs."""
+        self._generators.finish()
+        self._generators.mark()
+
     def again(self, function: Callable[[], Result]) -> Result:
         """Run `function` from the state in which the first run began."""
         self._generators.mark()

@@ -24,8 +24,14 @@ class Replays:
     def __getitem__(self, i: int) -> Replay:
         """Return that of part `i`; it is made when the parts before it have run, and notes where the generators are."""
         if i == len(self._each):
+            if self._each:
+                self._each[-1].close()
             self._each.append(self.scratch())
         return self._each[i]
+
+    def close(self) -> None:
+        """Note that all parts have run; to be called where there are several, before one of them runs again."""
+        self._each[-1].close()
 
     def scratch(self) -> Replay:
         """Return one for a run of which nothing is to stay."""
