@@ -62,10 +62,6 @@ class Processes:
         self.wait(self.all_reduce(total))
         return total
 
-    def all(self, holds: bool, device: torch.device) -> bool:
-        """Return whether something holds in every process; this waits for the device."""
-        return bool(self.sum(torch.tensor([0.0 if holds else 1.0], device=device)) == 0)
-
     def all_reduce(self, t: Tensor) -> dist.Work | None:
         """Begin to sum over the processes, in place."""
         self.sent_bytes += t.nbytes

@@ -271,8 +271,9 @@ class CurveBall(Optimizer):
         """
         processes = self._processes or data_parallel.processes_of(self._parameters, self._process_group)
         if processes is not None:
-            own = [t for p in self._parameters for _, t in sorted(self.state.get(p, {}).items())]
-            processes.check_equal([*self._parameters, *own])
+            # By which method a model is linearized is each process's own affair.
+            own = [sorted(self.state.get(p, {}).items()) for p in self._parameters]
+            processes.check_equal([*self._parameters, *(t for each in own for name, t in each if name != "method")])
 
     def stats(self) -> dict[str, Tensor]:
         """Return the last step's figures; reading one of them is what synchronizes.
@@ -282,7 +283,8 @@ class CurveBall(Optimizer):
             "predicted_change" (of the last solve), "ratio" (γ where λ was last adapted, NaN before), "skipped_steps"
             (not finite, or refused by the guard), "safe_steps" (loss not convex in the outputs), "mismatched_steps" (of
             those that were skipped, the ones whose Jacobian products were not each other's transpose) and
-            "adjoint_error" (by how much they last missed that, relative; about one step in 100 looks).
+            "adjoint_error" (by how much they last missed that, relative; about one step in 100 looks). Where several
+            processes train the model, "sent_bytes", on the CPU: what this one has given to collectives in the step.
 
         Example::
 
@@ -291,6 +293,8 @@ class CurveBall(Optimizer):
         shared = self._current()
         mismatched, error = shared["guard"].clone().unbind()
         found = {"mismatched_steps": mismatched, "adjoint_error": error}
+        if self._processes is not None:
+            found["sent_bytes"] = torch.tensor(float(self._processes.sent_bytes), dtype=torch.float64)
         return state.stats_of(shared["scalars"], Settings.of(self).sign) | found
 
     def history(self, n: int = state.HISTORY) -> dict[str, Tensor]:

@@ -205,8 +205,6 @@ def measure(
     """
 
     def by(method: Method) -> QuadraticTerms:
-        if context.processes is not None and all(name != method.name for name, _ in context.known_maps):
-            _agree(context.processes, context, method, parts, replays)
         return _measure_by(method, context, parts, replays, full_gradient)
 
     return by_first_of(context.methods, by, [part.model_fn for part in parts], replays)
@@ -233,7 +231,8 @@ def measure_with_curvature_batch(
     if len(parts) > 1:
         replays.close()
     loss = mean.of_losses(losses)
-    full_gradient = FullGradient(mean.gradient(), is_scaled, compute_dtype)
+    own = mean.gradient() if context.processes is None else [g.clone() for g in mean.gradient()]  # one more sum follows
+    full_gradient = FullGradient(own, is_scaled, compute_dtype)
     scratch_replays = replays.scratches()
     try:
         part = replace(context, compute_dtype=compute_dtype)
@@ -268,6 +267,8 @@ def _measure_by(
         if settings.debug and not mean.is_plain:
             _rehearse(context, method, [part], replays)  # each part has products of its own to be checked
         run = _run(context, method, part, replays[i], runs[0] if runs else full_gradient)
+        if context.processes is not None and _is_new(context, run):
+            _rehearse(context, method, [part], replays)  # others need not judge, and do not wait for what is refused
         mean.weigh(part)
         if full_gradient is None or settings.theta != 0:
             mean.pull_back(partial(_pull_back, context, method, run, full_gradient))  # r = Jᵀc
@@ -310,7 +311,7 @@ def _measure_by(
         if context.preconditioner is not None and direction is not None:
             debug.check_metric(context.preconditioner.blocks(), direction, context.z)
     comparison = None
-    first = any(_is_new(context, run) for run in runs)
+    first = context.processes is None and any(_is_new(context, run) for run in runs)
     if (first or context.compares) and adjoint:
         comparison = guard.compare(
             context.dots(linear, r) if dots is None else dots,
@@ -458,28 +459,6 @@ def _rehearse(context: StepContext, method: Method, parts: Sequence[Part], repla
             _measure_by(method, replace(context, processes=None), parts, scratch_replays, None)
     finally:
         scratch_replays.rewind()
-
-
-def _agree(processes: Processes, context: StepContext, method: Method, parts: Sequence[Part], replays: Replays) -> None:
-    """Let all processes find out whether each can follow the model by a method, before one waits for another in vain.
-
-    Args:
-        processes: all of them.
-        context: where the step begins.
-        method: to be tried.
-        parts: of the batch.
-        replays: make further runs of the model the same function.
-
-    Raises:
-        MethodUnsupported: one of them cannot; what another one says of its model is said there.
-    """
-    own = None
-    try:
-        _rehearse(context, method, parts, replays)
-    except MethodUnsupported as refused:
-        own = refused
-    if not processes.all(own is None, context.params[0].device):
-        raise own or MethodUnsupported(refusal(method, "that of another process is refused, which says why"))
 
 
 def _run(context: StepContext, method: Method, part: Part, replay: Replay, before: _Run | FullGradient | None) -> _Run:

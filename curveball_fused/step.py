@@ -98,9 +98,11 @@ def intervals(settings: Settings) -> tuple[int, int, int]:
 def take_step(optimizer: Any, inputs: StepInputs, settings: Settings) -> tuple[Tensor, list[Tensor]]:
     """Take a step, count it and note it in the history; return loss and outputs of the parts."""
     shared = prepared(optimizer, settings)
-    before = shared["scalars"]
+    before, processes = shared["scalars"], optimizer._processes
+    if processes is not None:
+        processes.sent_bytes = 0
     try:
-        with nullcontext() if optimizer._processes is None else optimizer._processes.wrappers_set_aside():
+        with nullcontext() if processes is None else processes.wrappers_set_aside():
             return run_step(optimizer, inputs, shared, settings, is_first=shared["step"] == 0)
     finally:
         if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too

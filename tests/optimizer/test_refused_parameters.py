@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -176,74 +174,3 @@ def test_a_device_without_float64_is_refused(backend: str) -> None:
     params = [nn.Parameter(torch.empty(3, device="meta"))]
     with NoFloat64(), pytest.raises(RuntimeError, match=r"needs float64 on the parameters' device.*meta has none"):
         CurveBall(params, backend=backend)
-
-
-REPLICAS = """
-import os, sys, tempfile, warnings, torch, torch.distributed as dist, torch.multiprocessing as mp
-from torch import nn
-from curveball_fused import CurveBall
-
-def train(rank, where, wrapped):
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{where}")
-    net = nn.Linear(3, 2)
-    ddp = nn.parallel.DistributedDataParallel(net if wrapped else nn.Linear(3, 2))
-    optimizer = CurveBall(net.parameters())
-    before = net.weight.detach().clone()
-    said = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            try:
-                optimizer.step(lambda: net(torch.ones(4, 3)), lambda out: out.square().sum())
-            except RuntimeError as error:
-                said.append(str(error))
-                assert torch.equal(before, net.weight)
-        said += [str(w.message) for w in caught if "processes" in str(w.message)]
-    assert len(said) == (2 if wrapped else 1), said
-    assert all("each of 2 processes would take steps of its own" in text for text in said), said
-    assert ("Train in one process" in said[0]) == wrapped
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train, (os.path.join(folder, "meet"), sys.argv[1] == "wrapped"), nprocs=2)
-"""
-
-
-@pytest.fixture
-def two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One process, which is told that there are two."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("part", ["all", "one layer"])
-def test_parameters_that_distributed_data_parallel_keeps_equal_are_refused(two_processes: None, part: str) -> None:
-    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    wrapped = nn.parallel.DistributedDataParallel(net if part == "all" else net[1])
-    before, optimizer = copy.deepcopy(net.state_dict()), CurveBall(net.parameters())
-    with pytest.raises(RuntimeError, match=r"each of 2 processes would take steps of its own.*Train in one process"):
-        optimizer.step(lambda: net(torch.ones(4, 3)), lambda out: out.square().sum())
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items()) and wrapped
-
-
-def test_other_processes_are_warned_once(two_processes: None) -> None:
-    net, other = nn.Linear(3, 2), nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
-    optimizer = CurveBall(net.parameters())
-    with pytest.warns(UserWarning, match="right if each process has a model to itself") as caught:
-        for _ in range(3):
-            optimizer.step(lambda: net(torch.ones(4, 3)), lambda out: out.square().sum())
-    assert len(caught) == 1 and other
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["wrapped", "apart"])
-def test_replicas_are_refused_and_other_processes_warned(how: str, tmp_path: Path) -> None:
-    """A DistributedDataParallel of the model's own, stepped by its module; and one of another model."""
-    script = tmp_path / "replicas.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{REPLICAS}")
-    done = subprocess.run([sys.executable, script, how], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
