@@ -41,7 +41,9 @@ __all__ = [
     "dual_level",
     "flash_attention_for_cpu",
     "flash_attention_for_cpu_backward",
+    "foreach_copy_",
     "foreach_mul",
+    "foreach_norm",
     "forget_cached_parametrizations",
     "forward_grad_enabled",
     "gradient_hooks_set_aside",
@@ -69,7 +71,9 @@ __all__ = [
 ]
 
 # Functions and operators.
+foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
+foreach_norm = torch._foreach_norm
 safe_softmax = torch._safe_softmax
 softmax_backward = torch._softmax_backward_data
 weight_norm = torch._weight_norm
