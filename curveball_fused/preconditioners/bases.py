@@ -49,11 +49,11 @@ def refresh(states: Sequence[Mapping[str, Tensor]], step: int, scalars: Tensor) 
 
 
 def refresh_alike(sides: Sequence[tuple[Tensor, Tensor]], taken: Tensor) -> None:
-    """Bring bases up to date, if the step is taken, 0-dim bool.
+    """Bring bases up to date, all by one QR decomposition, if the step is taken.
 
     Args:
-        sides: factors, all of one shape, and their bases.
-        taken: as said.
+        sides: factors of one shape, and their bases, which are written.
+        taken: 0-dim bool.
     """
     factor, basis = (stacked(tensors) for tensors in zip(*sides, strict=True))
     new = torch.where(taken, refreshed(factor, basis), basis)

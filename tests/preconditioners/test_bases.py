@@ -23,15 +23,20 @@ def random_factor(n: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return (m * torch.logspace(0, -3, 2 * n, dtype=dtype)) @ m.T / n
 
 
-@pytest.mark.parametrize(("n", "refreshes"), [(8, 10_000), (96, 300)])
+@pytest.mark.parametrize(
+    ("n", "refreshes"),
+    [(8, 10_000), (96, 300), *(pytest.param(n, 100_000, marks=pytest.mark.slow) for n in (8, 32))],
+)
 def test_a_basis_stays_orthogonal(n: int, refreshes: int) -> None:
-    """As each is orthogonal anew, its error does not grow with their number: 10,000 are those of 100,000 steps."""
-    factor, basis = random_factor(n, torch.float32), torch.eye(n)
+    """As each is orthogonal anew, its error does not grow with their number: 10,000 are those of 200,000 steps."""
+    factor, basis, worst = random_factor(n, torch.float32), torch.eye(n), 0.0
     for i in range(refreshes):
-        m = torch.randn(n, 4, generator=torch.Generator().manual_seed(i))
+        m = torch.randn(n, 4)
         factor.lerp_(m @ m.T * 10.0 ** (i % 7 - 3), 0.1)
         basis = refreshed(factor, basis)
-    assert (basis.T @ basis - torch.eye(n)).abs().max() < 1e-5
+        if i % 100 == 99:
+            worst = max(worst, float((basis.T @ basis - torch.eye(n)).abs().max()))
+    assert 0 < worst < 1e-5
 
 
 def test_a_basis_becomes_that_of_the_eigenvectors() -> None:
