@@ -32,9 +32,9 @@ def test_metric_refresh(
     rows = []
     for name, timing in timings.items():
         error, off_diagonal = quality(WAYS[name], count, n, CPU)
-        rows.append({"": name} | timing.columns() | {"|QᵀQ - 1|": error, "off diagonal": off_diagonal})
+        rows.append({"": name} | timing.columns() | {"error of QᵀQ": error, "off diagonal": off_diagonal})
     note = (
-        f"{count} matrices of {n} x {n} at once, float32; one thread. |QᵀQ - 1|: the largest entry over {SETTLED} "
+        f"{count} matrices of {n} x {n} at once, float32; one thread. Error of QᵀQ: its largest entry over {SETTLED} "
         "refreshes from the identity. Off diagonal: the norm of what QᵀFQ then has there, over that of F; where it "
         "stays large, the way is no refresh, whatever it costs."
     )
