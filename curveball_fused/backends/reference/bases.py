@@ -129,16 +129,14 @@ def _gather(
     seen = [r[i] for alike in groups for i in alike]
     limit = min(torch.finfo(t.dtype).max for t in seen) / 2
     usable = usable & (torch.stack(list(foreach_norm(seen))).square() <= limit).all()
-    kept = torch.where(usable, torch.full_like(usable, decay, dtype=torch.float64), 1)
     for alike in groups:
-        m = torch.where(usable, stacked([_matrix(r[i]) for i in alike]), 0)
+        m = stacked([_matrix(r[i]) for i in alike])
         for side, rows in ((left, m), (right, m.mT)):
             factors = [factor for i in alike if (factor := side[i]) is not None]
             if factors:
-                stack = stacked(factors).mul_(kept)
-                _add_gram(stack, rows, 1 - decay)
-                if stack is not factors[0]:
-                    foreach_copy_(factors, unstacked(stack, len(factors)))
+                before = stacked(factors)
+                after = torch.where(usable, _with_gram(before, rows, decay), before)
+                foreach_copy_(factors, unstacked(after, len(factors)))
 
 
 def _alike(tensors: Sequence[Tensor], left: Sequence[Basis], right: Sequence[Basis]) -> list[list[int]]:
@@ -225,11 +223,10 @@ def _in_pieces(m: Tensor, q: Tensor) -> Tensor:
     return in_pieces
 
 
-def _add_gram(factor: Tensor, m: Tensor, weight: float) -> None:
-    """Add weight · m mᵀ to a factor: as much of it as the factor has."""
+def _with_gram(factor: Tensor, m: Tensor, decay: float) -> Tensor:
+    """Return decay · F + (1 - decay) m mᵀ: of the product as much as the factor has."""
     rows = m if factor.ndim == m.ndim else _in_pieces(m, factor)
     if factor.ndim == 2:
-        factor.addmm_(rows, rows.mT, alpha=weight)
-    else:
-        rows = rows.flatten(0, -3)
-        factor.flatten(0, -3).baddbmm_(rows, rows.mT, alpha=weight)
+        return torch.addmm(factor, rows, rows.mT, beta=decay, alpha=1 - decay)
+    rows = rows.flatten(0, -3)
+    return torch.baddbmm(factor.flatten(0, -3), rows, rows.mT, beta=decay, alpha=1 - decay).view(factor.shape)
