@@ -29,13 +29,23 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A small character-level transformer; returns one row of logits per position."""
+    """A transformer that reads characters or tokens; returns one row of logits per position."""
 
-    def __init__(self, width: int = 128, blocks: int = 4, heads: int = 4) -> None:
+    def __init__(
+        self,
+        width: int = 128,
+        blocks: int = 4,
+        heads: int = 4,
+        vocabulary: int = VOCABULARY,
+        context: int = CONTEXT,
+        tied: bool = False,
+    ) -> None:
         super().__init__()
-        self.token, self.position = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(blocks)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.token.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]

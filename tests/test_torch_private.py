@@ -251,6 +251,12 @@ def cache_emptied() -> bool:
         return kept and layer.weight is not first
 
 
+def copied_at_once() -> bool:
+    targets = [torch.zeros(2), torch.zeros(3, 4).T]
+    private.foreach_copy_(targets, [torch.ones(2), 2 * torch.ones(4, 3)])
+    return bool((targets[0] == 1).all() and (targets[1] == 2).all())
+
+
 def run_backward() -> bool:
     x = torch.ones(2, requires_grad=True)
     (g,) = private.run_backward((x.square().sum(),), (torch.ones(()),), False, False, (x,), True, accumulate_grad=False)
@@ -271,7 +277,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "dual_level": dual,
     "flash_attention_for_cpu": attention_for_cpu,
     "flash_attention_for_cpu_backward": attention_for_cpu,
+    "foreach_copy_": copied_at_once,
     "foreach_mul": lambda: torch.equal(private.foreach_mul([X], torch.tensor(2.0))[0], 2 * X),
+    "foreach_norm": lambda: torch.equal(private.foreach_norm([X, 3 * X])[1], torch.linalg.vector_norm(3 * X)),
     "forget_cached_parametrizations": cache_emptied,
     "forward_grad_enabled": forward_grad_switched,
     "gradient_hooks_set_aside": hooks_set_aside,

@@ -45,6 +45,7 @@ TRIAL = "import torch; torch.ones(1, device='cuda').add_(1).item()"
 # Each in a process of its own, since a kernel that fails leaves nothing usable behind. The most important first.
 BENCHMARKS = {
     "parameters": "test_gpu_parameters.py",
+    "metric": "test_gpu_metric.py",
     "losses": "test_gpu_loss_kernels.py",
     "tangents": "test_gpu_tangents.py",
     "steps": "test_gpu_steps.py",

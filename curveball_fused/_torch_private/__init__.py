@@ -42,8 +42,10 @@ __all__ = [
     "flash_attention_for_cpu",
     "flash_attention_for_cpu_backward",
     "foreach_add_",
+    "foreach_copy_",
     "foreach_mul",
     "foreach_mul_",
+    "foreach_norm",
     "forget_cached_parametrizations",
     "forward_grad_enabled",
     "gradient_hooks_set_aside",
@@ -73,8 +75,10 @@ __all__ = [
 
 # Functions and operators.
 foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
+foreach_norm = torch._foreach_norm
 safe_softmax = torch._safe_softmax
 softmax_backward = torch._softmax_backward_data
 weight_norm = torch._weight_norm

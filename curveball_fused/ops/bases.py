@@ -35,8 +35,8 @@ def precondition_in_bases(
 
     The metric of Vyas et al. 2024 (SOAP). A tensor of two or more dimensions is the matrix of its first dimension by
     all others; Q turns its rows, S its columns. On a CPU a piece of the matrix makes the whole way while it is in the
-    cache; elsewhere these are matrix products around the pass of `precondition_`. Nothing is written: for that there is
-    `update_statistics_`.
+    cache; elsewhere these are matrix products, one for all tensors of a shape, around the pass of `precondition_`.
+    Nothing is written: for that there is `update_statistics_`.
 
     Args:
         v: as `precondition_` takes it, in the bases.

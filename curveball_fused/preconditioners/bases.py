@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from curveball_fused._torch_private import foreach_copy_
+from curveball_fused.backends.reference.bases import stacked, stacks, unstacked
 from curveball_fused.backends.reference.preconditioners import is_taken
 
 from .blocks import SIDES
@@ -33,17 +35,29 @@ def refresh(states: Sequence[Mapping[str, Tensor]], step: int, scalars: Tensor) 
         step: its number, counted from zero.
         scalars: as the step has left them.
     """
-    sides = [(state, names) for state in states for names in SIDES if names[0] in state]
+    sides = [(state[factor], state[basis]) for state in states for factor, basis in SIDES if factor in state]
     turn = step if step < EARLY_STEPS else EARLY_STEPS + (step - EARLY_STEPS) % INTERVAL
-    due = due_after(turn, tuple(_work(state[factor]) for state, (factor, _) in sides))
+    due = [sides[i] for i in due_after(turn, tuple(_work(factor) for factor, _ in sides))]
     if not due:
         return
     taken = is_taken(scalars)
+    # On a CPU each goes alone: a call costs little there, and products of stacks round otherwise.
+    keys = [(i if factor.is_cpu else None, factor.shape, factor.dtype) for i, (factor, _) in enumerate(due)]
     with torch.autocast(scalars.device.type, enabled=False):
-        for i in due:
-            state, names = sides[i]
-            factor, basis = (state[name] for name in names)
-            basis.copy_(torch.where(taken, refreshed(factor, basis), basis))
+        for alike in stacks(keys, [factor.numel() for factor, _ in due]):
+            refresh_alike([due[i] for i in alike], taken)
+
+
+def refresh_alike(sides: Sequence[tuple[Tensor, Tensor]], taken: Tensor) -> None:
+    """Bring bases up to date, all by one QR decomposition, if the step is taken.
+
+    Args:
+        sides: factors of one shape, and their bases, which are written.
+        taken: 0-dim bool.
+    """
+    factor, basis = (stacked(tensors) for tensors in zip(*sides, strict=True))
+    new = torch.where(taken, refreshed(factor, basis), basis)
+    foreach_copy_([basis for _, basis in sides], unstacked(new, len(sides)))
 
 
 def refreshed(factor: Tensor, basis: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from curveball_fused import backends, ops
 from curveball_fused.backends.reference import preconditioners as reference
-from curveball_fused.preconditioners import Block, fresh_state
+from curveball_fused.preconditioners import Block, fresh_state, refresh
+from curveball_fused.preconditioners.bases import refreshed
 from tests.gpu.device import DEVICE, draw, every_backend, launches, resnet50, to_device
 from tests.gpu.test_gpu_lists import LAYOUTS, SHAPES
 from tests.helpers.diagonal_truth import DECAY, EPS, Precondition, check_precondition, exact, weight_of
@@ -167,22 +169,38 @@ def test_opcheck(v_dtype: torch.dtype, r_dtype: torch.dtype) -> None:
 @every_backend
 @pytest.mark.parametrize("shape", [(64, 3, 7, 7), (129, 40), (40, 129), (3, 5), (7,)], ids=str)
 def test_in_bases(backend: str, shape: tuple[int, ...]) -> None:
-    """Around the kernels torch rotates, by pieces that may reach beyond their side."""
-    p = draw(shape, torch.float32)
-    block = Block.of(fresh_state(p))
-    for side in block.sides:
-        side.basis.copy_(torch.linalg.qr(side.basis + 0.1 * side.basis.roll(1, -1))[0])
-    left, right = (None if side is None else side.basis for side in block[1:])
-    weight, z = to_device(0.3)[0], draw(shape, torch.float32)
-    arguments = dict(decay=0.9, eps=1e-4)
-    found = ops.precondition_in_bases(
-        [block.square_average], [p], [z], weight, left=[left], right=[right], backend=backend, **arguments
-    )
-    wide = block.widened()
-    left, right = (None if side is None else side.basis for side in wide[1:])
-    expected = ops.precondition_in_bases(
-        [wide.square_average], [p.double()], [z.double()], weight, left=[left], right=[right], backend="torch",
-        **arguments,
-    )  # fmt: skip
+    """Around the kernels torch rotates, by pieces that may reach beyond their side: a stack of three, and another."""
+    r, z = ([draw(s, torch.float32) for s in (shape, shape, (4, 6), shape)] for _ in "rz")
+    blocks = [Block.of(fresh_state(t)) for t in r]
+    for i, block in enumerate(blocks):
+        for side in block.sides:
+            side.basis.copy_(torch.linalg.qr(side.basis + 0.1 * (i + 1) * side.basis.roll(1, -1))[0])
+    weight = to_device(0.3)[0]
+
+    def run(backend: str, blocks: list[Block], r: list[Tensor], z: list[Tensor]) -> Any:
+        v = [block.square_average for block in blocks]
+        left, right = ([None if block[i] is None else block[i].basis for block in blocks] for i in (1, 2))
+        sides = dict(left=left, right=right)
+        return ops.precondition_in_bases(v, r, z, weight, **sides, decay=0.9, eps=1e-3, backend=backend)
+
+    found = run(backend, blocks, r, z)
+    expected = run("torch", [block.widened() for block in blocks], [t.double() for t in r], [t.double() for t in z])
     for ours, exactly in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, exactly, rtol=1e-3, atol=1e-3, check_dtype=False)
+
+
+def test_refreshes_of_a_stack() -> None:
+    """Also where torch has a batched decomposition for many small matrices."""
+    states = [fresh_state(draw((48, 300), torch.float32)) for _ in range(12)]
+    alone = []
+    for state in states:
+        for side in ("left", "right"):
+            m = draw(state[f"{side}_basis"].shape, torch.float32)
+            state[f"{side}_factor"].copy_(m @ m.mT)
+            alone.append(refreshed(state[f"{side}_factor"], state[f"{side}_basis"]))
+    refresh(states, 0, to_device(0.3, 0.8))
+    together = [state[f"{side}_basis"] for state in states for side in ("left", "right")]
+    for q, expected in zip(together, alone, strict=True):
+        eye = torch.eye(q.shape[-1], device=DEVICE).expand_as(q)
+        torch.testing.assert_close(q.mT @ q, eye, rtol=0, atol=1e-5)
+        torch.testing.assert_close(q * (q * expected).sum(-2, keepdim=True).sign(), expected, rtol=0, atol=1e-3)

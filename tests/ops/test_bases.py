@@ -56,6 +56,9 @@ CASES = [
     Case((130, 270), None, 90),
     Case((50_000,), None, None),
 ]
+# For all but CPUs, tensors that are alike go through one product: here each has a fellow, and none is its neighbor.
+LISTS = [*([case] for case in CASES), CASES, [*CASES, *CASES]]
+every_list = pytest.mark.parametrize("cases", LISTS, ids=lambda c: f"{len(c)} {c[0].shape}")
 
 
 class Problem(NamedTuple):
@@ -125,7 +128,7 @@ def precondition(p: Problem, backend: str, z: list[Tensor] | None, **options: An
 @every_backend
 @every_dtype
 @pytest.mark.parametrize("with_z", [True, False])
-@pytest.mark.parametrize("cases", [*([case] for case in CASES), CASES], ids=lambda c: f"{len(c)} {c[0].shape}")
+@every_list
 def test_against_dense_matrices(backend: str, dtype: torch.dtype, with_z: bool, cases: list[Case]) -> None:
     p = make(cases, dtype)
     before = [t.clone() for t in p.v]
@@ -175,7 +178,7 @@ def factors_of(p: Problem) -> tuple[list[Tensor | None], ...]:
 @every_backend
 @every_dtype
 @pytest.mark.parametrize("gather", [True, False])
-@pytest.mark.parametrize("cases", [*([case] for case in CASES), CASES], ids=lambda c: f"{len(c)} {c[0].shape}")
+@every_list
 def test_what_the_metric_learns(backend: str, dtype: torch.dtype, gather: bool, cases: list[Case]) -> None:
     p = make(cases, dtype)
     in_bases = [t.to(dtype) for t in turned(p, p.r)]
@@ -207,6 +210,55 @@ def test_what_the_metric_learns(backend: str, dtype: torch.dtype, gather: bool, 
             assert torch.equal(side[i], side[i].mT) or backend == "torch"
             if side[i].dim() == 3 and (beyond := side[i].shape[0] * side[i].shape[1] - len(gram)):
                 assert (side[i][-1, -beyond:] == 0).all()  # and stays so
+
+
+def by_itself(p: Problem, i: int) -> Problem:
+    return Problem(*([tensors[i]] for tensors in p))
+
+
+ALIKE = [
+    Case((4, 6), "whole", "whole"),
+    Case((4, 6), None, "whole"),
+    Case((4, 6), "whole", None),
+    Case((4, 6), 2, "whole"),
+    Case((4, 6), 2, 3),
+    Case((4, 6), 2, 4),
+    Case((4, 2, 3), 2, 4),  # the matrix is the same
+    Case((6, 4), "whole", "whole"),
+    Case((5, 4), 3, "whole"),
+]
+
+
+@pytest.mark.parametrize("largest", [dict(), dict(LARGEST_STACK=60), dict(LARGEST_STACKED=23)], ids=str)
+def test_those_that_are_alike_go_together(largest: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And come out as they do alone, whatever else is in the list and however many a stack holds."""
+    for name, value in largest.items():
+        monkeypatch.setattr(reference, name, value)
+    p = make([*ALIKE, *ALIKE[::-1], *ALIKE], torch.float64)
+    together = precondition(p, "torch", p.z)
+    alone = [precondition(by_itself(p, i), "torch", by_itself(p, i).z) for i in range(len(p.v))]
+    for which in range(2):
+        torch.testing.assert_close(together[which], [result[which][0] for result in alone], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(together[2], sum(result[2] for result in alone), rtol=1e-13, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(together[0], precondition(p, "torch", p.z)[0]))
+    factors = factors_of(p)
+    once, singly = ([[None if t is None else t.clone() for t in side] for side in factors] for _ in range(2))
+    options = dict(decay=0.8, gather=True, backend="torch")
+    v = [t.clone() for t in p.v]
+    ops.update_statistics_(v, together[1], p.r, scalars(), number(0.7), left=once[0], right=once[1], **options)
+    for i, r in enumerate(p.r):
+        left, right = [singly[0][i]], [singly[1][i]]
+        ops.update_statistics_([v[i]], [together[1][i]], [r], scalars(), number(0.7), left=left, right=right, **options)
+    torch.testing.assert_close(once, singly, rtol=1e-13, atol=1e-13)
+
+
+def test_which_tensors_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "LARGEST_STACKED", 10)
+    monkeypatch.setattr(reference, "LARGEST_STACK", 20)
+    assert reference.stacks([], []) == []
+    assert reference.stacks(["a", None, "b", "a", "b"], [1, 1, 3, 1, 3]) == [[0, 3], [2, 4]]
+    assert reference.stacks(["a"] * 5, [10] * 5) == [[0, 1], [2, 3], [4]]
+    assert reference.stacks(["a"] * 3, [11] * 3) == [[0], [1], [2]]
 
 
 @every_backend
