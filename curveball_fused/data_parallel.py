@@ -102,7 +102,7 @@ class Processes:
     def broadcast_buffers(self) -> None:
         """Let all processes have the buffers of the first, as DistributedDataParallel does before its next run."""
         by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for buffer in self._buffers():
+        for buffer in self._shared_buffers():
             by_kind.setdefault((buffer.dtype, buffer.device), []).append(buffer)
         for buffers in by_kind.values():
             flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
@@ -112,7 +112,7 @@ class Processes:
             for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
                 buffer.copy_(part.view_as(buffer))
 
-    def _buffers(self) -> list[Tensor]:
+    def _shared_buffers(self) -> list[Tensor]:
         """Return them in the same order in every process."""
         if not self._wrappers:
             found = [b for module in self._modules for b in buffers_of(module).values() if b is not None]

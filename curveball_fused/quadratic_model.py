@@ -266,9 +266,13 @@ def _measure_by(
     for i, part in enumerate(parts):
         if settings.debug and not mean.is_plain:
             _rehearse(context, method, [part], replays)  # each part has products of its own to be checked
-        run = _run(context, method, part, replays[i], runs[0] if runs else full_gradient)
+        before = runs[0] if runs else full_gradient
+        run = _run(context, method, part, replays[i], before)
         if context.processes is not None and _is_new(context, run):
+            del run
+            replays[i].rewind()
             _rehearse(context, method, [part], replays)  # others need not judge, and do not wait for what is refused
+            run = _run(context, method, part, replays[i], before)
         mean.weigh(part)
         if full_gradient is None or settings.theta != 0:
             mean.pull_back(partial(_pull_back, context, method, run, full_gradient))  # r = Jᵀc

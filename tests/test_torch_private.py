@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,25 @@ def copied_at_once() -> bool:
     return bool((targets[0] == 1).all() and (targets[1] == 2).all())
 
 
+def added_at_once() -> bool:
+    targets = [torch.ones(2), torch.zeros(3)]
+    private.foreach_add_(targets, [torch.ones(2), torch.ones(3)], alpha=2)
+    private.foreach_mul_(targets, torch.tensor(0.5, dtype=torch.float64))
+    return bool((targets[0] == 1.5).all() and (targets[1] == 1).all())
+
+
+def joined() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            wrapper = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+            before = private.is_in_join(wrapper)
+            with wrapper.join():
+                return private.is_in_join(wrapper) and not before
+        finally:
+            torch.distributed.destroy_process_group()
+
+
 def run_backward() -> bool:
     x = torch.ones(2, requires_grad=True)
     (g,) = private.run_backward((x.square().sum(),), (torch.ones(()),), False, False, (x,), True, accumulate_grad=False)
@@ -277,8 +297,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "dual_level": dual,
     "flash_attention_for_cpu": attention_for_cpu,
     "flash_attention_for_cpu_backward": attention_for_cpu,
+    "foreach_add_": added_at_once,
     "foreach_copy_": copied_at_once,
     "foreach_mul": lambda: torch.equal(private.foreach_mul([X], torch.tensor(2.0))[0], 2 * X),
+    "foreach_mul_": added_at_once,
     "foreach_norm": lambda: torch.equal(private.foreach_norm([X, 3 * X])[1], torch.linalg.vector_norm(3 * X)),
     "forget_cached_parametrizations": cache_emptied,
     "forward_grad_enabled": forward_grad_switched,
@@ -288,6 +310,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "in_dual_level": dual_level_is_open,
     "in_functorch_transform": in_transform,
     "is_functorch_wrapped": in_transform,
+    "is_in_join": joined,
     "mark_as_stepped": stepped,
     "parameters_of": lambda: list(private.parameters_of(nn.Linear(2, 3))) == ["weight", "bias"],
     "recomputations_wrapped": recomputation_wrapped,

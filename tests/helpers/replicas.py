@@ -82,7 +82,9 @@ def trained(rank: int, world: int, how: str, options: str, split: str, **more: A
         own = parts(called, step, SPLITS[split])[rank::world]
         losses.append(optimizer.step(own)[0] if len(own) > 1 else optimizer.step(*own[0])[0])
     optimizer.check_replicas()
+    assert optimizer._shared is not None
     return dict(
+        method=optimizer._shared["method"],
         weights=weights_of(model), losses=torch.stack(losses).double(), numbers=numbers_of(model, optimizer),
         stats=optimizer.stats(), overlap=optimizer._processes.may_overlap,
     )  # fmt: skip
@@ -104,6 +106,7 @@ def buffers(rank: int, world: int, how: str) -> list[Tensor]:
     called, optimizer = optimizer_of(model, how, OPTIONS["metric"])
     for step in range(STEPS):
         optimizer.step(*parts(called, step, (6, 6))[rank])
+    assert optimizer._shared is not None and optimizer._shared["method"] == "linearize"
     return [weights_of(model)]
 
 
