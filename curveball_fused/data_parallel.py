@@ -283,6 +283,11 @@ def _explained() -> Iterator[None]:
         raise LostProcess(f"{_ENDED}. ({error})") from error
 
 
+def are_there_processes() -> bool:
+    """Return whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def processes_of(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> Processes | None:
     """Return the processes that train these parameters; None where this one does alone.
 
@@ -295,7 +300,7 @@ def processes_of(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> P
     Raises:
         RuntimeError: the model's wrapper is used in a way that a step cannot follow.
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if not are_there_processes():
         return None
     place = {id(p): i for i, p in enumerate(params)}
     everywhere = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]

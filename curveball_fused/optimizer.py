@@ -101,7 +101,7 @@ class CurveBall(Optimizer):
 
     _step_supports_amp_scaling = True  # by which GradScaler.step gets as far as to the error that says what to do
     _shared: dict[str, Any] | None = None  # the numbers of all parameters as they were last in use, see `state`
-    _checked: int | None = None  # the checksum of the parameters that were last checked before a step
+    _checked: tuple[int, bool] | None = None  # as what the parameters and processes were last checked before a step
     _process_group: torch.distributed.ProcessGroup | None = None
     _processes: data_parallel.Processes | None = None  # that train the parameters together, as far as known
     _may_share: bool = True  # whether to look for them

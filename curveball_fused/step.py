@@ -33,7 +33,7 @@ from curveball_fused.batch import Part
 from curveball_fused.between_solves import gradient
 from curveball_fused.curvature import METHODS
 from curveball_fused.curvature.torch_modes import force_eager
-from curveball_fused.data_parallel import processes_of
+from curveball_fused.data_parallel import are_there_processes, processes_of
 from curveball_fused.losses import checked_loss
 from curveball_fused.preconditioners import EARLY_REFRESHES, Direction, Preconditioner, gathers, refresh
 from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure, measure_with_curvature_batch
@@ -127,14 +127,15 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
     if optimizer._shared is not None and optimizer._shared["step"] > 0:
         checks.unchanged_metric([optimizer.state.get(p, {}) for p in everything], settings.preconditioner)
     active = state.checksum(trained)
-    if optimizer._checked != active:  # in the first step, and where others are trained
+    known = active, are_there_processes()
+    if optimizer._checked != known:  # in the first step, and where others are trained
         checks.separate_memory(everything)
         optimizer._processes = processes_of(everything, optimizer._process_group) if optimizer._may_share else None
     shared = state.prepare(optimizer.state, everything, optimizer._shared, active, settings)
     optimizer._shared = shared
-    if optimizer._processes is not None and (optimizer._checked != active or settings.debug):
+    if optimizer._processes is not None and (optimizer._checked != known or settings.debug):
         optimizer.check_replicas()
-    optimizer._checked = active
+    optimizer._checked = known
     return shared
 
 

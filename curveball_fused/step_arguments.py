@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
-import torch
 from torch import Tensor
 
 from curveball_fused.batch import Part, Weight
+from curveball_fused.data_parallel import are_there_processes
 from curveball_fused.outputs import StructuredOutputs
 
 Functions = tuple[Callable[[], Any], Callable[[Any], Tensor]]
@@ -113,6 +113,5 @@ def _check_weights(weights: Any, count: int) -> None:
                 raise ValueError(f"each weight must be a number, or 0-dim; one has the shape {tuple(weight.shape)}.")
         elif not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(f"each weight must be a finite number, at least 0; got {weight!r}.")
-    several_processes = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not several_processes and not any(isinstance(weight, Tensor) or weight for weight in weights):
+    if not are_there_processes() and not any(isinstance(weight, Tensor) or weight for weight in weights):
         raise ValueError("all weights are zero: there is nothing to learn from.")

@@ -193,7 +193,8 @@ def _refuse_wrapper(module: nn.Module) -> None:
             "model_fn calls a DistributedDataParallel-wrapped module without a parameter of this optimizer, or in a "
             "place that is of one process, such as explain: call the module inside it, wrapper.module."
         )
-    if isinstance(module, nn.SyncBatchNorm) and module.training and torch.distributed.is_initialized():
+    is_sync = isinstance(module, nn.SyncBatchNorm) and module.training
+    if is_sync and torch.distributed.is_available() and torch.distributed.is_initialized():
         raise Unrepeatable(
             "model_fn calls SyncBatchNorm, whose outputs depend on other processes' batches, which Jacobian products "
             "do not follow: use nn.BatchNorm, or a norm without statistics of the batch, such as nn.GroupNorm."
