@@ -365,10 +365,8 @@ def _adapt_damping(
     def loss_of(part: Part) -> Tensor:
         return part.loss_fn(at_least_float32(evaluate(part.model_fn)))
 
-    losses = [
-        checked_loss(replays[i].again_at_new_weights(partial(loss_of, part))).detach()
-        for i, part in enumerate(inputs.parts)
-    ]
+    again = replays.again_at_new_weights([partial(loss_of, part) for part in inputs.parts])
+    losses = [checked_loss(loss).detach() for loss in again]
     return ops.adapt_damping(
         scalars,
         settings.sign * terms.mean.of_losses(losses),

@@ -25,7 +25,7 @@ from curveball_fused._torch_private import (
 )
 
 from .generators import generators
-from .memory import Memory, Unrepeatable
+from .memory import Memory, Snapshot, Unrepeatable
 from .modules import Modules
 from .recorder import Recorder
 
@@ -79,16 +79,16 @@ class Replay:
         """Run `function` from the state in which the first run began."""
         self._generators.mark()
         self.rewind()
-        return self._run_again(function)
+        return self.run_again(function)
 
     def again_at_new_weights(self, function: Callable[[], Result]) -> Result:
         """Run `function` from that state, but for the parameters, which have moved; then leave all as it is now."""
-        moved = self._memory.written_parameters()
+        moved = self.written_parameters()
         self._generators.mark()
         try:
             self.rewind()
             moved.put_back()
-            return self._run_again(function)
+            return self.run_again(function)
         finally:
             self.finish()
             moved.put_back()
@@ -122,7 +122,12 @@ class Replay:
         """Note that a run which could not be watched has written to `tensor`, whose value was `before`."""
         self._memory.was_written(tensor, before)
 
-    def _run_again(self, function: Callable[[], Result]) -> Result:
+    def written_parameters(self) -> Snapshot:
+        """Return the parameters that a run has written to, as they are now."""
+        return self._memory.written_parameters()
+
+    def run_again(self, function: Callable[[], Result]) -> Result:
+        """Run `function` from the state as it is."""
         with self._watching_checkpoints():
             if not self.wrote_parameters:
                 return function()

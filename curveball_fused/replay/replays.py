@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .replay import Replay
+from .replay import Replay, Result
 
 
 class Replays:
@@ -40,6 +40,24 @@ class Replays:
     def scratches(self) -> Replays:
         """Return those of runs of all parts, of which nothing is to stay."""
         return Replays(self._params)
+
+    def again_at_new_weights(self, functions: Sequence[Callable[[], Result]]) -> list[Result]:
+        """Run the parts from the state before the first, but for the parameters, which have moved; leave all as now."""
+        if len(self._each) == 1:
+            return [self._each[0].again_at_new_weights(functions[0])]
+        moved = [replay.written_parameters() for replay in self._each]
+        results = []
+        try:
+            self.rewind()
+            for replay, function in zip(self._each, functions, strict=True):
+                for snapshot in moved:
+                    snapshot.put_back()
+                results.append(replay.run_again(function))
+        finally:
+            self.finish()
+            for snapshot in moved:
+                snapshot.put_back()
+        return results
 
     def rewind(self) -> None:
         """Put back what the runs changed: the state before the first part."""

@@ -75,8 +75,8 @@ QUADRATIC_MODEL = [
     PythonMutant(
         "the_gradient_of_a_part_is_counted_beside_that_of_the_whole",
         "quadratic_model.py",
-        "linear.vjp(c - loss_model.gradient())",
-        "linear.vjp(c)",
+        "run.c - run.loss_model.gradient()",
+        "run.c",
         "optimizer/test_preconditioner.py::test_equals_dense_matrices",
         "None-residual-0.7 and True and torch",
     ),
@@ -316,15 +316,15 @@ PRECONDITIONERS = [
     PythonMutant(
         "every_loss_is_taken_for_one_that_is_never_negative",
         "between_solves.py",
-        "    if is_never_negative is True:\n        return loss",
-        "    if sign > 0:\n        return loss",
+        "loss if is_never_negative is True else _room",
+        "loss if is_never_negative is not None else _room",
         "optimizer/test_between_solves.py::test_beta_promises_no_more_than_the_loss_has_to_give",
     ),
     PythonMutant(
         "a_maximized_loss_is_bounded_as_a_minimized_one",
         "between_solves.py",
-        "    if sign < 0:\n        is_never_negative = False",
-        "    if sign > 1:\n        is_never_negative = False",
+        "sign > 0 and each.is_never_negative",
+        "each.is_never_negative",
         "optimizer/test_between_solves.py::test_beta_promises_no_more_than_the_loss_has_to_give",
     ),
     PythonMutant(
@@ -478,4 +478,55 @@ PRECONDITIONERS = [
     ),
 ]
 
-MUTANTS = TAPE_RULES + QUADRATIC_MODEL + SOLVE + REPLAY + STATE + PRECONDITIONERS
+PARTS = [
+    PythonMutant(
+        "the_masks_of_another_part",
+        "replay/replay.py",
+        "        self._generators.finish()\n        self._generators.mark()\n",
+        "        self._generators.finish()\n",
+        "optimizer/test_parts.py::test_parts_run_one_after_the_other_as_one_function_would",
+        "published and auto and cross_entropy",
+    ),
+    PythonMutant(
+        "the_statistics_of_another_part",
+        "quadratic_model.py",
+        "        replays[i + 1].rewind()\n",
+        "",
+        "optimizer/test_parts.py::test_buffers_that_a_later_part_alone_moves_are_put_back",
+        "auto",
+    ),
+    PythonMutant(
+        "every_part_weighs_the_same",
+        "batch.py",
+        "1.0 if self.is_plain else part.weight()",
+        "1.0",
+        "optimizer/test_parts.py::test_weights",
+        "published and samples",
+    ),
+    PythonMutant(
+        "products_are_those_of_a_sum",
+        "quadratic_model.py",
+        "numbers.append(share * torch.cat((torch.stack((loss",
+        "numbers.append(torch.cat((torch.stack((loss",
+        "optimizer/test_parts.py::test_twenty_steps_are_those_of_dense_matrices_of_the_whole",
+        "attention and auto",
+    ),
+    PythonMutant(
+        "the_graph_of_a_structure_is_kept",
+        "outputs.py",
+        "_changed(returned, _Forgetting(self._places))",
+        "returned",
+        "optimizer/test_parts.py::test_the_memory_is_that_of_one_part",
+        "published and auto and dictionary",
+    ),
+    PythonMutant(
+        "the_tape_of_the_last_part_is_kept",
+        "quadratic_model.py",
+        "        last.release()  # before another part runs\n",
+        "        pass\n",
+        "optimizer/test_parts.py::test_the_memory_is_that_of_one_part",
+        "published and auto and tensor",
+    ),
+]
+
+MUTANTS = TAPE_RULES + QUADRATIC_MODEL + SOLVE + REPLAY + STATE + PRECONDITIONERS + PARTS

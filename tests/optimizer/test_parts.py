@@ -111,6 +111,33 @@ def test_parts_run_one_after_the_other_as_one_function_would(options: str, curva
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("curvature", ["auto", "forward"])
+def test_buffers_that_a_later_part_alone_moves_are_put_back(curvature: str) -> None:
+    """The first part reads what the second writes: in its second run, too, it reads what was there before."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(1, dtype=torch.float64))
+            self.layer = nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 6:
+                self.scale.mul_(1.5)
+            return self.layer(x) * self.scale.clone()
+
+    found = []
+    for split in (True, False):
+        torch.manual_seed(0)
+        net = Reads()
+        optimizer = CurveBall(net.parameters(), curvature=curvature, lambd=0.5)
+        for step in range(4):
+            given = (parts_of if split else as_one)(net, *batch(step), [5, 6], fourth_power)
+            optimizer.step(given) if split else optimizer.step(*given)
+        found.append(torch.cat([t.flatten() for t in net.state_dict().values()]))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_one_part_is_an_ordinary_step_bit_for_bit(options: str) -> None:
     found = []
