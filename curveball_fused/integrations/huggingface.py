@@ -1,0 +1,213 @@
+"""CurveBall in Hugging Face's Trainer, which calls backward() itself and whose optimizer sees no closure."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curveball_fused.optimizer import CurveBall
+
+try:
+    import accelerate  # noqa: F401 (which the Trainer needs)
+    from transformers import Trainer
+    from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+except ImportError as error:
+    raise ImportError(
+        f"curveball_fused.integrations.huggingface needs two packages: pip install transformers accelerate. ({error})"
+    ) from error
+
+WITHOUT_EFFECT = {
+    "learning_rate": "its steps have a length of their own, on which lr = 1 is a factor; weight decay alone reads it",
+    "max_grad_norm": "nothing is in .grad that could be clipped",
+}
+OWN_LOSS = (
+    "Say how its loss is computed: CurveBallTrainer(..., compute_loss_func=lambda outputs, labels, **_: "
+    "F.cross_entropy(outputs.logits, labels)), or override `model_and_loss`."
+)
+
+
+class CurveBallTrainer(Trainer):
+    """Be Hugging Face's `Trainer`, whose steps are CurveBall's.
+
+    Without an optimizer of yours it is `CurveBall(..., preconditioner="kronecker")`. Give another one, or its options,
+    as to any Trainer: `optimizers=(CurveBall(model.parameters(), ...), None)` or `optimizer_cls_and_kwargs=(CurveBall,
+    {...})`. Schedulers, logging, evaluation, checkpoints and callbacks are the Trainer's, and so are `bf16` and `fp16`
+    (whose loss scale is CurveBall's own).
+
+    The loss is that which transformers has for the model's class, computed from its logits: cross-entropy (of the next
+    token in a causal language model), mean squared error, or binary cross-entropy. In the first step it is compared
+    with the one that the model returns. For any other loss give `compute_loss_func`, or override `model_and_loss`;
+    `compute_loss` is for evaluation only.
+
+    Of the `TrainingArguments`, `learning_rate` and `max_grad_norm` have no effect on a step. `weight_decay` is as
+    strong as with AdamW, so that a step shrinks weights by `learning_rate * weight_decay`, times the scheduler's
+    factor. `gradient_accumulation_steps` must be 1.
+
+    Args:
+        args: what `Trainer` takes.
+        kwargs: what `Trainer` takes.
+
+    Raises:
+        ValueError: an option cannot be used with CurveBall; the message says what to do.
+        TypeError: the optimizer is another one, or `compute_loss` is overridden.
+
+    Example::
+
+        trainer = CurveBallTrainer(model, TrainingArguments("checkpoints"), train_dataset=texts)
+        trainer.train()
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_loss_compared = False
+        given = self.args
+        if given.n_gpu > 1 or given.world_size > 1:
+            raise ValueError(
+                "CurveBall trains on one device, in one process: set CUDA_VISIBLE_DEVICES=0 before the program starts."
+            )
+        if given.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "gradient_accumulation_steps must be 1, as CurveBall leaves no gradients to add up: raise "
+                "per_device_train_batch_size, with gradient_checkpointing=True where memory is short."
+            )
+        if given.label_smoothing_factor and self.compute_loss_func is None:
+            raise ValueError(
+                "label_smoothing_factor has no effect: give compute_loss_func=lambda outputs, labels, **_: "
+                "F.cross_entropy(outputs.logits, labels, label_smoothing=...) instead."
+            )
+        if type(self).compute_loss is not Trainer.compute_loss:
+            raise TypeError(
+                "an overridden compute_loss is not used, as CurveBall needs the outputs and the loss as a function of "
+                "them: give compute_loss_func, or override model_and_loss."
+            )
+        defaults = {field.name: field.default for field in fields(given)}
+        for name, reason in WITHOUT_EFFECT.items():
+            if getattr(given, name) not in (defaults[name], 0):
+                warnings.warn(f"{name}={getattr(given, name)} has no effect with CurveBall: {reason}.", stacklevel=2)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Make the optimizer where none was given.
+
+        Args:
+            model: whose parameters are trained (default: the Trainer's).
+
+        Returns:
+            The optimizer; after the Trainer has begun, as Accelerate has wrapped it.
+
+        Raises:
+            TypeError: it is no `CurveBall`.
+        """
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, options = self.optimizer_cls_and_kwargs or (CurveBall, {"preconditioner": "kronecker"})
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            decayed = {name: trained[name] for name in self.get_decay_parameter_names(model) if name in trained}
+            others = [p for name, p in trained.items() if name not in decayed]
+            shrinkage = self.args.learning_rate * self.args.weight_decay  # AdamW's, where lr is the learning rate
+            groups = [{"params": [*decayed.values()], "weight_decay": shrinkage}, {"params": others}]
+            self.optimizer = kind([group for group in groups if group["params"]], **options)
+        self._curveball()
+        return self.optimizer
+
+    def _curveball(self) -> CurveBall:
+        """Return the optimizer itself, without what Accelerate has wrapped it in."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not isinstance(optimizer, CurveBall):
+            raise TypeError(f"CurveBallTrainer needs a CurveBall as its optimizer; got {type(optimizer).__name__}.")
+        return optimizer
+
+    def model_and_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
+        """Return the two functions of a step; to be overridden for a loss that `compute_loss_func` cannot express.
+
+        Args:
+            model: as the Trainer has prepared it.
+            inputs: a batch, on the model's device.
+            num_items_in_batch: how many labels it has, as the Trainer has counted them.
+
+        Returns:
+            `model_fn` and `loss_fn`, as of `CurveBall.step`.
+
+        Raises:
+            ValueError: the loss is not known.
+
+        Example::
+
+            def model_and_loss(self, model, inputs, num_items_in_batch=None):
+                labels = inputs.pop("labels")
+                return lambda: model(**inputs).logits, lambda logits: F.cross_entropy(logits, labels)
+        """
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        labels, own_loss = inputs.get("labels"), self.compute_loss_func
+        if own_loss is not None:
+            count = int(num_items_in_batch) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+            return lambda: model(**given), lambda outputs: own_loss(outputs, labels, num_items_in_batch=count)
+        inner: Any = self.accelerator.unwrap_model(model)
+        if labels is None or not hasattr(inner, "loss_function"):
+            raise ValueError(f"there is no known loss of this {type(inner).__name__} with these inputs. {OWN_LOSS}")
+        function = inner.loss_function
+        if function is ForCausalLMLoss and inner.config.is_encoder_decoder:
+            function = ForMaskedLMLoss  # its labels are not shifted; the decoder's inputs are
+            if "decoder_input_ids" not in given:
+                given["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+
+        def loss_fn(logits: Tensor) -> Tensor:
+            # The functions of transformers have different names for the same, and skip what is not theirs.
+            loss: Tensor = function(
+                logits=logits, pooled_logits=logits, labels=labels, vocab_size=logits.shape[-1], config=inner.config
+            )
+            return loss
+
+        if not self._is_loss_compared:
+            self._compare_loss(model, inputs, loss_fn)
+            self._is_loss_compared = True
+        return lambda: model(**given).logits, loss_fn
+
+    @torch.no_grad()
+    def _compare_loss(self, model: nn.Module, inputs: Mapping[str, Any], loss_fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise ValueError unless `loss_fn` of the logits is the loss that the model itself returns."""
+        training = model.training
+        outputs = model.eval()(**inputs)  # in which nothing is drawn or updated
+        model.train(training)
+        try:
+            known = float(loss_fn(outputs.logits))
+        except Exception as error:
+            raise ValueError(f"the loss of {type(model).__name__} is not known ({error}). {OWN_LOSS}") from error
+        if abs(known - float(outputs.loss)) > 1e-3 * abs(known) + 1e-6:
+            raise ValueError(
+                f"{type(model).__name__} returns a loss of {float(outputs.loss):.6g}, but the one of its class is "
+                f"{known:.6g} for its logits. {OWN_LOSS}"
+            )
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Take one step of CurveBall, where a Trainer calls backward().
+
+        Args:
+            model: as the Trainer has prepared it.
+            inputs: a batch.
+            num_items_in_batch: how many labels it has.
+
+        Returns:
+            The loss before the step (0-dim), detached.
+        """
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss, _ = self._curveball().step(*self.model_and_loss(model, inputs, num_items_in_batch))
+        # The loop calls optimizer.step() itself, without a closure. Accelerate's optimizer passes over that call as it
+        # does between batches whose gradients are accumulated; the loop sets this anew for each batch.
+        self.accelerator.gradient_state._set_sync_gradients(False)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """Clip nothing, and return no norm, as nothing is in .grad."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Return no norm, so that none is logged."""
