@@ -62,6 +62,8 @@ class CurveBallTrainer(Trainer):
         trainer.train()
     """
 
+    optimizer: Any  # CurveBall, or what Accelerate has made of it
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_loss_compared = False
@@ -73,7 +75,7 @@ class CurveBallTrainer(Trainer):
         if given.gradient_accumulation_steps > 1:
             raise ValueError(
                 "gradient_accumulation_steps must be 1, as CurveBall leaves no gradients to add up: raise "
-                "per_device_train_batch_size, with gradient_checkpointing=True where memory is short."
+                "per_device_train_batch_size instead."
             )
         if given.label_smoothing_factor and self.compute_loss_func is None:
             raise ValueError(
@@ -150,12 +152,11 @@ class CurveBallTrainer(Trainer):
             return lambda: model(**given), lambda outputs: own_loss(outputs, labels, num_items_in_batch=count)
         inner: Any = self.accelerator.unwrap_model(model)
         if labels is None or not hasattr(inner, "loss_function"):
-            raise ValueError(f"there is no known loss of this {type(inner).__name__} with these inputs. {OWN_LOSS}")
+            raise ValueError(f"there is no known loss of {type(inner).__name__} with these inputs. {OWN_LOSS}")
         function = inner.loss_function
         if function is ForCausalLMLoss and inner.config.is_encoder_decoder:
             function = ForMaskedLMLoss  # its labels are not shifted; the decoder's inputs are
-            if "decoder_input_ids" not in given:
-                given["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=labels)
+            given.setdefault("decoder_input_ids", _shifted(inner, labels))
 
         def loss_fn(logits: Tensor) -> Tensor:
             # The functions of transformers have different names for the same, and skip what is not theirs.
@@ -164,26 +165,14 @@ class CurveBallTrainer(Trainer):
             )
             return loss
 
-        if not self._is_loss_compared:
-            self._compare_loss(model, inputs, loss_fn)
-            self._is_loss_compared = True
-        return lambda: model(**given).logits, loss_fn
+        def model_fn() -> Tensor:
+            logits: Tensor = model(**given).logits
+            return logits
 
-    @torch.no_grad()
-    def _compare_loss(self, model: nn.Module, inputs: Mapping[str, Any], loss_fn: Callable[[Tensor], Tensor]) -> None:
-        """Raise ValueError unless `loss_fn` of the logits is the loss that the model itself returns."""
-        training = model.training
-        outputs = model.eval()(**inputs)  # in which nothing is drawn or updated
-        model.train(training)
-        try:
-            known = float(loss_fn(outputs.logits))
-        except Exception as error:
-            raise ValueError(f"the loss of {type(model).__name__} is not known ({error}). {OWN_LOSS}") from error
-        if abs(known - float(outputs.loss)) > 1e-3 * abs(known) + 1e-6:
-            raise ValueError(
-                f"{type(model).__name__} returns a loss of {float(outputs.loss):.6g}, but the one of its class is "
-                f"{known:.6g} for its logits. {OWN_LOSS}"
-            )
+        if not self._is_loss_compared:
+            _compare(model, inputs, model_fn, loss_fn)
+            self._is_loss_compared = True
+        return model_fn, loss_fn
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -211,3 +200,36 @@ class CurveBallTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """Return no norm, so that none is logged."""
+
+
+def _shifted(model: Any, labels: Tensor) -> Tensor:
+    """Return the inputs of a decoder that belong to labels, as the model makes them where it is given these."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        inputs: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return inputs
+    start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, model.config.pad_token_id)], 1)
+
+
+@torch.no_grad()
+def _compare(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    model_fn: Callable[[], Tensor],
+    loss_fn: Callable[[Tensor], Tensor],
+) -> None:
+    """Raise ValueError unless the two functions come to the loss that the model itself returns."""
+    training, name = model.training, type(model).__name__
+    model.eval()  # in which nothing is drawn or updated
+    try:
+        returned, known = model(**inputs).loss, loss_fn(model_fn())
+    except Exception as error:
+        raise ValueError(f"the loss of {name} is not known ({error}). {OWN_LOSS}") from error
+    finally:
+        model.train(training)
+    rounding = max(1e-4, 2 * torch.finfo(returned.dtype).eps)
+    if not torch.allclose(returned.double(), known.double(), rtol=rounding):
+        raise ValueError(
+            f"{name} returns a loss of {float(returned):.6g}, but that of its class is {float(known):.6g} for its "
+            f"logits. {OWN_LOSS}"
+        )

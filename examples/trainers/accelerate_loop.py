@@ -48,5 +48,5 @@ def train(epochs, folder, resume=False):
 
 
 if __name__ == "__main__":
-    train(range(0, 2), "checkpoint")
+    train(range(2), "checkpoint")
     model = train(range(2, 4), "checkpoint", resume=True)  # as if nothing had come between

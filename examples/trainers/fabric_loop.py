@@ -38,7 +38,7 @@ def train(epochs, folder, resume=False):
     for epoch in epochs:
         for x, y in loader:
 
-            def closure(x=x, y=y):
+            def closure():
                 # The module inside Fabric's, as that one puts hooks on its outputs; its precision comes from autocast.
                 with fabric.autocast():
                     outputs = model.module(x)
@@ -52,5 +52,5 @@ def train(epochs, folder, resume=False):
 
 
 if __name__ == "__main__":
-    train(range(0, 2), "checkpoint")
+    train(range(2), "checkpoint")
     model = train(range(2, 4), "checkpoint", resume=True)  # as if nothing had come between

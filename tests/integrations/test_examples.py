@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
 from curveball_fused import CurveBall
 from tests.helpers.trainers import fresh_accelerate, required
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "trainers"
-EPOCHS = 4
+EPOCHS, STEPS = 4, 8
 Example = dict[str, Any]
 
 
@@ -26,7 +27,7 @@ def classifier(example: Example, schedule: str = "") -> nn.Module:
     """Train the example's model on its data in the loop of the README."""
     model = example["make_model"]()
     optimizer = CurveBall(model.parameters(), preconditioner="kronecker")
-    scheduler = CosineAnnealingLR(optimizer, T_max=32 if schedule == "steps" else EPOCHS)
+    scheduler = CosineAnnealingLR(optimizer, T_max=EPOCHS * STEPS if schedule == "steps" else EPOCHS)
     for _ in range(EPOCHS):
         for x, y in DataLoader(example["make_data"](), batch_size=32):
             optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))
@@ -86,13 +87,19 @@ def test_every_example_is_tested() -> None:
     assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == sorted(CASES)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # about logging and few workers
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the examples would run on the GPU, the plain loop does not")
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_plain_loop_bit_for_bit(name: str, recwarn: pytest.WarningsRecorder) -> None:
     packages, plain = CASES[name]
     for package in packages:
         required(package)
-    example = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    steps: list[Any] = []
+    counting = register_optimizer_step_post_hook(lambda *arguments: steps.append(arguments[0]))
+    try:
+        example = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    finally:
+        counting.remove()
+    assert len(steps) == EPOCHS * STEPS and steps[0] is not steps[-1]  # it went on, and did not begin again
     found = {key.removeprefix("_forward_module."): t for key, t in example["model"].state_dict().items()}
     assert not [w for w in recwarn if "curveball_fused" in str(w.message)]  # nothing has been followed by another way
     expected = plain(example).state_dict()
