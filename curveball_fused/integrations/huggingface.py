@@ -46,7 +46,8 @@ class CurveBallTrainer(Trainer):
 
     Of the `TrainingArguments`, `learning_rate` and `max_grad_norm` have no effect on a step. `weight_decay` is as
     strong as with AdamW, so that a step shrinks weights by `learning_rate * weight_decay`, times the scheduler's
-    factor. `gradient_accumulation_steps` must be 1.
+    factor. With `gradient_accumulation_steps` above 1 a step is of all these batches as of one, weighted by their
+    labels, in the memory of one.
 
     Args:
         args: what `Trainer` takes.
@@ -67,15 +68,14 @@ class CurveBallTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_loss_compared = False
+        self._parts: list[tuple[Callable[[], Any], Callable[[Any], Tensor]]] = []  # of the batch, as far as collected
+        self._weights: list[Tensor | int | None] = []
+        if self._shifts_labels(self.model):
+            self._loss_shifts_labels = True  # which Trainer itself does not know of all models, GPT-2 for one
         given = self.args
         if given.n_gpu > 1 or given.world_size > 1:
             raise ValueError(
                 "CurveBall trains on one device, in one process: set CUDA_VISIBLE_DEVICES=0 before the program starts."
-            )
-        if given.gradient_accumulation_steps > 1:
-            raise ValueError(
-                "gradient_accumulation_steps must be 1, as CurveBall leaves no gradients to add up: raise "
-                "per_device_train_batch_size instead."
             )
         if given.label_smoothing_factor and self.compute_loss_func is None:
             raise ValueError(
@@ -104,6 +104,7 @@ class CurveBallTrainer(Trainer):
         Raises:
             TypeError: it is no `CurveBall`.
         """
+        self._parts, self._weights = [], []  # a training that was stopped may have left some
         if self.optimizer is None:
             model = self.model if model is None else model
             kind, options = self.optimizer_cls_and_kwargs or (CurveBall, {"preconditioner": "kronecker"})
@@ -115,6 +116,11 @@ class CurveBallTrainer(Trainer):
             self.optimizer = kind([group for group in groups if group["params"]], **options)
         self._curveball()
         return self.optimizer
+
+    @staticmethod
+    def _shifts_labels(model: Any) -> bool:
+        """Return whether the loss of a model is of the next tokens: where the labels are the tokens themselves."""
+        return getattr(model, "loss_function", None) is ForCausalLMLoss and not model.config.is_encoder_decoder
 
     def _curveball(self) -> CurveBall:
         """Return the optimizer itself, without what Accelerate has wrapped it in."""
@@ -131,7 +137,7 @@ class CurveBallTrainer(Trainer):
         Args:
             model: as the Trainer has prepared it.
             inputs: a batch, on the model's device.
-            num_items_in_batch: how many labels it has, as the Trainer has counted them.
+            num_items_in_batch: how many labels it has, as the Trainer has counted them; None where it has not.
 
         Returns:
             `model_fn` and `loss_fn`, as of `CurveBall.step`.
@@ -154,7 +160,7 @@ class CurveBallTrainer(Trainer):
         if labels is None or not hasattr(inner, "loss_function"):
             raise ValueError(f"there is no known loss of {type(inner).__name__} with these inputs. {OWN_LOSS}")
         function = inner.loss_function
-        if function is ForCausalLMLoss and inner.config.is_encoder_decoder:
+        if function is ForCausalLMLoss and not self._shifts_labels(inner):
             function = ForMaskedLMLoss  # its labels are not shifted; the decoder's inputs are
             given.setdefault("decoder_input_ids", _shifted(inner, labels))
 
@@ -177,19 +183,30 @@ class CurveBallTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Take one step of CurveBall, where a Trainer calls backward().
+        """Take one step of CurveBall, where a Trainer calls backward(); or note a part of a step that comes later.
 
         Args:
             model: as the Trainer has prepared it.
-            inputs: a batch.
-            num_items_in_batch: how many labels it has.
+            inputs: a batch, or one of those that make up a step.
+            num_items_in_batch: how many labels all of them have.
 
         Returns:
-            The loss before the step (0-dim), detached.
+            The loss before the step (0-dim), detached; zero for all batches of a step but the last.
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        loss, _ = self._curveball().step(*self.model_and_loss(model, inputs, num_items_in_batch))
+        several = self.args.gradient_accumulation_steps > 1
+        count = self._get_num_items_in_batch([inputs], self.args.device) if several else num_items_in_batch
+        self._parts.append(self.model_and_loss(model, inputs, count))
+        self._weights.append(count)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        (parts, weights), self._parts, self._weights = (self._parts, self._weights), [], []
+        if several:
+            known = None if any(weight is None for weight in weights) else weights
+            loss, _ = self._curveball().step(parts, weights=known)
+        else:
+            loss, _ = self._curveball().step(*parts[0])
         # The loop calls optimizer.step() itself, without a closure. Accelerate's optimizer passes over that call as it
         # does between batches whose gradients are accumulated; the loop sets this anew for each batch.
         self.accelerator.gradient_state._set_sync_gradients(False)

@@ -34,15 +34,14 @@ class CurveBallMixin:
                 return loss
     """
 
-    def curveball_step(
-        self, model_fn: Callable[[], Any], loss_fn: Callable[[Any], Tensor], **options: Any
-    ) -> tuple[Tensor, Any]:
+    def curveball_step(self, model_fn: Any, loss_fn: Callable[[Any], Tensor] | None = None, **options: Any) -> Any:
         """Take one step; to be called once in `training_step`.
 
         Args:
-            model_fn: as of `CurveBall.step`: called without arguments, returns the predictions.
-            loss_fn: called with the predictions, returns the scalar loss.
-            options: others of `CurveBall.step`, such as `curvature_batch`.
+            model_fn: as of `CurveBall.step`: called without arguments, returns the predictions; or a list of the
+                batch's parts.
+            loss_fn: called with the predictions, returns the scalar loss; None with a list.
+            options: others of `CurveBall.step`, such as `weights`.
 
         Returns:
             The loss (0-dim) and the predictions at the weights before the step, both detached.
@@ -65,7 +64,8 @@ class CurveBallMixin:
         if module.trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 "accumulate_grad_batches cannot be used with CurveBall, which leaves no gradients to add up: make the "
-                "batches of the DataLoader larger instead."
+                "batches of the DataLoader larger instead, and give curveball_step a list of parts of one if memory is "
+                "short: [(model_fn, loss_fn), ...]."
             )
         if module.trainer.gradient_clip_val:
             raise ValueError(

@@ -96,6 +96,22 @@ def test_automatic_optimization(precision: str, tmp_path: Path) -> None:
     assert all(p.grad is None for p in module.parameters())
 
 
+class InParts(Automatic):
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        parts = [
+            (lambda x=x: self.net(x), lambda outputs, y=y: F.cross_entropy(outputs, y))
+            for x, y in zip(*(t.split(10) for t in batch))
+        ]
+        loss, outputs = self.curveball_step(parts)
+        assert [len(out) for out in outputs] == [10, 6]
+        return loss
+
+
+def test_a_batch_in_parts(tmp_path: Path) -> None:
+    trainer = fit(InParts(), tmp_path)
+    assert trainer.global_step == 12 and trainer.lightning_module.optimizers().stats()["loss"] < 1.0
+
+
 REFUSED: dict[str, tuple[type, dict[str, Any], type[Exception], str]] = {
     "accumulation": (Automatic, dict(accumulate_grad_batches=2), ValueError, "batches of the DataLoader larger"),
     "clipping": (Automatic, dict(gradient_clip_val=1.0), ValueError, "gradient_clip_val has no effect"),
