@@ -46,8 +46,8 @@ class CurveBallTrainer(Trainer):
 
     Of the `TrainingArguments`, `learning_rate` and `max_grad_norm` have no effect on a step. `weight_decay` is as
     strong as with AdamW, so that a step shrinks weights by `learning_rate * weight_decay`, times the scheduler's
-    factor. With `gradient_accumulation_steps` above 1 a step is of all these batches as of one, weighted by their
-    labels, in the memory of one.
+    factor. With `gradient_accumulation_steps` above 1, and with several processes, a step is of all these batches as of
+    one, weighted by their labels, in the memory of one.
 
     Args:
         args: what `Trainer` takes.
@@ -69,13 +69,12 @@ class CurveBallTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._is_loss_compared = False
         self._parts: list[tuple[Callable[[], Any], Callable[[Any], Tensor]]] = []  # of the batch, as far as collected
-        self._weights: list[Tensor | int | None] = []
-        if self._shifts_labels(self.model):
-            self._loss_shifts_labels = True  # which Trainer itself does not know of all models, GPT-2 for one
+        self._weights: list[Tensor | None] = []
         given = self.args
-        if given.n_gpu > 1 or given.world_size > 1:
+        if given.n_gpu > 1:
             raise ValueError(
-                "CurveBall trains on one device, in one process: set CUDA_VISIBLE_DEVICES=0 before the program starts."
+                "DataParallel cannot be used with CurveBall: start a process for each device with torchrun, or set "
+                "CUDA_VISIBLE_DEVICES=0 before the program starts."
             )
         if given.label_smoothing_factor and self.compute_loss_func is None:
             raise ValueError(
@@ -122,6 +121,14 @@ class CurveBallTrainer(Trainer):
         """Return whether the loss of a model is of the next tokens: where the labels are the tokens themselves."""
         return getattr(model, "loss_function", None) is ForCausalLMLoss and not model.config.is_encoder_decoder
 
+    def _count_labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return how many labels a batch has, of those that count; None where it has none that can be counted."""
+        labels = inputs.get("labels")
+        if not isinstance(labels, Tensor):
+            return None
+        shifts = self._shifts_labels(self.accelerator.unwrap_model(self.model))
+        return (labels[..., 1:] if shifts else labels).ne(-100).sum()
+
     def _curveball(self) -> CurveBall:
         """Return the optimizer itself, without what Accelerate has wrapped it in."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
@@ -137,7 +144,7 @@ class CurveBallTrainer(Trainer):
         Args:
             model: as the Trainer has prepared it.
             inputs: a batch, on the model's device.
-            num_items_in_batch: how many labels it has, as the Trainer has counted them; None where it has not.
+            num_items_in_batch: how many labels it has; None where they cannot be counted.
 
         Returns:
             `model_fn` and `loss_fn`, as of `CurveBall.step`.
@@ -188,25 +195,24 @@ class CurveBallTrainer(Trainer):
         Args:
             model: as the Trainer has prepared it.
             inputs: a batch, or one of those that make up a step.
-            num_items_in_batch: how many labels all of them have.
+            num_items_in_batch: how many labels all of them have; each is counted on its own instead.
 
         Returns:
             The loss before the step (0-dim), detached; zero for all batches of a step but the last.
         """
         model.train()
         inputs = self._prepare_inputs(inputs)
-        several = self.args.gradient_accumulation_steps > 1
-        count = self._get_num_items_in_batch([inputs], self.args.device) if several else num_items_in_batch
+        count = self._count_labels(inputs)
         self._parts.append(self.model_and_loss(model, inputs, count))
         self._weights.append(count)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         (parts, weights), self._parts, self._weights = (self._parts, self._weights), [], []
-        if several:
-            known = None if any(weight is None for weight in weights) else weights
-            loss, _ = self._curveball().step(parts, weights=known)
-        else:
+        if self.args.gradient_accumulation_steps == 1 and self.args.world_size == 1:
             loss, _ = self._curveball().step(*parts[0])
+        else:
+            known = [weight for weight in weights if weight is not None]
+            loss, _ = self._curveball().step(parts, weights=known if len(known) == len(parts) else None)
         # The loop calls optimizer.step() itself, without a closure. Accelerate's optimizer passes over that call as it
         # does between batches whose gradients are accumulated; the loop sets this anew for each batch.
         self.accelerator.gradient_state._set_sync_gradients(False)
