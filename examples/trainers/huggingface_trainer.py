@@ -13,7 +13,9 @@ from curveball_fused.integrations.huggingface import CurveBallTrainer
 def make_model():
     torch.manual_seed(0)
     # Of random weights, and small enough for a processor; GPT2LMHeadModel.from_pretrained("gpt2") is used likewise.
-    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
 
 
 def make_data():
