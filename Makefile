@@ -47,6 +47,16 @@ test-slow: install  ## the others: mutants, compilers, experiments, subprocesses
 test-all: export HYPOTHESIS_PROFILE = ci
 test-all: test test-slow  ## all tests, with many random cases
 
+# The package is installed already, so pip adds what the extra names; torch is named so that it stays.
+.venv/.made-trainers: .venv/.made-install
+	$(PIP) install '$(TORCH)' 'curveball_fused[examples]'
+	touch $@
+
+.PHONY: trainers
+trainers: .venv/.made-trainers  ## the examples and tests of Accelerate, Lightning, Hugging Face and Ignite
+	CURVEBALL_REQUIRE_NATIVE=1 CURVEBALL_REQUIRE_TRAINERS=1 \
+		$(BIN)/python -m pytest tests/integrations -q -n auto --dist worksteal $(ARGS)
+
 bench: install  ## measure the speed of the kernels and of whole steps; figures in build/benchmarks/
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 

@@ -16,6 +16,7 @@ smartquotes_action = "De"  # dashes; quotes stay those of the code
 add_module_names = False
 python_maximum_signature_line_length = 100
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["accelerate", "transformers"]  # of which only an integration's base class is needed
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False

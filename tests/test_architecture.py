@@ -14,7 +14,7 @@ PACKAGE = "curveball_fused"
 LAYERS = {
     PACKAGE: [
         "__main__",
-        "explanation cuda_graphs loss_ops",
+        "explanation cuda_graphs integrations loss_ops",
         "optimizer",
         "step step_arguments",
         "between_solves",
