@@ -202,7 +202,7 @@ class CurveBall(Optimizer):
         weights: Sequence[float | Tensor] | None = None,
         curvature_batch: Functions | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        closure: Closure | None = None,
+        closure: Closure | Sequence[Functions | Closure] | None = None,
     ) -> tuple[Tensor, Any]:
         """Take one step, of two functions, of one closure that stands for both, or of a batch in parts.
 
@@ -222,8 +222,9 @@ class CurveBall(Optimizer):
                 generators (default: None, the curvature of the whole batch).
             scaler: whose loss scale a model that computes in float16 gets, and which is told of overflows; call its
                 `update()` after the step (default: None, a scale of this optimizer's own, which needs no care).
-            closure: called as `model_fn` is, returns predictions and `loss_fn`. It must not call backward(); what torch
-                calls a closure, one that does and returns the loss, gets an error that tells what to write.
+            closure: called as `model_fn` is, returns predictions and `loss_fn`; or a list of parts. It must not call
+                backward(); what torch calls a closure, one that does and returns the loss, gets an error that tells
+                what to write.
 
         Returns:
             The loss (0-dim), of all parts and processes, and the predictions, in their structure, at the weights before

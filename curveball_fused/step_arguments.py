@@ -34,25 +34,26 @@ class GivenPart(StructuredOutputs):
 
 
 def given_parts(
-    model_fn: Any, loss_fn: Any, closure: Closure | None, weights: Sequence[Weight] | None
+    model_fn: Any, loss_fn: Any, closure: Any, weights: Sequence[Weight] | None
 ) -> tuple[list[GivenPart], bool]:
     """Return the parts of the batch, and whether they were given as a list.
 
     Args:
         model_fn: that of `step`; also a closure, or a list of parts.
         loss_fn: that of `step`; None with a closure or a list.
-        closure: in the place of both, or None.
+        closure: in the place of both, or a list of parts, or None.
         weights: of the parts, or None.
 
     Raises:
         TypeError: they are not what `step` takes; the message says what to write.
         ValueError: there is no part, or the weights do not fit.
     """
-    if isinstance(model_fn, (list, tuple)) and loss_fn is None and closure is None:
-        if not model_fn:
+    listed = closure if model_fn is None else model_fn
+    if isinstance(listed, (list, tuple)) and loss_fn is None and (model_fn is None or closure is None):
+        if not listed:
             raise ValueError("the list of parts is empty: give at least one, (model_fn, loss_fn).")
-        _check_weights(weights, len(model_fn))
-        functions = [_functions_of_part(part) for part in model_fn]
+        _check_weights(weights, len(listed))
+        functions = [_functions_of_part(part) for part in listed]
         if weights is None:
             return [GivenPart(each) for each in functions], True
         return [GivenPart(*pair) for pair in zip(functions, weights, strict=True)], True

@@ -192,7 +192,8 @@ def test_a_part_of_no_weight_changes_nothing() -> None:
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
 
 
-def test_closures_and_structures_of_outputs() -> None:
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_closures_and_structures_of_outputs(by_keyword: bool) -> None:
     net, x, y = nn.Linear(5, 3).double(), *batch(0)
     other = copy.deepcopy(net)
     whole = CurveBall(other.parameters(), lambd=0.5).step(lambda: other(x), lambda out: F.cross_entropy(out, y))
@@ -200,7 +201,8 @@ def test_closures_and_structures_of_outputs() -> None:
         lambda x_i=x_i, y_i=y_i: ({"logits": net(x_i), "n": len(x_i)}, lambda o: F.cross_entropy(o["logits"], y_i))
         for x_i, y_i in zip(x.split(4), y.split(4))
     ]
-    loss, outputs = CurveBall(net.parameters(), lambd=0.5).step(closures)
+    optimizer = CurveBall(net.parameters(), lambd=0.5)
+    loss, outputs = optimizer.step(closure=closures) if by_keyword else optimizer.step(closures)
     torch.testing.assert_close(loss, whole[0])
     assert [out["n"] for out in outputs] == [4, 4, 3]
     torch.testing.assert_close(torch.cat([out["logits"] for out in outputs]), whole[1])
