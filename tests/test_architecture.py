@@ -14,8 +14,9 @@ PACKAGE = "curveball_fused"
 LAYERS = {
     PACKAGE: [
         "__main__",
-        "explanation cuda_graphs loss_ops",
+        "explanation cuda_graphs monitoring loss_ops",
         "optimizer",
+        "advice",
         "step",
         "between_solves",
         "quadratic_model",
