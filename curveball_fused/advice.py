@@ -117,34 +117,36 @@ def _damping(adapted: Tensor, settings: Settings) -> tuple[str, str]:
     low, high, least, most = settings.lambda_low, settings.lambda_high, settings.lambda_min, settings.lambda_max
     ratio, lambd = adapted[:, RATIO], adapted[:, LAMBD]
     poor, cautious = ~(ratio >= low) | (adapted[:, PREDICTED_CHANGE] > 0), ratio > high
-    n, median = len(adapted), float(ratio.nanmedian()) if len(adapted) else 0.0
-    gamma = f"γ, the change of the loss over the one predicted, was {median:.2g} on the median"
+    n = len(adapted)
     if n < ADAPTATIONS or least == most:
         return "ratio", ""
     last, growth = slice(-ADAPTATIONS, None), settings.lambda_factor**-settings.lambda_interval
     # Or one adaptation away from it, to where a single γ may take it.
     at_least, at_most = (lambd[last] <= growth * least).all(), (growth * lambd[last] >= most).all()
-    if at_least and _half(cautious[last]):
+    gamma, median = "γ, the change of the loss over the one predicted, was", float(ratio.nanmedian())
+    if at_least and _share(cautious[last]) >= 0.5:
         return "lambda_min", (
-            f"λ stays at lambda_min={least:.3g} and would fall further: {gamma}, above lambda_high. If the loss falls "
-            f"too slowly, try lambda_min={_short(least / 100)}."
+            f"λ stays at lambda_min={least:.3g} and would fall further: {gamma} {median:.2g}, above lambda_high. If "
+            f"the loss falls too slowly, try lambda_min={_short(least / 100)}."
         )
-    if not _half(poor):
+    if _share(poor) < 0.5 and _share(ratio < 0) < 0.25:
         return "ratio", ""
-    too_far = f"steps go further than the model of the loss holds: {gamma}, below lambda_low"
+    too_far = (
+        f"In {int(poor.sum())} of the last {n} adaptations of λ {gamma} below lambda_low={low:g} (median {median:.2g}) "
+        "as steps go further than the model of the loss holds."
+    )
     another = (
         "If two runs on one batch do not give the same loss, by random numbers or state that a step cannot put back, "
         "no λ helps: debug=True, for a few steps, tells."
     )
     if at_most:
         return "lambda_max", (
-            f"λ stays at lambda_max={most:.3g} and would grow further, as {too_far}. Try "
+            f"λ stays at lambda_max={most:.3g} and would grow further. {too_far} Try "
             f"lambda_max={_short(100 * most)} with lambd={_short(10 * most)}, or a larger batch. {another}"
         )
     return "ratio", (
-        f"In {int(poor.sum())} of the last {n} adaptations of λ {too_far}. λ = {float(lambd[-1]):.2g} grows by "
-        f"{growth - 1:.1%} each time: begin with lambd={_short(10 * float(lambd[-1]))} or more, or take a larger batch. "
-        f"{another}"
+        f"{too_far} λ = {float(lambd[-1]):.2g} grows by {growth - 1:.1%} each time: begin with "
+        f"lambd={_short(10 * float(lambd[-1]))} or more, or take a larger batch. {another}"
     )
 
 
@@ -172,8 +174,8 @@ def _momentum(taken: Tensor, settings: Settings) -> str:
     return f"{said}. Try lambd={_short(lambd / 10)}."
 
 
-def _half(flags: Tensor) -> bool:
-    return 2 * int(flags.sum()) >= len(flags)
+def _share(flags: Tensor) -> float:
+    return float(flags.double().mean())
 
 
 def _short(value: float) -> str:

@@ -99,12 +99,12 @@ def number(text: str, name: str) -> float:
 
 def test_lambda_at_its_upper_bound() -> None:
     options = dict(lambd=1e-3, lambda_max=1e-3)
-    optimizer, loss = trained("tied weights", 150, **options)
+    optimizer, loss = trained("tied weights", 110, **options)
     text = the_warning(optimizer)
     assert "λ stays at lambda_max=0.001 and would grow further" in text
     better = dict(lambda_max=number(text, "lambda_max"), lambd=number(text, "lambd"))
     assert better == dict(lambda_max=0.1, lambd=0.01)
-    assert trained("tied weights", 150, **better)[1] < 0.4 < 5 < loss
+    assert trained("tied weights", 110, **better)[1] < 0.4 < 5 < loss
 
 
 def test_lambda_at_its_lower_bound() -> None:
@@ -117,23 +117,24 @@ def test_lambda_at_its_lower_bound() -> None:
 
 
 def test_gamma_below_its_limit() -> None:
-    optimizer, loss = trained("tied weights", 150, lambd=1e-3)
+    optimizer, loss = trained("tied weights", 110, lambd=1e-3)
     text = the_warning(optimizer)
-    assert re.search(r"In \d+ of the last 20 adaptations of λ steps go further than the model of the loss holds", text)
+    assert re.search(r"In \d+ of the last 20 adaptations of λ γ, .* was below lambda_low=0.5", text)
     assert "grows by 0.5% each time" in text
-    assert trained("tied weights", 150, lambd=number(text, "lambd"))[1] < 0.4 < 5 < loss
+    assert trained("tied weights", 110, lambd=number(text, "lambd"))[1] < 0.4 < 5 < loss
 
 
 def noisy(debug: bool = False) -> tuple[CurveBall, Callable[[], None]]:
-    """A model that draws its noise from a generator that a step does not know."""
+    """A model that takes its noise from where a step cannot put it back."""
     net, x = nets.make("attention")
-    y, generator = torch.randint(0, 3, (len(x),)), torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (len(x),))
+    noise = itertools.cycle(torch.randn(1009, len(x), 3, dtype=torch.float64))
     optimizer = CurveBall(net.parameters(), debug=debug)
 
-    def model_fn() -> Tensor:
-        return net(x) + torch.randn(len(x), 3, generator=generator, dtype=torch.float64)
+    def step() -> None:
+        optimizer.step(lambda: net(x) + next(noise), lambda out: F.cross_entropy(out, y))
 
-    return optimizer, lambda: optimizer.step(model_fn, lambda out: F.cross_entropy(out, y)) and None
+    return optimizer, step
 
 
 def test_gamma_of_a_model_that_is_another_one_in_each_run() -> None:
@@ -142,7 +143,7 @@ def test_gamma_of_a_model_that_is_another_one_in_each_run() -> None:
         step()
     assert "If two runs on one batch do not give the same loss" in the_warning(optimizer)
     _, step = noisy(debug=True)  # which the warning says to try
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="model_fn, run once more, has a relative error"):
         step()
 
 
@@ -161,8 +162,9 @@ def test_rho_at_its_limit(options: dict[str, Any], said: str, better: dict[str, 
     text = the_warning(optimizer)
     assert text.startswith("curveball_fused: In the last 200 steps ρ was at its limit, 1") and said in text
     for name, value in better.items():
-        assert f"{name}={value:g}" in text or name == "preconditioner" or value == options.get(name)
-    assert trained("attention", 200, **better)[1] < 0.95 * loss
+        said_so = f'{name}="{value}"' if isinstance(value, str) else f"{name}={value:g}"
+        assert said_so in text or options.get(name) == value
+    assert trained("attention", 200, **better)[1] < 0.99 * loss
 
 
 def test_rho_that_is_fixed_is_no_sign() -> None:
@@ -188,6 +190,7 @@ def test_skipped_ever_since() -> None:
     assert "12 of the last 12 steps were skipped, the last 10 of them in a row: nothing moves" in the_warning(optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")
 def test_skipped_for_a_derivative() -> None:
     w = nn.Parameter(torch.zeros(3))
     optimizer = CurveBall([w])
