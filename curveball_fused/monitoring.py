@@ -32,7 +32,8 @@ _PANELS = {  # in the order of `axes`
     "rho": r"momentum $\rho$",
     "ratio": r"$\gamma$, actual / predicted",
 }
-_MEAN, _SCALED = "curveball mean", "curveball scaled"  # marks on what was drawn
+_SHOWN = {"rho": (-0.1, 1.5), "ratio": (-1.0, 4.0)}  # single values may be far away, and flatten all others
+_MEAN = "curveball mean"  # marks lines
 
 
 class Writer(Protocol):
@@ -134,9 +135,10 @@ _logged: WeakKeyDictionary[CurveBall, WeakKeyDictionary[Writer, dict[str, int]]]
 def plot_history(
     source: CurveBall | Mapping[str, Tensor] | Path, axes: Iterable[Axes] | None = None, label: str | None = None
 ) -> Figure:
-    """Draw loss, λ, β, ρ and γ by steps, with the limits of γ and the steps that were skipped.
+    """Draw loss, λ, β, ρ and γ by steps, with the limits of ρ, γ and λ and the steps that were skipped.
 
-    Needs matplotlib.
+    Needs matplotlib. Thin lines are the figures, thick ones their mean over a fiftieth of the steps. Of ρ are shown
+    -0.1 to 1.5, of γ -1 to 4. Limits are the optimizer's, or the default ones where it is not given.
 
     Args:
         source: an optimizer, what its `history()` has returned, or the path of a file of `write_csv`, which has more
@@ -211,8 +213,8 @@ def _draw_skipped(panel: Axes, skipped: Tensor, color: str, label: str | None) -
     """Mark skipped steps at the lower edge, as their losses may be none."""
     if len(skipped):
         said = f"{len(skipped)} skipped" if label is None else f"{label}: {len(skipped)} skipped"
-        heights = torch.full((len(skipped),), 0.03)
-        panel.plot(skipped, heights, "x", color=color, label=said, transform=panel.get_xaxis_transform())
+        edge = panel.get_xaxis_transform()
+        panel.plot(skipped, [0.03] * len(skipped), "x", color=color, label=said, transform=edge)
 
 
 def _draw_limits(panels: Mapping[str, Axes], history: Mapping[str, Tensor], source: Any) -> None:
@@ -228,13 +230,8 @@ def _draw_limits(panels: Mapping[str, Axes], history: Mapping[str, Tensor], sour
         values = history[name]
         if (values > 0).any() and not (values < 0).any():
             panels[name].set_yscale("log", nonpositive="mask")
-    # Single values of γ and ρ may be far away.
-    for name, low, high in (("ratio", 0.0, 2.1), ("rho", 0.0, 1.05)):
-        finite = history[name][history[name].isfinite()]
-        before = panels[name].get_ylim() if panels[name].get_gid() == _SCALED else (low, high)
-        usual = [*finite.quantile(torch.tensor([0.02, 0.98], dtype=finite.dtype)).tolist()] if len(finite) else []
-        panels[name].set_ylim(min(low, before[0], *usual), max(high, before[1], *usual))
-        panels[name].set_gid(_SCALED)
+    for name, ends in _SHOWN.items():
+        panels[name].set_ylim(ends)
 
 
 def _history_of(source: CurveBall | Mapping[str, Tensor] | Path) -> Mapping[str, Tensor]:
@@ -244,7 +241,7 @@ def _history_of(source: CurveBall | Mapping[str, Tensor] | Path) -> Mapping[str,
         return source
     with open(source, newline="", encoding="utf-8") as file:
         names, *rows = csv.reader(file)
-    values = torch.tensor([[float(text) for text in row] for row in rows], dtype=torch.float64)
+    values = torch.tensor([[float(text) for text in row] for row in rows], dtype=torch.float64, device="cpu")
     return dict(zip(names, values.reshape(-1, len(names)).unbind(1), strict=True))
 
 

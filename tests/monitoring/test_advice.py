@@ -62,7 +62,7 @@ def test_a_healthy_training_gives_none(name: str, metric: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", ["published", "kronecker"])
 @pytest.mark.parametrize("name", nets.NETS)
 def test_nor_does_one_that_goes_on_when_all_is_learned(name: str, metric: str) -> None:
     assert diagnose(trained(name, 1500, **METRICS[metric])[0]) == []
