@@ -1,7 +1,7 @@
 """What the figures of the last steps say to whoever trains: where something is wrong, and what to try.
 
 It is read off rows that are on the CPU already, when the user asks for the history: no step waits for it. Each rule
-asks for more than a healthy training ever shows; what those show is in tests/monitoring/test_healthy.py.
+asks for more than a healthy training ever shows; tests/monitoring/test_advice.py has some of those.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ PROMISED = (1e-3, 0.2)
 # A predicted change of no more than this, and this part of the loss, is one that rounding hides, as in a net that has
 # learned its data: γ says nothing then.
 ROUNDING, FULL_ROUNDING, HALF_ROUNDING = 1e-7, 1e-5, 1e-3
-STUCK = 10  # steps skipped in a row
-HALF_SKIPS = 0.05  # the part of steps that a loss scale may skip as it looks for its size
+STUCK = 10  # steps skipped in a row; fewer, or this part of all, a loss scale may skip as it looks for its size
+HALF_SKIPS = 0.05
 
 
 class TrainingWarning(UserWarning):
@@ -86,7 +86,7 @@ def _levels_to_caller() -> int:
 def _skipped(rows: Tensor, compute_dtype: torch.dtype | None, mismatched: int) -> str:
     skipped = rows[:, BETA].isnan()
     n, of_loss = int(skipped.sum()), int((skipped & ~rows[:, LOSS].isfinite()).sum())
-    if n <= (HALF_SKIPS * len(rows) if compute_dtype == torch.float16 else 0):
+    if n < (max(STUCK, HALF_SKIPS * len(rows)) if compute_dtype == torch.float16 else 1):
         return ""
     said = f"{n} of the last {len(rows)} steps were skipped"
     if n >= STUCK and skipped[-STUCK:].all():

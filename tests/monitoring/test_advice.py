@@ -221,9 +221,9 @@ def test_a_loss_scale_may_look_for_its_size() -> None:
     optimizer = in_float16(1.0, 60)
     rows = optimizer._shared["history"]
     assert diagnose(optimizer) == []
-    rows[:3, 0] = torch.nan
+    rows[:9, 0] = torch.nan
     assert diagnose(optimizer) == []
-    rows[:4, 0] = torch.nan
+    rows[:10, 0] = torch.nan
     assert (
         "float16 ends at 65504: compute in bfloat16, or begin with shorter steps, by lambd=10" in diagnose(optimizer)[0]
     )
