@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curveball_fused import backends, checks, data_parallel, state
+from curveball_fused import advice, backends, checks, data_parallel, state
 from curveball_fused.settings import Settings, defaults_of, with_former_options
 from curveball_fused.step import StepInputs, take_step
 from curveball_fused.step_arguments import Closure, Functions, GivenPart, given_parts
@@ -299,24 +299,33 @@ class CurveBall(Optimizer):
         return state.stats_of(shared["scalars"], Settings.of(self).sign) | found
 
     def history(self, n: int = state.HISTORY) -> dict[str, Tensor]:
-        """Return the figures of `stats` of the last `n` steps, oldest first.
+        """Return the figures of `stats` of the last `n` steps, oldest first, and warn where these say what to change.
+
+        Of each kind there is one `TrainingWarning` (docs/monitoring.md has them), for which all steps that are kept
+        are looked at, whatever `n` is.
 
         Args:
             n: how many, from 1 to 1024 (default: 1024).
 
         Returns:
-            float64 vectors on the CPU, of `n` elements or as many as there were steps; by one copy from the device,
-            the only thing that waits for it.
+            "step", the numbers of the steps, from 1, and for each figure a float64 vector; on the CPU, of `n` elements
+            or as many as there were steps. By one copy from the device, the only thing that waits for it.
 
         Raises:
             ValueError: `n` is not a whole number between 1 and 1024.
 
         Example::
 
-            plt.plot(optimizer.history(100)["loss"])
+            history = optimizer.history(100)
+            plt.plot(history["step"], history["loss"])
         """
         checks.history_length(n)
-        return state.stats_of(state.history_rows(self._current(), n), Settings.of(self).sign)
+        shared, settings = self._current(), Settings.of(self)
+        rows, last = state.history_rows(shared), shared["step"]
+        advice.warn(self, advice.advise(rows, shared, settings))
+        rows = rows[-n:]
+        numbers = torch.arange(last - len(rows), last, device="cpu") + 1
+        return {"step": numbers} | state.stats_of(rows, settings.sign)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all parameters and the groups with their options, as any optimizer of torch does.

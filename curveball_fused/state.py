@@ -260,9 +260,9 @@ def _remove(state: dict[Any, Any], p: Tensor) -> None:
         del state[p]
 
 
-def history_rows(shared: dict[str, Any], n: int) -> Tensor:
-    """Return the last `n` rows of the history, or as many as there are, oldest first, on the CPU, by one copy."""
-    count = min(n, shared["step"], HISTORY)
+def history_rows(shared: dict[str, Any]) -> Tensor:
+    """Return all rows of the history that were written, oldest first, on the CPU, by one copy."""
+    count = min(shared["step"], HISTORY)
     order = [i % HISTORY for i in range(shared["step"] - count, shared["step"])]
     everything: Tensor = shared["history"].cpu()
     return everything[order]

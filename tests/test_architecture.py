@@ -14,8 +14,9 @@ PACKAGE = "curveball_fused"
 LAYERS = {
     PACKAGE: [
         "__main__",
-        "explanation cuda_graphs integrations loss_ops",
+        "explanation cuda_graphs integrations monitoring loss_ops",
         "optimizer",
+        "advice",
         "step step_arguments",
         "between_solves",
         "quadratic_model",

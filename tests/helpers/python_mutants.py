@@ -529,4 +529,28 @@ PARTS = [
     ),
 ]
 
-MUTANTS = TAPE_RULES + QUADRATIC_MODEL + SOLVE + REPLAY + STATE + PRECONDITIONERS + PARTS
+MONITORING = [
+    PythonMutant(
+        "a_warning_is_told_in_every_call",
+        "advice.py",
+        "        if kind not in said:",
+        "        if text:",
+        "monitoring/test_advice.py::test_each_kind_is_told_once_for_each_optimizer",
+    ),
+    PythonMutant(
+        "steps_are_logged_again",
+        "monitoring.py",
+        "        if step > logged.get(prefix, 0):",
+        "        if step > 0:",
+        "monitoring/test_tensorboard.py::test_every_step_once_for_each_writer_and_prefix",
+    ),
+    PythonMutant(
+        "the_file_of_another_training_is_written_over",
+        "monitoring.py",
+        "                if line not in rows[place : place + 1]:",
+        "                if not line:",
+        "monitoring/test_csv.py::test_what_is_not_its_own_it_leaves_alone",
+    ),
+]
+
+MUTANTS = TAPE_RULES + QUADRATIC_MODEL + SOLVE + REPLAY + STATE + PRECONDITIONERS + PARTS + MONITORING

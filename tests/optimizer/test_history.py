@@ -24,7 +24,8 @@ def test_holds_the_figures_of_every_step() -> None:
         seen.append(optimizer.stats())
     for n, expected in ((3, seen[4:]), (7, seen), (100, seen)):
         history = optimizer.history(n)
-        assert set(history) == set(seen[0]) - {"mismatched_steps", "adjoint_error"}  # of the guard
+        assert set(history) == set(seen[0]) - {"mismatched_steps", "adjoint_error"} | {"step"}  # without the guard's
+        assert history.pop("step").tolist() == list(range(8 - len(expected), 8))
         for name, values in history.items():
             assert_equal([values], [torch.stack([figures[name] for figures in expected])])
 
@@ -40,6 +41,7 @@ def test_keeps_the_last_1024(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(optimizer.stats()["loss"])
     assert optimizer.history(3)["loss"].tolist() == torch.stack(seen[-3:]).tolist()
     assert optimizer.history(1000)["loss"].tolist() == torch.stack(seen[-4:]).tolist()
+    assert optimizer.history()["step"].tolist() == [7, 8, 9, 10]
 
 
 def test_is_saved_and_loaded() -> None:
@@ -74,4 +76,4 @@ def test_reading_it_is_what_waits() -> None:
     with NoHostReads(torch.device("cpu")):
         advance(optimizer, net, x, y, 3)
         figures = optimizer.stats()
-    assert len(figures) - 2 == len(optimizer.history()) == 8
+    assert len(figures) - 2 == len(optimizer.history()) - 1 == 8
