@@ -18,6 +18,7 @@ from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.backends import BACKENDS
 from curveball_fused.backends.scalars import GATHERED
 from curveball_fused.curvature import AUTO
+from curveball_fused.curvature.torch_modes import announce
 from curveball_fused.loss_scale import awaits_update
 from curveball_fused.preconditioners import SQUARE_AVERAGE
 from curveball_fused.replay.memory import span
@@ -161,6 +162,12 @@ def history_length(n: Any) -> None:
 def parameters(params: Sequence[Any]) -> None:
     """Raise for parameters that the kernels cannot serve."""
     for i, p in enumerate(params):
+        if hasattr(p, "device_mesh"):
+            raise TypeError(
+                f"parameter {i} is a DTensor, as fully_shard and parallelize_module make them: the model computes with "
+                "other tensors than these, so that no Jacobian product can be taken with respect to them. Keep the "
+                "weights whole in each process, without either of the two: CurveBall does not offer sharding yet."
+            )
         if p.layout != torch.strided:
             raise ValueError(f"parameter {i} is sparse ({p.layout}): CurveBall needs dense parameters.")
         if p.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -258,6 +265,18 @@ def replicas(params: Sequence[Tensor]) -> None:
         "not offer averaging across processes yet.",
         stacklevel=2,
     )
+
+
+def unread_gradients(params: Sequence[Tensor]) -> None:
+    """Warn once where gradients lie in `.grad`: whoever has put them there may expect that a step reads them."""
+    if any(p.requires_grad and p.grad is not None for p in params):
+        announce(
+            "unread gradients",
+            "curveball_fused: parameters have a gradient in .grad, which CurveBall neither reads nor clears: "
+            "backward(), clip_grad_norm_ and gradients summed up in .grad change nothing in its steps. Leave them out: "
+            "step() differentiates the model itself. If they are for another optimizer, ignore this; "
+            "backward(inputs=[...]), given that one's parameters, puts none here.",
+        )
 
 
 def is_state_dict(state_dict: Any) -> None:

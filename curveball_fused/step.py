@@ -149,6 +149,7 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
     if optimizer._checked != active:  # in the first step, and where others are trained
         checks.separate_memory(everything)
         checks.replicas(everything)
+        checks.unread_gradients(everything)
         optimizer._checked = active
     shared = state.prepare(optimizer.state, everything, optimizer._shared, active, settings)
     optimizer._shared = shared
