@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from curveball_fused._torch_private import has_gradient_hooks
+from curveball_fused._torch_private import has_gradient_hooks, is_sharded
 from curveball_fused.backends import BACKENDS
 from curveball_fused.backends.scalars import GATHERED
 from curveball_fused.curvature import AUTO
@@ -162,11 +162,11 @@ def history_length(n: Any) -> None:
 def parameters(params: Sequence[Any]) -> None:
     """Raise for parameters that the kernels cannot serve."""
     for i, p in enumerate(params):
-        if hasattr(p, "device_mesh"):
+        if is_sharded(p):
             raise TypeError(
-                f"parameter {i} is a DTensor, as fully_shard and parallelize_module make them: the model computes with "
-                "other tensors than these, so that no Jacobian product can be taken with respect to them. Keep the "
-                "weights whole in each process, without either of the two: CurveBall does not offer sharding yet."
+                f"parameter {i} is sharded, by fully_shard, FullyShardedDataParallel or tensor parallelism: the model "
+                "computes with other tensors than this one, with respect to which no Jacobian product can be taken. "
+                "Keep the weights whole in each process: CurveBall does not offer sharding yet."
             )
         if p.layout != torch.strided:
             raise ValueError(f"parameter {i} is sparse ({p.layout}): CurveBall needs dense parameters.")

@@ -1,20 +1,20 @@
 """What of a step works on sharded weights, tried by two processes with gloo: `python tools/sharded_parameters.py`.
 
 For each way to shard and each method of linearizing, the products Jv and Jᵀu are compared with those of the same net in
-one process. Each trial is a pair of processes of its own, as some end by a signal. Prints the table of docs/sharded.md.
+one process. Prints what is in the tables of docs/sharded.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import subprocess
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PROCESSES, SECONDS = 2, 120
+PROCESSES, SECONDS, RESULT = 2, 90, "RESULT "
 METHODS = ("linearize", "linearize_operators", "forward", "double_backward")
 
 
@@ -63,7 +63,7 @@ def made(name: str) -> tuple[nn.Sequential, Tensor]:
 
 
 def products(
-    net: nn.Module, params: Sequence[Tensor], v: Sequence[Tensor], u: Tensor, x: Tensor, method: str
+    net: Callable[[Tensor], Tensor], params: Sequence[Tensor], v: Sequence[Tensor], u: Tensor, x: Tensor, method: str
 ) -> tuple[Tensor, list[Tensor]]:
     """Jv and Jᵀu."""
     from curveball_fused.curvature import METHODS as OURS
@@ -97,7 +97,10 @@ def verdict(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Ten
 
 
 def fully_sharded(name: str, reshard: bool) -> tuple[nn.Sequential, nn.Sequential, Tensor]:
-    """The net in one piece, the same one by fully_shard, layer by layer, and the batch."""
+    """The net in one piece, the same one by fully_shard, layer by layer, and the batch.
+
+    Where weights are not to be resharded they stay whole after the forward pass and after the backward pass.
+    """
     from torch.distributed.fsdp import fully_shard
 
     plain, x = made(name)
@@ -105,7 +108,7 @@ def fully_sharded(name: str, reshard: bool) -> tuple[nn.Sequential, nn.Sequentia
     for layer in net:
         if next(layer.parameters(), None) is not None:
             fully_shard(layer, reshard_after_forward=reshard)
-    fully_shard(net, reshard_after_forward=reshard)
+    fully_shard(net, reshard_after_forward=reshard).set_reshard_after_backward(reshard)
     return plain, net, x
 
 
@@ -121,6 +124,21 @@ def resharded(net: nn.Module) -> None:
     for module in net.modules():
         if hasattr(module, "reshard"):
             module.reshard()
+
+
+def gathered(name: str, net: nn.Module) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    """The net as a function of whole weights, gathered from the shards, and these; none of FSDP's hooks is in it."""
+    skeleton = made(name)[0].to("meta")
+    weights = {key: p.detach().full_tensor().requires_grad_() for key, p in net.named_parameters()}
+    return lambda x: torch.func.functional_call(skeleton, weights, (x,)), list(weights.values())
+
+
+def by_gathered_parameters(name: str, method: str) -> str:
+    plain, net, x = fully_sharded(name, reshard=True)
+    v, u = directions(plain, plain(x).shape)
+    expected = products(plain, list(plain.parameters()), v, u, x, "linearize")
+    function, params = gathered(name, net)
+    return verdict(products(function, params, v, u, x, method), expected)
 
 
 def by_sharded_parameters(name: str, method: str) -> str:
@@ -168,9 +186,9 @@ def by_tensor_parallel_parameters(name: str, method: str) -> str:
 
 
 def gradient_of_sharded_parameters() -> str:
-    plain, net, x = fully_sharded("mlp", reshard=False)
-    del plain
-    found = torch.autograd.grad(net(x).sum(), list(net.parameters()), allow_unused=True)
+    _, net, x = fully_sharded("mlp", reshard=False)
+    params = list(net.parameters())  # before the forward pass, after which the unsharded ones are in their place
+    found = torch.autograd.grad(net(x).sum(), params, allow_unused=True)
     return f"{sum(g is None for g in found)} of {len(found)} gradients are None"
 
 
@@ -182,8 +200,7 @@ def gradient_of_unsharded_parameters() -> str:
     params = unsharded(net)
     found = torch.autograd.grad(net(part).square().sum(), params)
     error = max(float((a - b).abs().max()) for a, b in zip(alone, found, strict=True))
-    kinds = {type(p).__name__ for p in net.parameters()}
-    return f"whole, of the own part of the batch, nothing reduced (error {error:.0e}); parameters then: {kinds}"
+    return f"whole, of the own part of the batch, nothing is reduced (error {error:.0e})"
 
 
 def backward() -> str:
@@ -292,7 +309,7 @@ def prototype(name: str, method: str) -> str:
     """
     from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
-    plain, net, x = fully_sharded(name, reshard=False)
+    plain, net, x = fully_sharded(name, reshard=True)
     wholes = list(plain.parameters())
     v, _ = directions(plain, plain(x).shape)
     out = plain(x)
@@ -307,10 +324,10 @@ def prototype(name: str, method: str) -> str:
     sharded = list(net.parameters())
     z = [distribute_tensor(t, p.device_mesh, p.placements) for t, p in zip(v, sharded, strict=True)]
     part = x.chunk(PROCESSES)[dist.get_rank()]
-    params = unsharded(net)
+    function, params = gathered(name, net)
     with torch.no_grad():
-        cotangent = net(part) / len(x)
-    tangent, r = products(net, params, [t.full_tensor() for t in z], cotangent, part, method)
+        cotangent = function(part) / len(x)
+    tangent, r = products(function, params, [t.full_tensor() for t in z], cotangent, part, method)
     r_shards = [
         DTensor.from_local(g, p.device_mesh, [Partial("sum")]).redistribute(placements=p.placements)
         for g, p in zip(r, sharded, strict=True)
@@ -353,66 +370,73 @@ def trials() -> dict[str, Callable[[], str]]:
                 f"{name}, {m}, unsharded parameters, kept": lambda name=name, m=m: by_unsharded_parameters(
                     name, m, False
                 ),
+                f"{name}, {m}, gathered parameters": lambda name=name, m=m: by_gathered_parameters(name, m),
                 f"{name}, {m}, tensor parallel": lambda name=name, m=m: by_tensor_parallel_parameters(name, m),
                 f"{name}, {m}, prototype": lambda name=name, m=m: prototype(name, m),
             }
     return found
 
 
-def run_one(trial: str, rank: int, store: str) -> None:
-    """Be one of the processes of a trial."""
+def run(names: Sequence[str], rank: int, store: str, verbose: bool) -> None:
+    """Be one of the two processes: try one piece after the other."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
-    try:
-        said = trials()[trial]()
-    except Exception as error:
-        if "-v" in sys.argv:
-            traceback.print_exc()
-        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    if rank == 0:
-        print(f"RESULT {said}", flush=True)
+    known = trials()
+    for name in names:
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        dist.barrier()
+        try:
+            said = known[name]()
+        except Exception as error:
+            if verbose:
+                traceback.print_exc()
+            said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if rank == 0:
+            print(f"{RESULT}{said}", flush=True)
     dist.destroy_process_group()
 
 
-def run_pair(trial: str, verbose: bool) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            __file__,
-            *(["-v"] if verbose else []),
-            "--trial",
-            trial,
-            "--store",
-            f"{folder}/store",
-        ]
-        options: Any = dict(stdout=subprocess.PIPE, stderr=None if verbose else subprocess.DEVNULL, text=True)
-        pair = [subprocess.Popen([*command, "--rank", str(rank)], **options) for rank in range(PROCESSES)]
-        try:
-            outputs = [process.communicate(timeout=SECONDS)[0] for process in pair]
-        except subprocess.TimeoutExpired:
-            return f"no end within {SECONDS} s"
-        finally:
-            for process in pair:
-                process.kill()
-        results = [line.removeprefix("RESULT ") for line in outputs[0].splitlines() if line.startswith("RESULT ")]
-        ends = [process.returncode for process in pair]
-        return results[0] if results else f"the processes end with {ends}"
+def tried(names: Sequence[str], verbose: bool) -> Iterator[str]:
+    """Yield what happened in each trial, by as few pairs of processes as survive them."""
+    names = list(names)
+    while names:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, *(["-v"] if verbose else []), "--store", f"{folder}/store"]
+            pair = [
+                subprocess.Popen(
+                    [*command, "--rank", str(rank), *names],
+                    stdout=subprocess.PIPE,
+                    stderr=None if verbose else subprocess.DEVNULL,
+                    text=True,
+                )
+                for rank in range(PROCESSES)
+            ]
+            assert pair[0].stdout is not None
+            for line in pair[0].stdout:
+                if line.startswith(RESULT):
+                    del names[0]
+                    yield line.removeprefix(RESULT).strip()
+            ends = [process.wait() for process in pair]
+        if names:
+            del names[0]
+            yield f"the processes end with {ends}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-v", action="store_true", help="show the errors in full")
     parser.add_argument("-k", default="", help="only trials with this in their names")
-    for hidden in ("--trial", "--rank", "--store"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("names", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.trial:
-        return run_one(given.trial, int(given.rank), given.store)
+    if given.names:
+        return run(given.names, given.rank, given.store, given.v)
+    names = [name for name in trials() if given.k in name]
     print("| what | what happens |\n|---|---|")
-    for trial in trials():
-        if given.k in trial:
-            print(f"| {trial} | {run_pair(trial, given.v)} |", flush=True)
+    for name, said in zip(names, tried(names, given.v), strict=True):
+        print(f"| {name} | {said} |", flush=True)
     return None
 
 
