@@ -76,6 +76,28 @@ def test_no_word_without_a_gradient_that_could_be_meant(before: Callable[..., No
         advance(optimizer, net, x, y, 2)
 
 
+@pytest.mark.parametrize("preconditioner", [None, "kronecker"])
+@pytest.mark.parametrize("weight", [1.0, 100.0])
+def test_a_bound_on_what_a_batch_weighs(weight: float, preconditioner: str | None) -> None:
+    """Steps are those of a batch with a smaller weight, or, below the bound, with the same one."""
+
+    def bounded(loss: Tensor) -> Tensor:
+        return weight * loss / (weight * loss.detach() / 3).clamp(min=1)
+
+    def by_number(loss: Tensor) -> Tensor:
+        return min(weight, 3 / float(loss.detach())) * loss
+
+    ends = []
+    for of in (bounded, by_number):
+        net, x, y = small(dtype=torch.float64)
+        optimizer = CurveBall(net.parameters(), preconditioner=preconditioner)
+        for _ in range(3):
+            loss, _ = optimizer.step(lambda: net(x), lambda outputs: of(F.cross_entropy(outputs, y)))
+            assert float(loss) <= 3 * (1 + 1e-9)
+        ends.append([p.detach() for p in net[4].parameters()])  # before batch norm a bias has noise for a gradient
+    torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-9)
+
+
 def test_a_gradient_is_clipped_by_a_hook_on_its_parameter() -> None:
     """The way that does something, in the steps between two solves and in those that solve."""
     net, x, y = small()

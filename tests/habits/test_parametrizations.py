@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 from curveball_fused import CurveBall
 from tests.helpers.against_oracle import METHODS, assert_like_oracle, targets
@@ -118,3 +119,12 @@ def test_one_of_the_own_kind_may_be_registered_when_the_optimizer_is_made() -> N
     before = net[0].weight.detach().clone()
     optimizer.step(lambda: net(X), targets(6, 3))
     assert is_symmetric(net[0].weight) and not torch.equal(net[0].weight, before)
+
+
+def test_weight_norm_in_a_gradient_checkpoint_goes_by_dual_numbers() -> None:
+    torch.manual_seed(0)
+    first, last = parametrizations.weight_norm(layer()), nn.Linear(5, 3).double()
+    optimizer = CurveBall([*first.parameters(), *last.parameters()])
+    with pytest.warns(UserWarning, match="dual numbers are used instead") as caught:
+        optimizer.step(lambda: last(checkpoint(first, X, use_reentrant=False).tanh()), targets(6, 3))
+    assert not any("double backward" in str(w.message) for w in caught)

@@ -130,6 +130,14 @@ def test_a_graph_from_before_the_step_cannot_be_used_after_it() -> None:
         loss.backward()
 
 
+def test_each_of_the_two_runs_moves_the_statistics_of_batch_norm_once() -> None:
+    model, curveball, adamw = made(Net, {})
+    model.body[1] = nn.BatchNorm1d(8).double()
+    for iteration in (at_the_same_weights, one_after_the_other):
+        iteration(model, curveball, adamw)
+    assert model.body[1].num_batches_tracked == 4
+
+
 def test_two_of_our_own_each_with_its_own_state() -> None:
     model, first, _ = made(Net, {})
     second = CurveBall(model.head.parameters(), preconditioner="kronecker")
