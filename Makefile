@@ -53,9 +53,10 @@ test-all: test test-slow  ## all tests, with many random cases
 	touch $@
 
 .PHONY: trainers
-trainers: .venv/.made-trainers  ## the examples and tests of Accelerate, Lightning, Hugging Face and Ignite
+trainers: .venv/.made-trainers  ## tests with Accelerate, Lightning, Hugging Face, Ignite, peft and TensorBoard
 	CURVEBALL_REQUIRE_NATIVE=1 CURVEBALL_REQUIRE_TRAINERS=1 \
-		$(BIN)/python -m pytest tests/integrations -q -n auto --dist worksteal $(ARGS)
+		$(BIN)/python -m pytest tests/integrations tests/habits/test_adapters.py tests/monitoring/test_tensorboard.py \
+		-q -n auto --dist worksteal $(ARGS)
 
 bench: install  ## measure the speed of the kernels and of whole steps; figures in build/benchmarks/
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from curveball_fused._torch_private import has_gradient_hooks
+from curveball_fused._torch_private import has_gradient_hooks, is_sharded
 from curveball_fused.backends import BACKENDS
 from curveball_fused.backends.scalars import GATHERED
 from curveball_fused.curvature import AUTO
+from curveball_fused.curvature.torch_modes import announce
 from curveball_fused.loss_scale import awaits_update
 from curveball_fused.preconditioners import SQUARE_AVERAGE
 from curveball_fused.replay.memory import span
@@ -147,6 +148,12 @@ def history_length(n: Any) -> None:
 def parameters(params: Sequence[Any]) -> None:
     """Raise for parameters that the kernels cannot serve."""
     for i, p in enumerate(params):
+        if is_sharded(p):
+            raise TypeError(
+                f"parameter {i} is sharded, by fully_shard, FullyShardedDataParallel or tensor parallelism: the model "
+                "computes with other tensors than this one, with respect to which no Jacobian product can be taken. "
+                "Keep the weights whole in each process, in DistributedDataParallel: CurveBall does not shard yet."
+            )
         if p.layout != torch.strided:
             raise ValueError(f"parameter {i} is sparse ({p.layout}): CurveBall needs dense parameters.")
         if p.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -228,6 +235,18 @@ def process_group(given: Any) -> None:
         raise TypeError(
             "process_group must be one of torch.distributed, such as torch.distributed.group.WORLD after "
             f"init_process_group(); got {type(given).__name__}."
+        )
+
+
+def unread_gradients(params: Sequence[Tensor]) -> None:
+    """Warn once where gradients lie in `.grad`: whoever has put them there may expect that a step reads them."""
+    if any(p.requires_grad and p.grad is not None for p in params):
+        announce(
+            "unread gradients",
+            "curveball_fused: parameters have a gradient in .grad, which CurveBall neither reads nor clears: "
+            "backward(), clip_grad_norm_ and gradients summed up in .grad change nothing in its steps. Leave them out: "
+            "step() differentiates the model itself. If they are for another optimizer, ignore this; "
+            "backward(inputs=[...]), given that one's parameters, puts none here.",
         )
 
 

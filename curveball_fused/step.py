@@ -130,6 +130,8 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
     known = active, are_there_processes()
     if optimizer._checked != known:  # in the first step, and where others are trained
         checks.separate_memory(everything)
+        checks.float64_on(everything[0].device)  # where a model has been moved since it was constructed
+        checks.unread_gradients(everything)
         optimizer._processes = processes_of(everything, optimizer._process_group) if optimizer._may_share else None
     shared = state.prepare(optimizer.state, everything, optimizer._shared, active, settings)
     optimizer._shared = shared

@@ -137,6 +137,13 @@ def kept_versions() -> bool:
     return private.version_of(x) == before
 
 
+def sharded() -> bool:
+    """A DTensor is, without elements too; tests/optimizer/test_sharded_parameters.py has all kinds."""
+    from torch.distributed.fsdp._common_utils import FSDP_FLATTENED
+
+    return hasattr(torch.distributed.tensor.DTensor, "device_mesh") and FSDP_FLATTENED == "_fsdp_flattened"
+
+
 def stepped() -> bool:
     optimizer = torch.optim.SGD([nn.Parameter(X.clone())], lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
@@ -311,6 +318,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "in_functorch_transform": in_transform,
     "is_functorch_wrapped": in_transform,
     "is_in_join": joined,
+    "is_sharded": sharded,
     "mark_as_stepped": stepped,
     "parameters_of": lambda: list(private.parameters_of(nn.Linear(2, 3))) == ["weight", "bias"],
     "recomputations_wrapped": recomputation_wrapped,

@@ -55,6 +55,7 @@ __all__ = [
     "in_functorch_transform",
     "is_functorch_wrapped",
     "is_in_join",
+    "is_sharded",
     "mark_as_stepped",
     "parameters_of",
     "recomputations_wrapped",
@@ -149,6 +150,11 @@ def _make_a_first_dual_number() -> None:
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Return whether hooks may change the gradient of a leaf."""
     return bool(parameter._backward_hooks)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return whether a parameter is a part of another: a DTensor, or what FullyShardedDataParallel makes."""
+    return hasattr(parameter, "device_mesh") or hasattr(parameter, "_fsdp_flattened")
 
 
 @contextmanager

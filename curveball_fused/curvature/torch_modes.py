@@ -20,7 +20,7 @@ from curveball_fused._torch_private import base_of, forward_grad_enabled, set_fo
 from curveball_fused.replay.control_flow import AS_WRITTEN
 
 from .dual_rules import RULES
-from .rules import TWICE_DIFFERENTIABLE, tensors
+from .rules import COMPOSITES, TWICE_DIFFERENTIABLE, tensors
 
 _ATTENTION = frozenset(("scaled_dot_product_attention", "multi_head_attention_forward"))
 RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
@@ -125,6 +125,9 @@ class Substitute(Decompose):
     ) -> Any:
         if func in AS_WRITTEN:
             return self._as_written(func, args, kwargs)
+        if func in COMPOSITES:
+            with self:
+                return COMPOSITES[func](*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _GIVES_PLACE and id(args[0]) in self._duals:
             return self._replace(func, args, kwargs or {})
         if not torch.is_grad_enabled():

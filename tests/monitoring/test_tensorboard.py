@@ -12,6 +12,7 @@ import pytest
 
 from curveball_fused import CurveBall, log_to_tensorboard, state
 from curveball_fused.backends.scalars import SCALARS
+from tests.helpers.trainers import required
 from tests.helpers.training import advance, small
 
 
@@ -64,7 +65,7 @@ def test_steps_that_no_history_holds_any_more_are_left_out(monkeypatch: pytest.M
 
 
 def test_tensorboard_itself(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    required("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
