@@ -5,6 +5,7 @@ The loss of the whole is L = Σ wᵢ Lᵢ / Σ wᵢ, and so are its gradient and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -35,6 +36,13 @@ class Part(NamedTuple):
     weight: Callable[[], Weight] = lambda: 1.0
 
 
+def in_share(numbers: Tensor, share: Weight) -> Tensor:
+    """Return share · numbers; zero at the share zero, whatever they are."""
+    if isinstance(share, Tensor):
+        return torch.where(share == 0, 0, share * numbers)
+    return share * numbers if share else torch.zeros_like(numbers)
+
+
 class BatchMean:
     """The mean over the parts of a batch, in all processes.
 
@@ -58,7 +66,21 @@ class BatchMean:
 
     def weigh(self, part: Part) -> None:
         """Note the weight of the part whose model has run last."""
-        self._weights.append(1.0 if self.is_plain else part.weight())
+        weight = 1.0 if self.is_plain else part.weight()
+        if isinstance(weight, Tensor) and weight.device == self._params[0].device:
+            self._weights.append(weight.detach().reshape(()).double())  # those of few bits, and bools, do not add up
+        else:
+            self._weights.append(float(weight))
+
+    def weighed(self, c: Tensor) -> Tensor:
+        """Return the cotangent of the part that was weighed last: zero at the weight zero, whatever its loss is.
+
+        That of a part without samples, or of tokens of which none counts, is no number.
+        """
+        weight = self._weights[-1]
+        if isinstance(weight, Tensor):
+            return torch.where(weight == 0, 0, c)
+        return c if weight else torch.zeros_like(c)
 
     def pull_back(self, vjp: Callable[[], list[Tensor]]) -> None:
         """Take in the Jᵀc of the next part, which `vjp` computes; that of the last one completes the gradient."""
@@ -81,7 +103,7 @@ class BatchMean:
                 self._add(vjp(), share)
 
     def gradient(self) -> list[Tensor]:
-        """Return the mean of Jᵀc, in float32 at least where there are several parts."""
+        """Return the mean of Jᵀc; in one process in float32 at least where there are several parts."""
         return self._gradient
 
     def sum(self, numbers: Sequence[Tensor]) -> Tensor:
@@ -93,7 +115,7 @@ class BatchMean:
         """Return the mean of the losses of all parts, 0-dim."""
         if self.is_plain:
             return losses[0]
-        return self.sum([share * loss.double() for loss, share in zip(losses, self.shares, strict=True)])
+        return self.sum([in_share(loss.double(), share) for loss, share in zip(losses, self.shares, strict=True)])
 
     @cached_property
     def shares(self) -> list[Weight]:
@@ -104,7 +126,7 @@ class BatchMean:
     def _total(self) -> Weight:
         own = sum(self._weights[1:], start=self._weights[0])
         if self._processes is None:
-            return own
+            return own if isinstance(own, Tensor) or own else math.nan  # of no samples there is no mean
         total = torch.zeros((), dtype=torch.float64, device=self._params[0].device) + own
         return self._processes.sum(total)
 

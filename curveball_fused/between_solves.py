@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curveball_fused._torch_private import run_backward
 from curveball_fused.backends.dtypes import at_least_float32
-from curveball_fused.batch import BatchMean, Part
+from curveball_fused.batch import BatchMean, Part, in_share
 from curveball_fused.curvature import checked_outputs
 from curveball_fused.curvature.linear_map import dense_gradients, in_own_memory, independent_outputs
 from curveball_fused.losses import LossGradient, loss_gradient
@@ -72,6 +72,7 @@ def gradient(context: StepContext, parts: Sequence[Part], replays: Replays | Non
             own = in_own_memory(outputs.detach(), context.params)
             leaf = at_least_float32(own).detach().requires_grad_()  # by which the loss sees what it sees in a solve
             at_outputs = loss_gradient(loss_fn, leaf, context.settings.sign, context.params)
+            at_outputs = at_outputs._replace(cotangent=mean.weighed(at_outputs.cotangent))
             mean.pull_back(partial(_pull_back, context, outputs, at_outputs.cotangent, is_scaled))
         found.append((at_outputs, own))
     all_outputs = [own for _, own in found]
@@ -88,9 +89,9 @@ def _loss_and_room(mean: BatchMean, found: Sequence[tuple[LossGradient, Tensor]]
         return loss, loss if is_never_negative is True else _room(loss, _size(*found[0]), is_never_negative)
     numbers = []
     for (at_outputs, outputs), never, share in zip(found, never_negative, mean.shares, strict=True):
-        in_share = torch.stack((at_outputs.loss.double(), _size(at_outputs, outputs).double())) * share
-        may_be_negative = torch.zeros_like(in_share[:1]) + ~torch.as_tensor(never, device=in_share.device)
-        numbers.append(torch.cat((in_share, may_be_negative)))
+        own = in_share(torch.stack((at_outputs.loss.double(), _size(at_outputs, outputs).double())), share)
+        may_be_negative = torch.zeros_like(own[:1]) + ~torch.as_tensor(never, device=own.device)
+        numbers.append(torch.cat((own, may_be_negative)))
     loss, size, negative = mean.sum(numbers).unbind()
     return loss, _room(loss, size, negative == 0)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
-from curveball_fused._torch_private import DisableTorchFunction, buffers_of, is_in_join
+from curveball_fused._torch_private import DisableTorchFunction, is_in_join
 
 BUCKET_BYTES = 25 * 2**20  # of DistributedDataParallel
 _ENDED = (
@@ -51,7 +51,7 @@ class Processes:
     def __init__(self, group: dist.ProcessGroup, wrappers: Sequence[DistributedDataParallel] = ()) -> None:
         self._group = group
         self._wrappers = wrappers
-        self._modules: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # in their order
+        self._modules: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # the outermost ones
         self._buckets: list[_Bucket] = []
         self._overlap: bool | None = None  # not known before the first backward pass has been watched
         self.sent_bytes = 0
@@ -75,16 +75,21 @@ class Processes:
             if work is not None:
                 work.wait()
 
-    def buckets(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[_Bucket]:
-        """Return flat memory for gradients of these shapes and dtypes, the last ones first, as a backward pass comes.
+    def buckets(self, params: Sequence[Tensor]) -> list[_Bucket]:
+        """Return flat memory for gradients of these parameters, the last ones first, as a backward pass comes.
 
-        It is that of the step before, so that a gradient must be used before the next step.
+        It is that of the step before, so that a gradient must be used before the next step. Its dtypes are theirs,
+        however many parts a process has, since all must send the same.
         """
-        layout = [(p.shape, p.stride(), dtype, p.device) for p, dtype in zip(params, dtypes, strict=True)]
+        layout = [(p.shape, p.stride(), p.dtype, p.device) for p in params]
         if [entry for bucket in reversed(self._buckets) for entry in reversed(bucket.layout)] != layout:
             self._buckets = _new_buckets(layout)
             self._overlap = None
         return self._buckets
+
+    def forget_buckets(self) -> None:
+        """Let the next step have other memory, as a sum that nobody waits for may still write to this."""
+        self._buckets = []
 
     @property
     def may_overlap(self) -> bool | None:
@@ -96,8 +101,15 @@ class Processes:
         self._overlap = may
 
     def note_modules(self, modules: Sequence[nn.Module]) -> None:
-        """Note which modules the model consists of, whose buffers are those of the first process."""
-        self._modules.update(dict.fromkeys(modules))
+        """Note which modules were called, and so what is inside of them; the buffers are those of the first process.
+
+        What a process has called inside of a model may depend on its batch, and what it has not called yet counts too.
+        """
+        known = {module for outermost in self._modules for module in outermost.modules()}
+        for module in modules:
+            if module not in known:
+                self._modules[module] = None
+                known.update(module.modules())
 
     def broadcast_buffers(self) -> None:
         """Let all processes have the buffers of the first, as DistributedDataParallel does before its next run."""
@@ -114,16 +126,17 @@ class Processes:
 
     def _shared_buffers(self) -> list[Tensor]:
         """Return them in the same order in every process."""
-        if not self._wrappers:
-            found = [b for module in self._modules for b in buffers_of(module).values() if b is not None]
-            return list({id(b): b for b in found}.values())
-        return [
-            buffer
-            for wrapper in self._wrappers
-            if wrapper.broadcast_buffers
-            for name, buffer in wrapper.module.named_buffers()
-            if name not in wrapper.parameters_to_ignore
-        ]
+        if self._wrappers:
+            found = [
+                buffer
+                for wrapper in self._wrappers
+                if wrapper.broadcast_buffers
+                for name, buffer in wrapper.module.named_buffers()
+                if name not in wrapper.parameters_to_ignore
+            ]
+        else:
+            found = [buffer for module in self._modules for buffer in module.buffers()]
+        return list({id(b): b for b in found}.values())
 
     def check_equal(self, tensors: Sequence[Tensor]) -> None:
         """Raise RuntimeError unless the tensors of all processes are equal, bit for bit; this waits for the device."""
@@ -143,6 +156,8 @@ class Processes:
     @contextmanager
     def wrappers_set_aside(self) -> Iterator[None]:
         """Let a call of the wrapped model be a call of the model: what it adds, `sum` and the others do."""
+        for wrapper in self._wrappers:
+            _check_wrapper(wrapper)
         for wrapper in self._wrappers:
             vars(wrapper)["forward"] = wrapper.module.__call__
         try:
@@ -184,8 +199,7 @@ class GradientSum:
         addends: Sequence[Tensor] | None,
     ) -> None:
         self._processes, self._params, self._share, self._addends = processes, params, share, addends
-        dtypes = [t.dtype for t in addends or params]
-        self._buckets = processes.buckets(params, dtypes)
+        self._buckets = processes.buckets(params)
         self._place = [(b, i) for b, bucket in enumerate(self._buckets) for i in range(len(bucket.views))]
         self._place.reverse()  # of each parameter: which bucket, which view
         self._missing = [len(bucket.views) for bucket in self._buckets]
@@ -198,9 +212,11 @@ class GradientSum:
         self._hooks = [p.register_hook(partial(self._arrive, i)) for i, p in enumerate(self._params) if p.is_leaf]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        if kind is not None:
+            self._processes.forget_buckets()
 
     def of(self, r: Sequence[Tensor]) -> list[Tensor]:
         """Return the sum, of what the backward pass has returned."""
@@ -208,6 +224,7 @@ class GradientSum:
             self._arrived.get(i, r_i.data_ptr()) == r_i.data_ptr() for i, r_i in enumerate(r)
         )
         if self._processes.may_overlap and not as_seen:
+            self._processes.forget_buckets()
             raise RuntimeError(
                 "the model's backward pass runs another one inside, through the same parameters, which it did not do "
                 "in the first step: what has been sent to the other processes is not the gradient."
@@ -232,9 +249,11 @@ class GradientSum:
         b, place = self._place[i]
         with DisableTorchFunction(), torch.no_grad():  # a method's modes may be active
             view = self._buckets[b].views[place]
-            view.copy_(gradient).mul_(self._share)
-            if self._addends is not None:
-                view.add_(self._addends[i])
+            if self._addends is None:
+                view.copy_(gradient).mul_(self._share)
+            else:
+                addend = self._addends[i]
+                view.copy_(gradient.to(addend.dtype) * self._share + addend)
             self._missing[b] -= 1
             # In one order in all processes: that of the buckets.
             while len(self._work) < len(self._buckets) and not self._missing[len(self._work)]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from curveball_fused import guard, ops
 from curveball_fused._torch_private import gradient_hooks_set_aside, has_gradient_hooks
 from curveball_fused.backends.dtypes import at_least_float32
-from curveball_fused.batch import BatchMean, Part
+from curveball_fused.batch import BatchMean, Part, in_share
 from curveball_fused.curvature import (
     LinearMap,
     Method,
@@ -224,7 +224,7 @@ def measure_with_curvature_batch(
         is_scaled = compute_dtype is torch.float16 if i == 0 else is_scaled
         linear = context.wide(backward, outputs, is_scaled)
         loss_model = context.loss_model(loss_fn, outputs, linear, replays[i])
-        mean.pull_back(partial(linear.vjp, loss_model.gradient()))
+        mean.pull_back(partial(linear.vjp, mean.weighed(loss_model.gradient())))
         losses.append(loss_model.loss)
         all_outputs.append(outputs)
         del backward, linear, loss_model  # before the next part runs
@@ -274,8 +274,9 @@ def _measure_by(
             _rehearse(context, method, [part], replays)  # others need not judge, and do not wait for what is refused
             run = _run(context, method, part, replays[i], before)
         mean.weigh(part)
+        run = run._replace(c=mean.weighed(run.c))
         if full_gradient is None or settings.theta != 0:
-            mean.pull_back(partial(_pull_back, context, method, run, full_gradient))  # r = Jᵀc
+            mean.pull_back(partial(_pull_back, context, method, run, full_gradient, mean))  # r = Jᵀc
         runs.append(run if i == len(parts) - 1 else run._replace(linear=None))
         del run  # before the next part runs
     if len(parts) > 1:
@@ -284,8 +285,9 @@ def _measure_by(
     linear = cast(WideLinearMap, run.linear)
     r = mean.gradient() if full_gradient is None else _with_full_gradient(context, linear, mean, full_gradient)
     # Adjointness does not hold of gradients that are rounded to a lower precision or altered by a hook.
-    adjoint = not context.hooked and full_gradient is None
-    direct = not adjoint or linear.is_scaled or not context.precise
+    adjoint = full_gradient is None and (context.processes is not None or not context.hooked)
+    # Of other processes none knows whether they have hooks, and all must compute the same.
+    direct = not adjoint or linear.is_scaled or not context.precise or context.processes is not None
     direction = None
     if context.preconditioner is None:
         u, dots = r, context.dots(linear, r) if direct else None
@@ -317,12 +319,16 @@ def _measure_by(
     comparison = None
     first = context.processes is None and any(_is_new(context, run) for run in runs)
     if (first or context.compares) and adjoint:
+        of_z, of_u, difference, hooked = _by_adjointness(context, mean, runs, ju, linear.difference_of_runs())
         comparison = guard.compare(
             context.dots(linear, r) if dots is None else dots,
-            *_by_adjointness(mean, runs, ju, settings.backend),
-            linear.difference_of_runs(),
+            of_z,
+            of_u,
+            difference,
             {*(run.outputs.dtype for run in runs), *replays.dtypes, *(p.dtype for p in context.params)},
         )
+        if hooked is not None:
+            comparison = comparison._replace(errors=comparison.errors.masked_fill(hooked, 0.0))
         if first:
             error = _judge(context, method, comparison, parts, replays)
             # An overflow of float16 says nothing, and may last for some steps: later comparisons are on the device.
@@ -392,20 +398,34 @@ def _of_whole(
     numbers = []
     for run, products_i, size, share in zip(runs, products, sizes, mean.shares, strict=True):
         loss = run.loss_model.loss.double()
-        numbers.append(share * torch.cat((torch.stack((loss, loss.abs() if size is None else size)), products_i)))
+        own = in_share(torch.cat((torch.stack((loss, loss.abs() if size is None else size)), products_i)), share)
+        numbers.append(torch.cat((own, torch.full_like(own[:1], float(size is not None)))))
     total = mean.sum(numbers)
-    return total[0], total[2:], None if all(size is None for size in sizes) else total[1]
+    # What is without a bound in one process may have one in another.
+    return total[0], total[2:-1], torch.where(total[-1] > 0, total[1], torch.inf)
 
 
-def _by_adjointness(mean: BatchMean, runs: Sequence[_Run], ju: Sequence[Tensor], backend: str) -> tuple[Tensor, Tensor]:
-    """Return `[Jz·Jz, Jz·c, c·c]`, and that of Ju, for the c of the whole batch, in which each part has its share."""
+def _by_adjointness(
+    context: StepContext, mean: BatchMean, runs: Sequence[_Run], ju: Sequence[Tensor], difference: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return `[Jz·Jz, Jz·c, c·c]`, and that of Ju, for the c of the whole batch, in which each part has its share.
+
+    Beside them the difference of runs, summed over the processes, and whether one of these has hooks, as all must come
+    to the same judgement; None where there is one process.
+    """
     numbers = []
     for run, ju_i, share in zip(runs, ju, mean.shares, strict=True):
-        of_z, of_u = (ops.dots([t], [run.c], backend=backend) for t in (run.jz, ju_i))
-        in_share = torch.stack([of_z.new_ones(()) * share**k for k in range(3)])
-        numbers.append(torch.cat((in_share * of_z, in_share * of_u)))
-    of_z, of_u = mean.sum(numbers).split(3)
-    return of_z, of_u
+        of_z, of_u = (ops.dots([t], [run.c], backend=context.settings.backend) for t in (run.jz, ju_i))
+        powers = torch.stack([of_z.new_ones(()) * share**k for k in range(3)])
+        numbers.append(torch.cat((powers * of_z, powers * of_u)))
+    own = torch.stack(numbers).sum(dim=0)
+    if context.processes is None:
+        of_z, of_u = own.split(3)
+        return of_z, of_u, difference, None
+    beside = torch.full_like(own[:2], float(context.hooked))
+    beside[0].zero_() if difference is None else beside[0].copy_(difference)
+    of_z, of_u, beside = mean.sum([torch.cat((own, beside))]).split((3, 3, 2))
+    return of_z, of_u, beside[0], beside[1] > 0
 
 
 def _consistent(products: Tensor, dots: Tensor, theta: float) -> Tensor:
@@ -478,7 +498,9 @@ def _run(context: StepContext, method: Method, part: Part, replay: Replay, befor
     if before is not None and before.compute_dtype is not None:
         known.add(before.compute_dtype)
     compute_dtype = _half_precision(known, context.params)
-    is_scaled = before.is_scaled if isinstance(before, _Run) else compute_dtype is torch.float16
+    # Of several parts the first may be in another precision than the rest.
+    first_is_scaled = torch.float16 in (compute_dtype, context.compute_dtype)
+    is_scaled = before.is_scaled if isinstance(before, _Run) else first_is_scaled
     linear = context.wide(map_, outputs, is_scaled)
     name = (method.name, linear.operators)
     if context.compares or (context.guarded and name not in context.known_maps):
@@ -490,9 +512,11 @@ def _run(context: StepContext, method: Method, part: Part, replay: Replay, befor
     return _Run(linear, outputs, jz, loss_model, c, products_with, name, is_scaled, compute_dtype)
 
 
-def _pull_back(context: StepContext, method: Method, run: _Run, full_gradient: FullGradient | None) -> list[Tensor]:
+def _pull_back(
+    context: StepContext, method: Method, run: _Run, full_gradient: FullGradient | None, mean: BatchMean
+) -> list[Tensor]:
     """Return r = Jᵀ(g + θ H Jz) of a part, or θ Jᵀ H Jz where there is a full gradient."""
-    c = run.c if full_gradient is None else run.c - run.loss_model.gradient()
+    c = run.c if full_gradient is None else mean.weighed(run.c - run.loss_model.gradient())
     with refusals_of(method), own_gradients(context.params) if _is_new(context, run) else nullcontext():
         return cast(WideLinearMap, run.linear).vjp(c)
 

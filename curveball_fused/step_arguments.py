@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
@@ -112,7 +113,7 @@ def _check_weights(weights: Any, count: int) -> None:
         if isinstance(weight, Tensor):
             if weight.numel() != 1:
                 raise ValueError(f"each weight must be a number, or 0-dim; one has the shape {tuple(weight.shape)}.")
-        elif not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        elif not isinstance(weight, numbers.Real) or not 0 <= float(weight) < math.inf:
             raise ValueError(f"each weight must be a finite number, at least 0; got {weight!r}.")
     if not are_there_processes() and not any(isinstance(weight, Tensor) or weight for weight in weights):
         raise ValueError("all weights are zero: there is nothing to learn from.")

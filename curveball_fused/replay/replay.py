@@ -196,7 +196,9 @@ def _refuse_wrapper(module: nn.Module) -> None:
     if isinstance(module, nn.parallel.DistributedDataParallel) and "forward" not in vars(module):
         raise Unrepeatable(
             "model_fn calls a DistributedDataParallel-wrapped module without a parameter of this optimizer, or in a "
-            "place that is of one process, such as explain: call the module inside it, wrapper.module."
+            "place that is of one process, such as explain: call the module inside it, wrapper.module. (One that was "
+            "made after the optimizer's first step needs a new optimizer, which takes over the state_dict() of the "
+            "former; gc.freeze(), where it is used, must come after the first step.)"
         )
     is_sync = isinstance(module, nn.SyncBatchNorm) and module.training
     if is_sync and torch.distributed.is_available() and torch.distributed.is_initialized():

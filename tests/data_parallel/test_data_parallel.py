@@ -179,6 +179,21 @@ def test_a_hook_sees_the_gradient_of_its_process() -> None:
     torch.testing.assert_close(first[: len(weights)], weights_of(model), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("case", ["hooked_in_one", "other_numbers_of_parts", "other_losses"])
+def test_processes_that_are_not_alike_come_to_the_same_step(case: str) -> None:
+    assert torch.equal(*found(case))
+
+
+def test_a_hook_that_only_looks_changes_no_step() -> None:
+    weights = in_one("published")[0]
+    torch.testing.assert_close(found("hooked_in_one")[0][: len(weights)], weights, rtol=1e-8, atol=1e-9)
+
+
+def test_buffers_that_a_process_has_not_called_are_not_mistaken_for_others() -> None:
+    (numbers, unused), (others, _) = found("branches")
+    assert torch.equal(numbers, others) and not bool(unused.any())
+
+
 def until(world: int, folder: Path, first: int, last: int, killed: int = -1) -> Callable[[], None]:
     context = mp.get_context("spawn")
     each = [

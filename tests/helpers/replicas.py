@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -237,6 +237,63 @@ def hooked(rank: int, world: int) -> Tensor:
     return numbers_of(model, optimizer)
 
 
+def hooked_in_one(rank: int, world: int) -> Tensor:
+    """A hook that only looks, in one process, as those of loggers."""
+    model = net()
+    called, optimizer = optimizer_of(model, "wrapped", OPTIONS["published"])
+    if rank == 0:
+        next(model.parameters()).register_hook(lambda g: None)
+    for step in range(STEPS):
+        optimizer.step(*parts(called, step, (6, 6))[rank])
+    return numbers_of(model, optimizer)
+
+
+def other_numbers_of_parts(rank: int, world: int) -> Tensor:
+    """Of gradients in bfloat16, summed up in float32 where there are several parts."""
+    model = net(dtype=torch.bfloat16)
+    called, optimizer = optimizer_of(model, "wrapped", OPTIONS["published"])
+    for step in range(4):
+        own = parts(called, step, (6, 3, 3), torch.bfloat16)
+        optimizer.step(own[:1] if rank == 0 else own[1:])
+    return numbers_of(model, optimizer)
+
+
+class Branches(nn.Module):
+    """Runs through one batch norm or another, as its input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm1d(5), nn.BatchNorm1d(5)])
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: nn.Module = self.norms[int(len(x) > 5)]
+        return cast(Tensor, self.last(norm(x)))
+
+
+def branches(rank: int, world: int) -> list[Tensor]:
+    """What a process calls inside of a model may depend on its batch; the statistics of the first one count."""
+    torch.manual_seed(1)
+    model = Branches().double()
+    called, optimizer = optimizer_of(model, "process_group", dict(lambd=0.5))
+    x, y = batch(0)
+    x, y = (t.split((5, 7))[rank] for t in (x, y))
+    optimizer.step(lambda: called(x), lambda out: F.cross_entropy(out, y))
+    unused = cast(nn.BatchNorm1d, model.norms[1]).running_mean
+    return [numbers_of(model, optimizer), cast(Tensor, unused)]
+
+
+def other_losses(rank: int, world: int) -> Tensor:
+    """A loss that is not convex in one process bounds the steps of all."""
+    model = net()
+    called, optimizer = optimizer_of(model, "wrapped", dict(lambd=1e-6, lambda_interval=100))
+    for step in range(3):
+        model_fn, loss_fn = parts(called, step, (6, 6))[rank]
+        optimizer.step(model_fn, (lambda out: -(out - 3).square().sum()) if rank else loss_fn)
+    assert optimizer.stats()["safe_steps"] > 0
+    return numbers_of(model, optimizer)
+
+
 CASES: dict[str, Callable[[int, int], Any]] = {
     **{
         f"{how}, {options}, {split}": lambda rank, world, a=(how, options, split): trained(rank, world, *a)
@@ -253,7 +310,8 @@ CASES: dict[str, Callable[[int, int], Any]] = {
         f.__name__: f
         for f in (
             one_weight_zero, unused, unlike, other_methods, beside_ordinary_training, in_join,
-            curvature_batch, with_debug, two_wrappers, hooked,
+            curvature_batch, with_debug, two_wrappers, hooked, hooked_in_one,
+            other_numbers_of_parts, branches, other_losses,
         )
     },
 }  # fmt: skip

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,62 @@ def test_weights(options: str, kind: str) -> None:
             else:
                 optimizer.step(lambda: net(x), lambda out: F.cross_entropy(out, y))
         found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
+
+
+KINDS_OF_WEIGHTS: dict[str, list[Any]] = {
+    "bool": [torch.tensor(True), torch.tensor(True)],
+    "uint8": [torch.tensor(200, dtype=torch.uint8)] * 2,
+    "int64": [torch.tensor(3), torch.tensor(7)],
+    "bfloat16": [torch.tensor(300, dtype=torch.bfloat16), torch.tensor(600, dtype=torch.bfloat16)],
+    "one element": [torch.ones(1), torch.ones(1)],
+    "requires grad": [torch.tensor(1.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)],
+    "numpy": [np.int64(1), np.float32(3.0)],
+    "mixed": [torch.tensor(1), 3],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_WEIGHTS)
+@pytest.mark.parametrize("options", ["published", "metric"])
+def test_weights_of_any_kind_add_up(options: str, kind: str) -> None:
+    found = []
+    for given in (KINDS_OF_WEIGHTS[kind], list(map(float, KINDS_OF_WEIGHTS[kind]))):
+        torch.manual_seed(0)
+        net = nn.Linear(5, 3).double()
+        optimizer = CurveBall(net.parameters(), **OPTIONS[options])
+        for step in range(3):
+            loss, _ = optimizer.step(parts_of(net, *batch(step), [5, 6], cross_entropy), weights=given)
+        assert not loss.requires_grad
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "tensors", "samples"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_part_of_which_nothing_counts_is_no_bad_batch(options: str, kind: str) -> None:
+    """Its loss is the mean of nothing, NaN; where all parts are such, so is that of the whole."""
+    found = []
+    for split in (True, False):
+        torch.manual_seed(0)
+        net = nn.Linear(5, 3).double()
+        optimizer = CurveBall(net.parameters(), **OPTIONS[options])
+        for step in range(6):
+            x, y = batch(step)
+            cuts = [11, 0] if kind == "samples" else [4, 7]
+            if kind != "samples":
+                y[4:] = -100
+            weights = {"numbers": [4, 0], "tensors": [torch.tensor(4), torch.tensor(0)], "samples": None}[kind]
+            if split:
+                loss, _ = optimizer.step(parts_of(net, x, y, cuts, cross_entropy), weights=weights)
+                assert torch.isfinite(loss)
+            else:
+                optimizer.step(lambda: net(x), lambda out: F.cross_entropy(out, y))
+        assert optimizer.stats()["skipped_steps"] == 0
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+        before = net.weight.clone()
+        if split:
+            optimizer.step(parts_of(net, *batch(0), [0, 11], cross_entropy)[:1] * 2)
+            assert optimizer.stats()["skipped_steps"] == 1 and torch.equal(net.weight, before)
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
 
 
