@@ -111,6 +111,10 @@ class Processes:
                 self._modules[module] = None
                 known.update(module.modules())
 
+    def modules(self) -> list[nn.Module]:
+        """Return the outermost modules that were noted."""
+        return list(self._modules)
+
     def broadcast_buffers(self) -> None:
         """Let all processes have the buffers of the first, as DistributedDataParallel does before its next run."""
         by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}

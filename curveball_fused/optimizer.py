@@ -234,8 +234,9 @@ class CurveBall(Optimizer):
             TypeError: an argument, or what `model_fn` or `loss_fn` returns, is of a type that cannot be used.
             ValueError: two parameters have come to share memory.
             RuntimeError: the model or the loss cannot be used, another process has failed or has other weights, or,
-                with `debug`, a product is wrong; nothing has been changed then. (An error of the model at the new
-                weights, where λ adapts, leaves a step that is complete but for that.)
+                with `debug`, a product is wrong; nothing has been changed then. (An error between solves leaves buffers
+                as the model has left them; one of the model at the new weights, where λ adapts, a step that is complete
+                but for that.)
 
         Example::
 

@@ -132,7 +132,10 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
         checks.separate_memory(everything)
         checks.float64_on(everything[0].device)  # where a model has been moved since it was constructed
         checks.unread_gradients(everything)
+        former = optimizer._processes
         optimizer._processes = processes_of(everything, optimizer._process_group) if optimizer._may_share else None
+        if former is not None and optimizer._processes is not None:
+            optimizer._processes.note_modules(former.modules())
     shared = state.prepare(optimizer.state, everything, optimizer._shared, active, settings)
     optimizer._shared = shared
     if optimizer._processes is not None and (optimizer._checked != known or settings.debug):
