@@ -125,7 +125,7 @@ class Substitute(Decompose):
     ) -> Any:
         if func in AS_WRITTEN:
             return self._as_written(func, args, kwargs)
-        if func in COMPOSITES:
+        if func in COMPOSITES and func not in RULES:  # one with a rule of its own is decomposed where that cannot serve
             with self:
                 return COMPOSITES[func](*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _GIVES_PLACE and id(args[0]) in self._duals:

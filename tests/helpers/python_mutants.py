@@ -68,8 +68,8 @@ QUADRATIC_MODEL = [
     PythonMutant(
         "adjointness_is_trusted_although_a_hook_has_altered_the_gradient",
         "quadratic_model.py",
-        "adjoint = not context.hooked and ",
-        "adjoint = ",
+        "(context.processes is not None or not context.hooked)",
+        "True",
         "optimizer/test_safety.py::test_gradient_hooks_are_accounted_for",
     ),
     PythonMutant(
@@ -506,8 +506,8 @@ PARTS = [
     PythonMutant(
         "products_are_those_of_a_sum",
         "quadratic_model.py",
-        "numbers.append(share * torch.cat((torch.stack((loss",
-        "numbers.append(torch.cat((torch.stack((loss",
+        "else size)), products_i)), share)",
+        "else size)), products_i)), 1.0)",
         "optimizer/test_parts.py::test_twenty_steps_are_those_of_dense_matrices_of_the_whole",
         "attention and auto",
     ),
