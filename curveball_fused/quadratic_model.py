@@ -262,25 +262,7 @@ def _measure_by(
     """
     settings = context.settings
     mean = BatchMean(context.params, len(parts), context.processes)
-    runs: list[_Run] = []
-    for i, part in enumerate(parts):
-        if settings.debug and not mean.is_plain:
-            _rehearse(context, method, [part], replays)  # each part has products of its own to be checked
-        before = runs[0] if runs else full_gradient
-        run = _run(context, method, part, replays[i], before)
-        if context.processes is not None and _is_new(context, run):
-            del run
-            replays[i].rewind()
-            _rehearse(context, method, [part], replays)  # others need not judge, and do not wait for what is refused
-            run = _run(context, method, part, replays[i], before)
-        mean.weigh(part)
-        run = run._replace(c=mean.weighed(run.c))
-        if full_gradient is None or settings.theta != 0:
-            mean.pull_back(partial(_pull_back, context, method, run, full_gradient, mean))  # r = Jᵀc
-        runs.append(run if i == len(parts) - 1 else run._replace(linear=None))
-        del run  # before the next part runs
-    if len(parts) > 1:
-        replays.close()
+    runs = _first_runs(method, context, parts, replays, full_gradient, mean)
     run = runs[-1]
     linear = cast(WideLinearMap, run.linear)
     r = mean.gradient() if full_gradient is None else _with_full_gradient(context, linear, mean, full_gradient)
@@ -299,36 +281,16 @@ def _measure_by(
     if any(run.loss_model.lacks_curvature(look=context.is_first) for run in runs):
         announce(_NO_CURVATURE, _NO_CURVATURE)
     overflow = linear.overflow(loss, products, dots)
-    if (
-        settings.debug
-        and mean.is_plain
-        and full_gradient is None
-        and not (overflow is not None and any(map(bool, overflow)))
-    ):
-        from curveball_fused import debug  # which no other step needs
-
-        loss_model = run.loss_model
-        step = debug.Step(
-            method.name, part.model_fn, part.loss_fn, settings.sign, context.params, replays[0], context.z, run.outputs,
-            run.jz, settings.theta, run.c, linear.unscaled(r), linear.unscaled(u) if direction is None else u, ju[0],
-            products, loss_model.has_own_curvature(),
-        )  # fmt: skip
-        debug.check(step)
-        if context.preconditioner is not None and direction is not None:
-            debug.check_metric(context.preconditioner.blocks(), direction, context.z)
+    is_debugged = settings.debug and mean.is_plain and full_gradient is None
+    if is_debugged and (overflow is None or not any(map(bool, overflow))):
+        own_r, own_u = linear.unscaled(r), linear.unscaled(u) if direction is None else u
+        _check_by_differences(context, method, parts[0], replays[0], run, own_r, own_u, ju[0], products, direction)
     comparison = None
     first = context.processes is None and any(_is_new(context, run) for run in runs)
     if (first or context.compares) and adjoint:
-        of_z, of_u, difference, hooked = _by_adjointness(context, mean, runs, ju, linear.difference_of_runs())
-        comparison = guard.compare(
-            context.dots(linear, r) if dots is None else dots,
-            of_z,
-            of_u,
-            difference,
-            {*(run.outputs.dtype for run in runs), *replays.dtypes, *(p.dtype for p in context.params)},
-        )
-        if hooked is not None:
-            comparison = comparison._replace(errors=comparison.errors.masked_fill(hooked, 0.0))
+        directly = context.dots(linear, r) if dots is None else dots
+        dtypes = {*(run.outputs.dtype for run in runs), *replays.dtypes, *(p.dtype for p in context.params)}
+        comparison = _compared(context, mean, runs, ju, directly, linear.difference_of_runs(), dtypes)
         if first:
             error = _judge(context, method, comparison, parts, replays)
             # An overflow of float16 says nothing, and may last for some steps: later comparisons are on the device.
@@ -346,6 +308,37 @@ def _measure_by(
         loss, [run.outputs for run in runs], u, products, dots, overflow, method.name, run.compute_dtype, noted, size,
         direction, mean,
     )  # fmt: skip
+
+
+def _first_runs(
+    method: Method,
+    context: StepContext,
+    parts: Sequence[Part],
+    replays: Replays,
+    full_gradient: FullGradient | None,
+    mean: BatchMean,
+) -> list[_Run]:
+    """Run all parts, and pull their cotangents back into `mean`: r = Jᵀc. Of the runs the last one keeps its map."""
+    runs: list[_Run] = []
+    for i, part in enumerate(parts):
+        if context.settings.debug and not mean.is_plain:
+            _rehearse(context, method, [part], replays)  # each part has products of its own to be checked
+        before = runs[0] if runs else full_gradient
+        run = _run(context, method, part, replays[i], before)
+        if context.processes is not None and _is_new(context, run):
+            del run
+            replays[i].rewind()
+            _rehearse(context, method, [part], replays)  # others need not judge, and do not wait for what is refused
+            run = _run(context, method, part, replays[i], before)
+        mean.weigh(part)
+        run = run._replace(c=mean.weighed(run.c))
+        if full_gradient is None or context.settings.theta != 0:
+            mean.pull_back(partial(_pull_back, context, method, run, full_gradient, mean))  # r = Jᵀc
+        runs.append(run if i == len(parts) - 1 else run._replace(linear=None))
+        del run  # before the next part runs
+    if len(parts) > 1:
+        replays.close()
+    return runs
 
 
 def _is_new(context: StepContext, run: _Run) -> bool:
@@ -405,13 +398,56 @@ def _of_whole(
     return total[0], total[2:-1], torch.where(total[-1] > 0, total[1], torch.inf)
 
 
-def _by_adjointness(
-    context: StepContext, mean: BatchMean, runs: Sequence[_Run], ju: Sequence[Tensor], difference: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return `[Jz·Jz, Jz·c, c·c]`, and that of Ju, for the c of the whole batch, in which each part has its share.
+def _check_by_differences(
+    context: StepContext,
+    method: Method,
+    part: Part,
+    replay: Replay,
+    run: _Run,
+    r: list[Tensor],
+    u: list[Tensor],
+    ju: Tensor,
+    products: Tensor,
+    direction: Direction | None,
+) -> None:
+    """Do what debug mode does: check what was measured against finite differences, and P."""
+    from curveball_fused import debug  # which no other step needs
 
-    Beside them the difference of runs, summed over the processes, and whether one of these has hooks, as all must come
-    to the same judgement; None where there is one process.
+    settings = context.settings
+    step = debug.Step(
+        method.name, part.model_fn, part.loss_fn, settings.sign, context.params, replay, context.z, run.outputs, run.jz,
+        settings.theta, run.c, r, u, ju, products, run.loss_model.has_own_curvature(),
+    )  # fmt: skip
+    debug.check(step)
+    if context.preconditioner is not None and direction is not None:
+        debug.check_metric(context.preconditioner.blocks(), direction, context.z)
+
+
+def _compared(
+    context: StepContext,
+    mean: BatchMean,
+    runs: Sequence[_Run],
+    ju: Sequence[Tensor],
+    dots: Tensor,
+    difference: Tensor | None,
+    dtypes: Collection[torch.dtype],
+) -> guard.Comparison:
+    """Compare the dot products with those that follow by adjointness, for the c of the whole batch.
+
+    Each part has its share in that c. Several processes sum up, too, the difference of runs and whether one of them has
+    hooks, which would hide the identities, as all must come to the same judgement.
+
+    Args:
+        context: where the step begins.
+        mean: of the parts.
+        runs: of the parts.
+        ju: Ju of the parts.
+        dots: `[z·z, z·r, r·u]`, taken directly.
+        difference: of the outputs of several runs; None where the model ran once.
+        dtypes: that the model computes in.
+
+    Returns:
+        The comparison, on the device.
     """
     numbers = []
     for run, ju_i, share in zip(runs, ju, mean.shares, strict=True):
@@ -421,11 +457,12 @@ def _by_adjointness(
     own = torch.stack(numbers).sum(dim=0)
     if context.processes is None:
         of_z, of_u = own.split(3)
-        return of_z, of_u, difference, None
+        return guard.compare(dots, of_z, of_u, difference, dtypes)
     beside = torch.full_like(own[:2], float(context.hooked))
     beside[0].zero_() if difference is None else beside[0].copy_(difference)
     of_z, of_u, beside = mean.sum([torch.cat((own, beside))]).split((3, 3, 2))
-    return of_z, of_u, beside[0], beside[1] > 0
+    comparison = guard.compare(dots, of_z, of_u, beside[0], dtypes)
+    return comparison._replace(errors=comparison.errors.masked_fill(beside[1] > 0, 0.0))
 
 
 def _consistent(products: Tensor, dots: Tensor, theta: float) -> Tensor:
