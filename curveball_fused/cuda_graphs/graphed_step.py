@@ -28,7 +28,6 @@ from curveball_fused._torch_private import (
     tree_leaves,
     tree_map,
 )
-from curveball_fused.batch import Part
 from curveball_fused.curvature import METHODS
 from curveball_fused.optimizer import CurveBall
 from curveball_fused.preconditioners import EARLY_STEPS
@@ -36,12 +35,13 @@ from curveball_fused.replay import Replay
 from curveball_fused.replay.generators import host_positions
 from curveball_fused.settings import Settings
 from curveball_fused.step import StepInputs, StepKind, finish, intervals, kind_of, prepared, run_step
+from curveball_fused.step_arguments import GivenPart
 
 from .capture import Capture, Pool
 from .host_reads import refuse_host_reads
 
-ModelOf = Callable[[Any], Tensor]
-LossOf = Callable[[Tensor, Any], Tensor]
+ModelOf = Callable[[Any], Any]
+LossOf = Callable[[Any, Any], Tensor]
 _WARM_UPS = 3  # libraries choose kernels and allocate workspaces in the first runs
 
 
@@ -56,8 +56,8 @@ def make_graphed_step(
     Args:
         optimizer: over CUDA parameters. Its learning rates may change from step to step; all other settings, the
             modes of modules (train, eval) and which parameters require gradients are those of now.
-        model_fn: maps `inputs` to the predictions; a module, say. Its random numbers must come from the default
-            generator of the device.
+        model_fn: maps `inputs` to the predictions, as `CurveBall.step` knows them; a module, say. Its random numbers
+            must come from the default generator of the device.
         loss_fn: maps the predictions and `targets` to the scalar loss; `F.cross_entropy`, say.
         sample_batch: `(inputs, targets)`: each a tensor, or nested lists, tuples or dictionaries of tensors, numbers
             and strings. Some steps are taken with it, of which nothing stays.
@@ -80,7 +80,7 @@ class _Graph(NamedTuple):
 
     capture: Capture
     loss: Tensor
-    outputs: Tensor
+    outputs: Any
 
 
 class GraphedStep:
@@ -96,8 +96,8 @@ class GraphedStep:
         self._device = optimizer._device
         self._pool = Pool(self._device)
         self._batch = tree_map(self._copied_to_device, tuple(sample_batch))
-        part = Part(lambda: _one_tensor(model_fn(self._batch[0])), lambda outputs: loss_fn(outputs, self._batch[1]))
-        self._inputs = StepInputs([part])
+        self._given = GivenPart((lambda: model_fn(self._batch[0]), lambda outputs: loss_fn(outputs, self._batch[1])))
+        self._inputs = StepInputs([self._given.part()])
         self._rates = [torch.zeros((), dtype=torch.float64, device=self._device) for _ in optimizer.param_groups]
         self._rates_hold: list[float | None] = [None] * len(self._rates)
         self._failures_when_watched: dict[StepKind, str] = {}
@@ -118,7 +118,7 @@ class GraphedStep:
             self._held = [t for module in self._modules for t in vars(module).values() if isinstance(t, Tensor)]
             self._graphs = {kind: self._captured(kind, shared, settings) for kind in kinds}
 
-    def __call__(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, inputs: Any, targets: Any) -> tuple[Tensor, Any]:
         """Take one step, with the optimizer's hooks.
 
         `ValueError` is raised for a batch that differs from the sample, `RuntimeError` where the optimizer or its
@@ -129,8 +129,8 @@ class GraphedStep:
             targets: the same.
 
         Returns:
-            The loss, 0-dim, and the predictions at the weights before the step, detached. The predictions are the
-            graph's own memory, which the next call overwrites: clone them to keep them.
+            The loss, 0-dim, and the predictions at the weights before the step, in their structure, detached. The
+            predictions are the graph's own memory, which the next call overwrites: clone them to keep them.
 
         Example::
 
@@ -141,7 +141,7 @@ class GraphedStep:
         return _step_with_hooks(self._optimizer, self, inputs, targets)
 
     @torch.no_grad()
-    def _replay(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    def _replay(self, inputs: Any, targets: Any) -> tuple[Tensor, Any]:
         if _unchanging(self._optimizer, self._modules) != self._made_for:
             raise RuntimeError(
                 "the optimizer's settings, the places of parameters or buffers, or what requires a gradient have "
@@ -245,6 +245,7 @@ class GraphedStep:
         try:
             with capture.recording():
                 loss, (outputs,) = run_step(self._optimizer, self._inputs, shared, settings)
+                outputs = self._given.of(outputs)
                 for name, place in self._shared.items():
                     if shared[name] is not place:
                         place.copy_(shared[name])
@@ -273,7 +274,7 @@ class GraphedStep:
 
 
 @Optimizer.profile_hook_step
-def _step_with_hooks(optimizer: CurveBall, graphed: GraphedStep, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+def _step_with_hooks(optimizer: CurveBall, graphed: GraphedStep, inputs: Any, targets: Any) -> tuple[Tensor, Any]:
     """Replay as a step of the optimizer: with its hooks, and known to schedulers."""
     mark_as_stepped(optimizer)
     return graphed._replay(inputs, targets)
@@ -295,16 +296,6 @@ def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> No
                 f"sample_batch holds a {type(leaf).__name__}: give tensors, numbers and strings, in lists, tuples or "
                 "dictionaries."
             )
-
-
-def _one_tensor(outputs: Any) -> Tensor:
-    """Return what a model has returned, or say that a graphed step needs one tensor."""
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"a graphed step needs a model_fn that returns one tensor; it returned {type(outputs).__name__}. Pick the "
-            "tensor that the loss reads, or concatenate several, or take ordinary steps, which know structures."
-        )
-    return outputs
 
 
 def _examples(settings: Settings) -> tuple[int, ...]:

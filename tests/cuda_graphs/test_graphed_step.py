@@ -274,3 +274,29 @@ def test_a_stale_graph_of_autograd_is_an_error() -> None:
     step(X[0], Y[0])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("preconditioner", [None, "kronecker"])
+def test_outputs_of_a_structure(preconditioner: str | None) -> None:
+    """Those of each batch, in their structure and dtypes, and what depends on no parameter too."""
+    results = []
+    for make in (eager, graphed):
+        model = net()
+        optimizer = CurveBall(model.parameters(), preconditioner=preconditioner)
+
+        def model_fn(x: Tensor, model: nn.Module = model) -> dict[str, Any]:
+            out = model(x)
+            return {"logits": out, "half": (2 * out).bfloat16(), "size": x.square().sum(), "name": "net"}
+
+        def loss_fn(out: dict[str, Any], y: Tensor) -> Tensor:
+            return F.cross_entropy(out["logits"], y) + 1e-3 * out["half"].square().mean()
+
+        torch.manual_seed(8)
+        step = make(optimizer, model_fn, loss_fn)
+        seen: list[Tensor] = []
+        for i in range(12):
+            loss, out = step(X[i % BATCHES], Y[i % BATCHES])
+            assert out["name"] == "net" and out["half"].dtype == torch.bfloat16 and not out["logits"].requires_grad
+            seen += [loss, out["logits"].clone(), out["half"].clone(), out["size"].clone()]
+        results.append([*seen, *model.state_dict().values()])
+    assert_equal(*results)

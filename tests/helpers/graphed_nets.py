@@ -26,9 +26,9 @@ def net(dropout: float = 0.2) -> nn.Module:
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def eager(optimizer: CurveBall, model: Any) -> Step:
-    return lambda x, y: optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))
+def eager(optimizer: CurveBall, model: Any, loss: Any = F.cross_entropy) -> Step:
+    return lambda x, y: optimizer.step(lambda: model(x), lambda out: loss(out, y))
 
 
-def graphed(optimizer: CurveBall, model: Any) -> Step:
-    return make_graphed_step(optimizer, model, F.cross_entropy, (X[3], Y[3]))
+def graphed(optimizer: CurveBall, model: Any, loss: Any = F.cross_entropy) -> Step:
+    return make_graphed_step(optimizer, model, loss, (X[3], Y[3]))
