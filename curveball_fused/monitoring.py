@@ -110,6 +110,9 @@ def log_to_tensorboard(optimizer: CurveBall, writer: Writer, prefix: str = "curv
         writer: a `torch.utils.tensorboard.SummaryWriter`, or whatever else has `add_scalar(tag, value, step)`.
         prefix: of the tags (default: "curveball/").
 
+    Raises:
+        TypeError: the writer has no `add_scalar`.
+
     Example::
 
         writer = SummaryWriter()
@@ -117,6 +120,8 @@ def log_to_tensorboard(optimizer: CurveBall, writer: Writer, prefix: str = "curv
             train(model, optimizer)
             log_to_tensorboard(optimizer, writer)
     """
+    if not hasattr(writer, "add_scalar"):
+        raise TypeError(f"writer must have add_scalar, as SummaryWriter(folder) does; got {type(writer).__name__}.")
     history = optimizer.history()
     logged = _logged.setdefault(optimizer, WeakKeyDictionary()).setdefault(writer, {})
     names = list(history)[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 from torch import Tensor
@@ -60,8 +60,12 @@ def given_parts(
         return [GivenPart(*pair) for pair in zip(functions, weights, strict=True)], True
     if weights is not None:
         raise TypeError("weights belong to a list of parts: optimizer.step([(model_fn, loss_fn), ...], weights=[...]).")
-    if loss_fn is None and (model_fn is None) != (closure is None):
-        return [GivenPart(_functions_of_closure(closure or model_fn))], False
+    given = model_fn if closure is None else closure
+    if loss_fn is None and (model_fn is None or closure is None):
+        if callable(given):
+            return [GivenPart(_functions_of_closure(given))], False
+        if isinstance(given, Iterator):
+            raise TypeError("the parts of a batch must be a list, as a step runs them more than once: list(parts).")
     if not callable(model_fn) or not callable(loss_fn) or closure is not None:
         raise_wrong_call()
     return [GivenPart((model_fn, loss_fn))], False
@@ -74,7 +78,8 @@ def raise_wrong_call() -> NoReturn:
         "Instead of a closure that returns the loss, and calls backward(), write:\n"
         "    loss, outputs = optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y))\n"
         "or, where a trainer hands on one function, let it return both and leave out backward():\n"
-        "    optimizer.step(lambda: (model(x), lambda outputs: F.cross_entropy(outputs, y)))"
+        "    optimizer.step(lambda: (model(x), lambda outputs: F.cross_entropy(outputs, y)))\n"
+        "(A trainer that calls backward() itself needs a class of curveball_fused.integrations: see docs/trainers.md.)"
     )
 
 

@@ -47,7 +47,7 @@ class CurveBallMixin:
             The loss (0-dim) and the predictions at the weights before the step, both detached.
 
         Raises:
-            TypeError: the module has another optimizer than one `CurveBall`.
+            TypeError: the module has another optimizer than one `CurveBall`, or the mixin is not its first base.
             ValueError: the Lightning trainer accumulates or clips gradients, of which there are none.
 
         Example::
@@ -61,6 +61,12 @@ class CurveBallMixin:
                 "CurveBallMixin serves one optimizer, a CurveBall: let configure_optimizers return it; got "
                 f"{type(optimizer).__name__}. For several optimizers use manual optimization."
             )
+        bases = type(self).__mro__
+        if any(base.__name__ == "LightningModule" for base in bases[: bases.index(CurveBallMixin)]):
+            raise TypeError(
+                f"CurveBallMixin comes first among the bases: class {type(self).__name__}(CurveBallMixin, "
+                "L.LightningModule)."
+            )
         if module.trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 "accumulate_grad_batches cannot be used with CurveBall, which leaves no gradients to add up: make the "
@@ -72,11 +78,22 @@ class CurveBallMixin:
                 "gradient_clip_val has no effect with CurveBall, which leaves nothing in .grad and sets the length of "
                 "its steps itself: leave it out."
             )
+        self._has_stepped = True
         return optimizer.step(model_fn, loss_fn, **options)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Run `training_step`, which takes the step, where Lightning would let the optimizer do so."""
-        optimizer_closure()
+        """Run `training_step`, which takes the step, where Lightning would let the optimizer do so.
+
+        Raises:
+            RuntimeError: it has taken none, and has returned a loss, as is done for a step by backward().
+        """
+        self._has_stepped = False
+        loss = optimizer_closure()
+        if loss is not None and not self._has_stepped:
+            raise RuntimeError(
+                "training_step has returned a loss without a step: call self.curveball_step(model_fn, loss_fn) in it. "
+                "(To pass over a batch return None.)"
+            )
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the step has been taken."""

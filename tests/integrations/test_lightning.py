@@ -58,6 +58,21 @@ class Classical(Module):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
 
+class WithoutStep(CurveBallMixin, Classical):
+    pass
+
+
+class MixinLast(Module, CurveBallMixin):
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        loss: Tensor = self.curveball_step(lambda: self.net(batch[0]), lambda o: F.cross_entropy(o, batch[1]))[0]
+        return loss
+
+
+class OnlySecondBatches(Automatic):
+    def training_step(self, batch: Any, i: int) -> Any:
+        return super().training_step(batch, i) if i % 2 else None
+
+
 def fit(module: Any, folder: Path, precision: str = "32-true", **options: Any) -> Any:
     if precision == "16-mixed":  # which it has for GPUs only
         half = required("lightning.pytorch.plugins.precision").MixedPrecision(precision, "cpu")
@@ -112,11 +127,18 @@ def test_a_batch_in_parts(tmp_path: Path) -> None:
     assert trainer.global_step == 12 and trainer.lightning_module.optimizers().stats()["loss"] < 1.0
 
 
+def test_a_batch_may_be_passed_over(tmp_path: Path) -> None:
+    trainer = fit(OnlySecondBatches(), tmp_path)
+    assert len(trainer.lightning_module.optimizers().history()["step"]) == 6
+
+
 REFUSED: dict[str, tuple[type, dict[str, Any], type[Exception], str]] = {
     "accumulation": (Automatic, dict(accumulate_grad_batches=2), ValueError, "batches of the DataLoader larger"),
     "clipping": (Automatic, dict(gradient_clip_val=1.0), ValueError, "gradient_clip_val has no effect"),
     "another optimizer": (WithAdam, {}, TypeError, "got Adam"),
     "no mixin": (Classical, {}, TypeError, "let it return both and leave out backward"),
+    "a mixin that comes last": (MixinLast, {}, TypeError, "comes first among the bases"),
+    "no step": (WithoutStep, {}, RuntimeError, "returned a loss without a step"),
 }
 
 

@@ -53,6 +53,12 @@ def test_gamma_only_where_there_is_one() -> None:
     assert "curveball/ratio" not in writer.logged and len(writer.logged["curveball/loss"]) == 2
 
 
+def test_a_folder_is_no_writer() -> None:
+    optimizer: Any = CurveBall(small()[0].parameters())
+    with pytest.raises(TypeError, match=r"SummaryWriter\(folder\)"):
+        log_to_tensorboard(optimizer, "runs")  # type: ignore[arg-type]
+
+
 def test_steps_that_no_history_holds_any_more_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "HISTORY", 3)
     monkeypatch.setitem(state.SHAPES, "history", (3, len(SCALARS)))

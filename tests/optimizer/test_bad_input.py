@@ -139,6 +139,7 @@ STEPS: dict[str, tuple[Callable[[Setting], Any], type[Exception], str]] = {
         "differentiates the model itself",
     ),
     "loss alone": (lambda s: s.optimizer.step(loss_fn=s.loss), TypeError, "differentiates the model itself"),
+    "loss": (lambda s: s.optimizer.step(torch.ones(())), TypeError, "lambda: model"),
     "nothing": (lambda s: s.optimizer.step(), TypeError, "lambda: model"),
     "independent": (
         lambda s: s.optimizer.step(lambda: s.x @ torch.ones(3, 2), s.loss),

@@ -440,6 +440,8 @@ def test_a_method_that_cannot_follow_one_part_follows_none(recwarn: pytest.Warni
         (dict(model_fn=[(len, len)], weights=[float("nan")]), ValueError, "at least 0; got nan"),
         (dict(model_fn=[(len, len)], weights=[torch.ones(2)]), ValueError, "0-dim"),
         (dict(model_fn=[(len, len), (len, len)], weights=[0, 0]), ValueError, "all weights are zero"),
+        (dict(model_fn=zip([len], [len])), TypeError, r"must be a list.*list\(parts\)"),
+        (dict(closure=(pair for pair in [(len, len)])), TypeError, r"must be a list.*list\(parts\)"),
         (dict(model_fn=len, loss_fn=len, weights=[1]), TypeError, "weights belong to a list of parts"),
         (dict(model_fn=[(len, len)], loss_fn=len), TypeError, "CurveBall.step differentiates the model itself"),
     ],
