@@ -21,8 +21,9 @@ from curveball_fused.step import intervals
 
 ADAPTATIONS = 5  # of λ, before anything is said about it
 RECENT_ADAPTATIONS = 20  # at most, of which half must be bad
-SLOW_STEPS = 200  # before ρ at its limit means something
+SLOW_STEPS = 200  # before a loss that falls slowly means something
 AT_LIMIT = 0.999  # of ρ
+SMALL_LR, SMALL_LR_AT_LIMIT = 0.1, 0.5  # below which `lr` is why the loss falls slowly; where ρ is at its limit
 # What the solves promise over all these steps, as a part of the loss: below, there is nothing left to be won (or so it
 # seems); above, the training moves.
 PROMISED = (1e-3, 0.2)
@@ -47,11 +48,13 @@ def advise(rows: Tensor, shared: dict[str, Any], settings: Settings) -> dict[str
         settings: the optimizer's options.
 
     Returns:
-        Sentences by "skipped", "lambda_min", "lambda_max", "ratio" or "rho".
+        Sentences by "skipped", "lambda_min", "lambda_max", "ratio", "lr" or "rho".
     """
     taken, dtype = ~rows[:, BETA].isnan(), shared["compute_dtype"]
     mismatched = 0 if taken.all() else int(shared["guard"][0])
-    found = {"skipped": _skipped(rows, dtype, mismatched), "rho": _momentum(rows[taken], settings)}
+    found = {"skipped": _skipped(rows, dtype, mismatched, settings.lambd)}
+    found["lr"] = _rate(rows[taken], settings)
+    found["rho"] = "" if found["lr"] else _momentum(rows[taken], settings)
     if settings.auto_lambda:
         steps = torch.arange(shared["step"] - len(rows), shared["step"], device="cpu")  # from zero, as they are counted
         loss, change = rows[:, LOSS].abs(), rows[:, PREDICTED_CHANGE].abs()
@@ -83,7 +86,7 @@ def _levels_to_caller() -> int:
     return levels
 
 
-def _skipped(rows: Tensor, compute_dtype: torch.dtype | None, mismatched: int) -> str:
+def _skipped(rows: Tensor, compute_dtype: torch.dtype | None, mismatched: int, lambd: float) -> str:
     skipped = rows[:, BETA].isnan()
     n, of_loss = int(skipped.sum()), int((skipped & ~rows[:, LOSS].isfinite()).sum())
     if n < (max(STUCK, HALF_SKIPS * len(rows)) if compute_dtype == torch.float16 else 1):
@@ -103,7 +106,9 @@ def _skipped(rows: Tensor, compute_dtype: torch.dtype | None, mismatched: int) -
             "debug=True, for a few steps, names the function."
         )
     if n > of_loss + mismatched and compute_dtype == torch.float16:
-        said += " float16 ends at 65504: compute in bfloat16, or begin with shorter steps, by lambd=10."
+        said += (
+            f" float16 ends at 65504: compute in bfloat16, or begin with shorter steps, by lambd={_short(10 * lambd)}."
+        )
     elif n > of_loss + mismatched:
         said += (
             " The loss was finite and its derivatives were not: loss_fn(model_fn()).backward() within "
@@ -150,20 +155,39 @@ def _damping(adapted: Tensor, settings: Settings) -> tuple[str, str]:
     )
 
 
-def _momentum(taken: Tensor, settings: Settings) -> str:
-    """Return what to say of ρ, where it stays at its limit while the loss falls slowly."""
-    if settings.rho is not None or len(taken) < SLOW_STEPS or float(taken[:, RHO].median()) < AT_LIMIT:
-        return ""
+def _is_slow(taken: Tensor) -> bool:
+    """Return whether the loss falls slowly, and not because there is nothing left to be won."""
+    if len(taken) < SLOW_STEPS:
+        return False
     loss, promised = float(taken[-1, LOSS].abs()), -taken[:, PREDICTED_CHANGE]
     half = len(taken) // 2
     # Where there is nothing left to be won, steps promise ever less.
     steady = float(promised[half:].mean()) >= 0.5 * float(promised[:half].mean())
-    if not (steady and PROMISED[0] * loss <= float(promised.sum()) <= PROMISED[1] * loss):
+    return steady and PROMISED[0] * loss <= float(promised.sum()) <= PROMISED[1] * loss
+
+
+def _is_at_limit(taken: Tensor) -> bool:
+    return float(taken[:, RHO].median()) >= AT_LIMIT
+
+
+def _rate(taken: Tensor, settings: Settings) -> str:
+    """Return what to say of `lr`, where it is that of another optimizer and the loss falls slowly."""
+    if settings.rho is not None or settings.beta is not None or not _is_slow(taken):
         return ""
-    ratio, lambd, lr = float(taken[-1, RATIO]), float(taken[-1, LAMBD]), min(map(float, settings.lr))
+    if (lr := max(map(float, settings.lr))) >= (SMALL_LR_AT_LIMIT if _is_at_limit(taken) else SMALL_LR):
+        return ""
+    return (
+        f"In the last {len(taken)} steps the loss fell slowly, as lr={lr:.3g} takes that part of each step: leave it "
+        "at 1, since a step finds its own length, unless a schedule has brought it there."
+    )
+
+
+def _momentum(taken: Tensor, settings: Settings) -> str:
+    """Return what to say of ρ, where it stays at its limit while the loss falls slowly."""
+    if settings.rho is not None or not _is_slow(taken) or not _is_at_limit(taken):
+        return ""
+    ratio, lambd = float(taken[-1, RATIO]), float(taken[-1, LAMBD])
     said = f"In the last {len(taken)} steps ρ was at its limit, 1, on the median, and the loss fell slowly"
-    if lr < 0.5:
-        return f"{said}, as lr={lr:.3g} takes that part of each step: leave it at 1, since a step finds its own length."
     if settings.preconditioner is None and ratio > settings.lambda_high:
         return (
             f"{said}, as λ = {lambd:.2g} rules: γ = {ratio:.2f} is above lambda_high. Try lambd={_short(lambd / 100)}, "

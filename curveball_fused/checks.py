@@ -283,6 +283,8 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
             "state of the first parameter that is trained, and torch.distributed.checkpoint leaves out that of frozen "
             "ones: freeze the same parameters as when it was saved, before the optimizer is made.)"
         )
+    if any("lambd" not in group for group in saved):  # that of an optimizer which has taken no step has no state
+        raise ValueError("the checkpoint's groups lack the options of a CurveBall: another optimizer's?")
 
 
 def _metric_of(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:

@@ -309,8 +309,9 @@ class CurveBall(Optimizer):
             n: how many, from 1 to 1024 (default: 1024).
 
         Returns:
-            "step", the numbers of the steps, from 1, and for each figure a float64 vector; on the CPU, of `n` elements
-            or as many as there were steps. By one copy from the device, the only thing that waits for it.
+            "step", the numbers of the steps, from 1, and for each figure of `stats`, but "mismatched_steps",
+            "adjoint_error" and "sent_bytes", a float64 vector; on the CPU, of `n` elements or as many as there were
+            steps. By one copy from the device, the only thing that waits for it.
 
         Raises:
             ValueError: `n` is not a whole number between 1 and 1024.

@@ -150,12 +150,11 @@ def test_gamma_of_a_model_that_is_another_one_in_each_run() -> None:
 @pytest.mark.parametrize(
     ("options", "said", "better"),
     [
-        (dict(lr=1e-3), "as lr=0.001 takes that part of each step: leave it at 1", {}),
         (dict(lambd=1e4), "as λ = 8.2e+03 rules: γ = 2.00 is above lambda_high", dict(lambd=80.0)),
         (dict(lambd=1e4, lambda_factor=0.9999), "rules", dict(lambd=1e4, lambda_factor=0.99)),
         (dict(lambd=1e4), "rules", dict(preconditioner="kronecker")),
     ],
-    ids=["lr", "lambda", "its factor", "metric"],
+    ids=["lambda", "its factor", "metric"],
 )
 def test_rho_at_its_limit(options: dict[str, Any], said: str, better: dict[str, Any]) -> None:
     optimizer, loss = trained("attention", 200, **options)
@@ -165,6 +164,19 @@ def test_rho_at_its_limit(options: dict[str, Any], said: str, better: dict[str, 
         said_so = f'{name}="{value}"' if isinstance(value, str) else f"{name}={value:g}"
         assert said_so in text or options.get(name) == value
     assert trained("attention", 200, **better)[1] < 0.99 * loss
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_learning_rate_of_another_optimizer(metric: str) -> None:
+    optimizer, loss = trained("attention", 200, lr=1e-3, **METRICS[metric])
+    assert "the loss fell slowly, as lr=0.001 takes that part of each step: leave it at 1" in the_warning(optimizer)
+    assert trained("attention", 200, **METRICS[metric])[1] < 0.9 * loss
+
+
+def test_a_small_learning_rate_where_rho_is_at_its_limit() -> None:
+    slow = dict(lambd=1e4, auto_lambda=False)
+    assert "as lr=0.3 takes that part of each step" in the_warning(trained("attention", 200, lr=0.3, **slow)[0])
+    assert "ρ was at its limit, 1" in the_warning(trained("attention", 200, lr=0.6, **slow)[0])
 
 
 def test_rho_that_is_fixed_is_no_sign() -> None:
@@ -209,9 +221,9 @@ def test_skipped_by_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "derivatives" not in text
 
 
-def in_float16(scale: float, steps: int) -> CurveBall:
+def in_float16(scale: float, steps: int, **options: Any) -> CurveBall:
     model = half_nets.net()
-    optimizer = CurveBall(model.parameters())
+    optimizer = CurveBall(model.parameters(), **options)
     for _ in range(steps):
         optimizer.step(half_nets.under(torch.float16, model), lambda out: scale * half_nets.cross_entropy(out))
     return optimizer
@@ -227,6 +239,12 @@ def test_a_loss_scale_may_look_for_its_size() -> None:
     assert (
         "float16 ends at 65504: compute in bfloat16, or begin with shorter steps, by lambd=10" in diagnose(optimizer)[0]
     )
+
+
+def test_shorter_steps_are_shorter_than_the_metric_has_them() -> None:
+    optimizer = in_float16(1.0, 12, preconditioner="kronecker")
+    optimizer._shared["history"][:12, 0] = torch.nan
+    assert "begin with shorter steps, by lambd=300." in diagnose(optimizer)[0]
 
 
 def test_each_kind_is_told_once_for_each_optimizer() -> None:

@@ -236,6 +236,10 @@ def checkpoint_of(net: nn.Module, optimizer_type: Any = CurveBall, **options: An
         (lambda: checkpoint_of(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))), r"\(5, 3\).*\(4, 3\)"),
         (lambda: checkpoint_of(nn.Linear(3, 4)), "parameters"),
         (lambda: checkpoint_of(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.optim.Adam), "another optimizer"),
+        (
+            lambda: torch.optim.Adam(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).parameters()).state_dict(),
+            "another optimizer",
+        ),
         (lambda: {"net": 1}, "state_dict"),
         (
             lambda: {
