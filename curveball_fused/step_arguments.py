@@ -51,6 +51,8 @@ def given_parts(
     """
     listed = closure if model_fn is None else model_fn
     if isinstance(listed, (list, tuple)) and loss_fn is None and (model_fn is None or closure is None):
+        if isinstance(listed, tuple) and len(listed) == 2 and all(map(callable, listed)):
+            raise TypeError("a pair is one part: write step(model_fn, loss_fn), or step([(model_fn, loss_fn)]).")
         if not listed:
             raise ValueError("the list of parts is empty: give at least one, (model_fn, loss_fn).")
         _check_weights(weights, len(listed))

@@ -433,6 +433,11 @@ def test_a_method_that_cannot_follow_one_part_follows_none(recwarn: pytest.Warni
     ("call", "error", "says"),
     [
         (dict(model_fn=[]), ValueError, "the list of parts is empty"),
+        (
+            dict(model_fn=(len, len)),
+            TypeError,
+            r"write step\(model_fn, loss_fn\), or step\(\[\(model_fn, loss_fn\)\]\)",
+        ),
         (dict(model_fn=[1]), TypeError, r"each part of a batch must be \(model_fn, loss_fn\)"),
         (dict(model_fn=[(len,)]), TypeError, "each part of a batch must be"),
         (dict(model_fn=[(len, len)], weights=[1, 2]), ValueError, "weights must be a list of 1 numbers"),
