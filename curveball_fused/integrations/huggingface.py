@@ -187,6 +187,15 @@ class CurveBallTrainer(Trainer):
             self._is_loss_compared = True
         return model_fn, loss_fn
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does, with its arguments and what it returns."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # The last step has left it at False, by which every other optimizer of Accelerate in this process would
+            # pass over its steps.
+            self.accelerator.gradient_state._set_sync_gradients(True)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:

@@ -327,6 +327,25 @@ def in_autocast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_another_loop_of_accelerate_trains_afterwards(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Trainer has told Accelerate, so that its own loop takes no second step, does not stay."""
+    from accelerate import Accelerator
+
+    trainer = CurveBallTrainer(gpt2(), arguments(), train_dataset=CAUSAL)
+    if fails:
+        monkeypatch.setattr(trainer, "log", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+    else:
+        trainer.train()
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    model, optimizer = Accelerator(cpu=True).prepare(model, CurveBall(model.parameters()))
+    optimizer.step(lambda: (model(torch.ones(3, 2)), lambda outputs: outputs.square().mean()))
+    assert not torch.equal(before, model.weight)
+
+
 def test_bfloat16() -> None:
     model = gpt2()
     optimizer = CurveBall(model.parameters())
