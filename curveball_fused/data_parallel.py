@@ -46,6 +46,8 @@ class Processes:
 
     Attributes:
         sent_bytes: what this process has given to collectives since it was last set to zero.
+        may_overlap: whether each parameter's gradient comes once in a backward pass, and as it is returned at the end;
+            None before the first one has been watched.
     """
 
     def __init__(self, group: dist.ProcessGroup, wrappers: Sequence[DistributedDataParallel] = ()) -> None:
@@ -53,7 +55,7 @@ class Processes:
         self._wrappers = wrappers
         self._modules: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # the outermost ones
         self._buckets: list[_Bucket] = []
-        self._overlap: bool | None = None  # not known before the first backward pass has been watched
+        self.may_overlap: bool | None = None
         self.sent_bytes = 0
 
     def sum(self, numbers: Tensor) -> Tensor:
@@ -84,21 +86,12 @@ class Processes:
         layout = [(p.shape, p.stride(), p.dtype, p.device) for p in params]
         if [entry for bucket in reversed(self._buckets) for entry in reversed(bucket.layout)] != layout:
             self._buckets = _new_buckets(layout)
-            self._overlap = None
+            self.may_overlap = None
         return self._buckets
 
     def forget_buckets(self) -> None:
         """Let the next step have other memory, as a sum that nobody waits for may still write to this."""
         self._buckets = []
-
-    @property
-    def may_overlap(self) -> bool | None:
-        """Whether each parameter's gradient comes once, and as it is returned at the end; None if that is unknown."""
-        return self._overlap
-
-    def note_overlap(self, may: bool) -> None:
-        """Note the answer that a backward pass has given."""
-        self._overlap = may
 
     def note_modules(self, modules: Sequence[nn.Module]) -> None:
         """Note which modules were called, and so what is inside of them; the buffers are those of the first process.
@@ -237,7 +230,7 @@ class GradientSum:
             if i not in self._arrived or not self._processes.may_overlap:
                 self._put(i, r_i)
         if self._processes.may_overlap is None:
-            self._processes.note_overlap(as_seen)
+            self._processes.may_overlap = as_seen
         for work in self._work:
             self._processes.wait(work)
         return [self._buckets[b].views[i] for b, i in self._place]

@@ -504,7 +504,8 @@ def _judge(
         if method.name == context.methods[-1]:
             from curveball_fused import debug
 
-            complaint = f"{complaint}. {debug.suspects(method.name, parts[-1].model_fn, replays[len(parts) - 1])}"
+            suspects = (debug.suspects(method.name, part.model_fn, replays[i]) for i, part in enumerate(parts))
+            complaint = f"{complaint}. {' '.join(dict.fromkeys(suspects))}"
         raise MethodUnsupported(refusal(method, complaint))
     return float(comparison.worst())
 

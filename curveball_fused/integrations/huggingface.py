@@ -27,7 +27,8 @@ WITHOUT_EFFECT = {
 }
 OWN_LOSS = (
     "Say how its loss is computed: CurveBallTrainer(..., compute_loss_func=lambda outputs, labels, **_: "
-    "F.cross_entropy(outputs.logits, labels)), or override `model_and_loss`."
+    "F.cross_entropy(outputs.logits.flatten(0, -2), labels.flatten())), with labels shifted where they are of the next "
+    "tokens, or override `model_and_loss`."
 )
 
 
