@@ -61,6 +61,24 @@ def test_ten_steps_equal_those_on_the_cpu(name: str, loss: str, backend: str) ->
         torch.testing.assert_close(value.cpu(), wanted, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch", "auto"])
+@pytest.mark.parametrize("direction", ["gradient", "residual"])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_steps_in_the_metric_equal_those_on_the_cpu(name: str, direction: str, backend: str) -> None:
+    """Through all refreshes of the first steps, and steps that solve for nothing."""
+    model, x = nets.make(name)
+    on_gpu, x_gpu = copy.deepcopy(model).to(DEVICE), x.to(DEVICE)
+    options: dict[str, Any] = dict(preconditioner="kronecker", direction=direction)
+    options |= dict(solve_interval=3) if direction == "gradient" else {}
+    ours, expected = optimizer_of(on_gpu, backend=backend, **options), optimizer_of(model, backend="torch", **options)
+    for _ in range(2 * STEPS):
+        gpu_loss, _ = ours.step(lambda: on_gpu(x_gpu), losses_of(DEVICE)["cross-entropy"])
+        cpu_loss, _ = expected.step(lambda: model(x), losses_of(x.device)["cross-entropy"])
+        torch.testing.assert_close(gpu_loss.cpu(), cpu_loss, rtol=1e-7, atol=1e-9)
+    for (key, value), wanted in zip(on_gpu.state_dict().items(), model.state_dict().values()):
+        torch.testing.assert_close(value.cpu(), wanted, rtol=1e-6, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
+
+
 @every_backend
 def test_a_checkpoint_goes_on_with_the_same_bits(backend: str) -> None:
     model, x = nets.make("attention")
