@@ -113,7 +113,7 @@ def test_a_captured_graph_repeats_the_eager_bits(backend: str, dtype: torch.dtyp
 def test_a_captured_update_goes_on_from_where_it_stands(backend: str) -> None:
     """In-place updates of static tensors: ten replays equal ten eager calls."""
     w, z, r = ([draw(shape, torch.float32) for shape in resnet50()[:20]] for _ in range(3))
-    scalars, rate = to_device(0.1, 0.9, 0.2, *[0.0] * 8), to_device(0.3)[0]
+    scalars, rate = to_device(0.1, 0.9, 0.2, *[0.0] * (len(SCALARS) - 3)), to_device(0.3)[0]
 
     def step(w: list[Tensor], z: list[Tensor]) -> Tensor:
         return ops.update_groups_(

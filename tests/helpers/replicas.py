@@ -63,13 +63,13 @@ def optimizer_of(model: nn.Module, how: str, options: dict[str, Any]) -> tuple[n
 
 
 def weights_of(model: nn.Module) -> Tensor:
-    return torch.cat([t.detach().double().flatten() for t in model.state_dict().values()])
+    return torch.cat([t.detach().double().flatten().cpu() for t in model.state_dict().values()])
 
 
 def numbers_of(model: nn.Module, optimizer: CurveBall) -> Tensor:
     """Everything that must be equal in all processes."""
     states = [sorted(optimizer.state[p].items()) for p in model.parameters()]
-    own = [t.double().flatten() for each in states for name, t in each if name != "method"]
+    own = [t.double().flatten().cpu() for each in states for name, t in each if name != "method"]
     return torch.cat([weights_of(model), *own])
 
 
