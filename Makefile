@@ -71,7 +71,7 @@ figures: install  ## measure, and replace the figures in benchmarks/results/ and
 # Without .venv: by the torch that is installed, which must have CUDA, in the source tree, for this machine's GPU only.
 OUT ?= build/gpu
 gpu:  ## on a machine with a GPU: build, test and measure the kernels there; logs and figures in OUT=build/gpu
-	$(PYTHON) tools/gpu.py $(OUT)
+	$(PYTHON) tools/gpu.py $(OUT) $(ARGS)
 
 lint: install  ## check style and types, change nothing
 	$(BIN)/ruff check $(WRITTEN_IN_PYTHON)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curveball_fused.preconditioners.bases import SHIFT, refreshed
+from curveball_fused.preconditioners.bases import SHIFT, cholesky_qr
 
 SHAPES = [(count, n) for n in (32, 64, 128) for count in (1, 12, 72)]  # 72 of 128: one side of GPT-2 small's 768
 SETTLED = 20  # refreshes after which a basis of a factor that stays has nearly diagonalized it
@@ -16,28 +16,34 @@ NEWTON_SCHULZ_STEPS = 12  # too few where the condition is large, so that its ti
 
 
 def iterated(factor: Tensor, basis: Tensor) -> Tensor:
-    """(F + δ) Q, each column over its length: the one of an eigenvalue of 1e-4 beside that of 1 is not lost."""
+    """(F + δ) Q."""
     shift = SHIFT * factor.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    product = factor @ basis + shift * basis
-    return product / torch.linalg.vector_norm(product, dim=-2, keepdim=True)
+    return factor @ basis + shift * basis
 
 
-def cholesky_qr(factor: Tensor, basis: Tensor) -> Tensor:
-    """The Q of A = (F + δ) Q₀ as A R⁻¹ with RᵀR = AᵀA, twice, as the first squares the condition.
+def normalized(a: Tensor) -> Tensor:
+    """Each column over its length: the one of an eigenvalue of 1e-4 beside that of 1 is not lost."""
+    return a / torch.linalg.vector_norm(a, dim=-2, keepdim=True)
 
-    It keeps Q₀ where AᵀA is not positive to rounding: no host may ask whether it is.
-    """
-    a, failed = iterated(factor, basis), torch.zeros((), dtype=torch.bool, device=basis.device)
+
+def qr(factor: Tensor, basis: Tensor) -> Tensor:
+    """By Householder's reflections: what the package takes on a CPU."""
+    return torch.linalg.qr(iterated(factor, basis))[0]
+
+
+def cholesky_qr_double(factor: Tensor, basis: Tensor) -> Tensor:
+    """What the package takes elsewhere."""
+    return cholesky_qr(iterated(factor, basis), basis)
+
+
+def cholesky_qr_single(factor: Tensor, basis: Tensor) -> Tensor:
+    """The same without double precision."""
+    a, failed = normalized(iterated(factor, basis)), torch.zeros((), dtype=torch.bool, device=basis.device)
     for _ in range(2):
         r, info = torch.linalg.cholesky_ex(a.mT @ a, upper=True)
         a = torch.linalg.solve_triangular(r, a, upper=True, left=False)
         failed = failed | (info != 0)[..., None, None]
     return torch.where(failed, basis, a)
-
-
-def cholesky_qr_double(factor: Tensor, basis: Tensor) -> Tensor:
-    """The same in double precision."""
-    return cholesky_qr(factor.double(), basis.double()).to(basis.dtype)
 
 
 def newton_schulz(factor: Tensor, basis: Tensor) -> Tensor:
@@ -46,7 +52,7 @@ def newton_schulz(factor: Tensor, basis: Tensor) -> Tensor:
     That is no step of orthogonal iteration. Of A = (F + δ) Q₀, as F + δ is positive, it is Q₀ itself; of A with columns
     of length one it is another, which moves away from the eigenvectors.
     """
-    x = iterated(factor, basis)
+    x = normalized(iterated(factor, basis))
     x = x / torch.linalg.matrix_norm(x, keepdim=True)
     for _ in range(NEWTON_SCHULZ_STEPS):
         x = 1.5 * x - 0.5 * x @ (x.mT @ x)
@@ -54,8 +60,8 @@ def newton_schulz(factor: Tensor, basis: Tensor) -> Tensor:
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "QR": refreshed,
-    "Cholesky-QR, twice": cholesky_qr,
+    "QR": qr,
+    "Cholesky-QR, twice": cholesky_qr_single,
     "Cholesky-QR, twice, float64": cholesky_qr_double,
     f"Newton-Schulz, {NEWTON_SCHULZ_STEPS} steps": newton_schulz,
 }
@@ -75,7 +81,7 @@ def side(count: int, n: int, device: torch.device, settled: bool) -> Side:
     factor = ((q * torch.logspace(0, -6, n, dtype=torch.float64)) @ q.mT).float().to(device)
     basis = torch.eye(n, device=device).expand(count, n, n).contiguous()
     for _ in range(SETTLED if settled else 0):
-        basis = refreshed(factor, basis)
+        basis = qr(factor, basis)
     return Side(factor, basis)
 
 

@@ -1,4 +1,4 @@
-"""Ways to refresh the bases of the Kronecker metric, on a CPU, one thread: QR is what the package takes."""
+"""Ways to refresh the bases of the Kronecker metric, on a CPU, one thread: QR is what the package takes there."""
 
 from __future__ import annotations
 

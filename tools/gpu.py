@@ -1,18 +1,20 @@
 """What `make gpu` does: build for this machine's GPU, test, check memory accesses, measure, and report.
 
-    python3 tools/gpu.py <folder for the results>
+    python3 tools/gpu.py <folder for the results> [--limit SECONDS] [--benchmarks NAME ...]
 
 Needs what is installed: a torch with CUDA, Triton, nvcc, a C++ compiler and pytest; fetches nothing. (Where pytest is
 missing, wheels of pytest, pluggy, iniconfig, packaging and pygments in a folder wheels/ serve.) With pytest-xdist the
-tests run in several processes. All stages run, but nothing without a build; each has a limit on its time, by which all
-end within 400 seconds. The folder then holds the
-logs of the stages, and gpu.json and gpu.md with the figures. The exit status is 1 if a stage failed.
+tests run in several processes. All stages run, but nothing without a build; each has a limit on its time, and all of
+them together the one given. The folder then holds the logs of the stages, and gpu.json and gpu.md with the figures. The
+exit status is 1 if a stage failed.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -30,7 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEELS = ROOT / "wheels"
-LIMIT = 390.0  # seconds for everything but the report
+LIMIT = 900.0  # seconds for everything but the report
 # torch as it is installed, and the GPU: what has to be known before anything is built.
 PROBE = """
 import json, torch
@@ -170,19 +172,22 @@ def sanitizer_stages() -> list[Stage]:
     return stages
 
 
-def all_stages() -> list[list[Stage]]:
+def all_stages(measured: list[str]) -> list[list[Stage]]:
     """In order, the build first; those of one list run side by side.
 
     The sanitizer finds the Triton kernels compiled. What the benchmarks need is not known beforehand: they get all that
     is left, one at a time and in one process.
+
+    Args:
+        measured: names of `BENCHMARKS`.
     """
     testing = (*PYTEST, *(PROCESSES if importlib.util.find_spec("xdist") else ()), "--durations=10", "-rs", "tests/gpu")
     tests = [
         Stage(f"tests, {name}", (*testing, "-k", choice), 150, last(r"\d passed")) for name, choice in TESTS.items()
     ]
     benchmarks = [
-        Stage(f"benchmarks, {name}", (*PYTEST, f"benchmarks/gpu/{file}"), LIMIT, last(r"\d passed"))
-        for name, file in BENCHMARKS.items()
+        Stage(f"benchmarks, {name}", (*PYTEST, f"benchmarks/gpu/{BENCHMARKS[name]}"), math.inf, last(r"\d passed"))
+        for name in measured
     ]
     return [
         [Stage("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 150, last("_C_cuda"))],
@@ -226,8 +231,13 @@ def report(folder: Path, results: list[Result], probe: dict[str, str]) -> None:
 
 
 def main() -> int:
-    folder = Path(sys.argv[1]).resolve()
-    deadline = time.monotonic() + LIMIT
+    parser = argparse.ArgumentParser(description="Build, test and measure the kernels on this machine's GPU.")
+    parser.add_argument("folder", type=Path, help="for the results")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all stages (default: %(default)g)")
+    parser.add_argument("--benchmarks", nargs="*", choices=list(BENCHMARKS), default=list(BENCHMARKS), help="which")
+    given = parser.parse_args()
+    folder = given.folder.resolve()
+    deadline = time.monotonic() + given.limit
     answer = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
     if answer.returncode:
         sys.exit(f"gpu: torch cannot be used:\n{answer.stderr}")
@@ -237,7 +247,7 @@ def main() -> int:
     print(f"{probe['gpu']}, compute capability {probe['capability']}, torch {probe['torch']}", flush=True)
     variables = environment(probe["capability"], folder)
     folder.mkdir(parents=True, exist_ok=True)
-    everything = all_stages()
+    everything = all_stages(given.benchmarks)
     for name in {stage.log for beside in everything for stage in beside} | {"gpu.json", "gpu.md"}:
         (folder / name).unlink(missing_ok=True)
 

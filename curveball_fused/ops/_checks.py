@@ -7,6 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from curveball_fused.backends.scalars import SCALARS
+
+
+def check_scalars(scalars: Tensor) -> None:
+    """Check that these are the numbers of a step: a kernel may read all of them without looking."""
+    if scalars.dtype != torch.float64 or scalars.shape != (len(SCALARS),):
+        raise ValueError(
+            f"scalars must be float64[{len(SCALARS)}], the values named by backends.scalars.SCALARS; it is "
+            f"{scalars.dtype}{list(scalars.shape)}."
+        )
+
 
 def check_like(x: Tensor, **others: Tensor) -> None:
     """Check that tensors, given by their names, have the shape, dtype and device of `x`."""

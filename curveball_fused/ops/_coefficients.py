@@ -7,6 +7,8 @@ from torch import Tensor
 
 from curveball_fused import backends
 
+from ._checks import check_scalars
+
 
 def keep_coefficients(
     scalars: Tensor,
@@ -37,7 +39,7 @@ def keep_coefficients(
         by which `update_groups_` leaves all as it is, and is counted in `skipped_steps`.
 
     Raises:
-        ValueError: `sign` is neither 1 nor -1, or `backend` is unknown.
+        ValueError: `scalars` has another dtype or shape, `sign` is neither 1 nor -1, or `backend` is unknown.
 
     Example::
 
@@ -46,6 +48,7 @@ def keep_coefficients(
         scalars = ops.keep_coefficients(scalars, loss.detach(), slope, loss.detach())
         scalars = ops.update_groups_(params, z, r, scalars, group_sizes=[len(z)], lr=[1.0], weight_decay=[0.0])
     """
+    check_scalars(scalars)
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1, or -1 for a loss that is maximized; got {sign}.")
     kernels = backends.kernels(backends.choose(backend, scalars.device))

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from curveball_fused import backends
 
+from ._checks import check_scalars
+
 
 def adapt_damping(
     scalars: Tensor,
@@ -37,11 +39,15 @@ def adapt_damping(
     Returns:
         New scalars, with λ and γ; as they were where the step was skipped or predicted no change.
 
+    Raises:
+        ValueError: `scalars` has another dtype or shape, or `backend` is unknown.
+
     Example::
 
         rule = dict(low=0.5, high=1.5, factor=0.995, minimum=1e-6, maximum=1e6)
         scalars = ops.adapt_damping(scalars, new_loss, **rule)
     """
+    check_scalars(scalars)
     kernels = backends.kernels(backends.choose(backend, scalars.device))
     result: Tensor = kernels.adapt_damping(scalars, new_loss, low, high, factor, minimum, maximum)
     return result

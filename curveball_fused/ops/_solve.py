@@ -7,6 +7,7 @@ from torch import Tensor
 
 from curveball_fused import backends
 
+from ._checks import check_scalars
 from ._rates import rates_on_device
 
 
@@ -52,6 +53,9 @@ def solve(
         x = [β, -ρ], and θλ, by which `update_groups_` forms Δ. A loss, product or rate that is not finite gives
         β = ρ = NaN, by which `update_groups_` leaves all as it is, and is counted in `skipped_steps`.
 
+    Raises:
+        ValueError: `scalars` has another dtype or shape, or `backend` is unknown.
+
     Example::
 
         scalars = torch.zeros(len(SCALARS), dtype=torch.float64)
@@ -60,6 +64,7 @@ def solve(
         products = ops.losses.mse_products(outputs, jz, jr, target, products)
         scalars = ops.solve(scalars, loss, products)
     """
+    check_scalars(scalars)
     kernels = backends.kernels(backends.choose(backend, scalars.device))
     (rate,), tensor = rates_on_device([lr], scalars.device)
     result: Tensor = kernels.solve(scalars, loss, products, dots, beta, rho, rate, tensor, theta, average, bounded)

@@ -15,7 +15,7 @@ from torch import Tensor
 from curveball_fused import backends
 from curveball_fused.backends.reference import bases as reference
 
-from ._checks import check_diagonal, check_lists
+from ._checks import check_diagonal, check_lists, check_scalars
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def update_statistics_(
         v: as `precondition_` takes it.
         turned: r in the bases, as `precondition_in_bases` returns it.
         r: as it takes it.
-        scalars: float64, the numbers of the step, of which β and ρ are read.
+        scalars: float64, the values named by `backends.scalars.SCALARS`, of which β and ρ are read.
         weight: 1 - decayᵗ with this step's r in it, 0-dim float64.
         left: L for each tensor, in the dtype of v, of the shape of its Q; or None.
         right: R for each, likewise.
@@ -129,8 +129,8 @@ def update_statistics_(
         New scalars, with `weight` in its place among them.
 
     Raises:
-        ValueError: as from `precondition_in_bases`.
-        RuntimeError: likewise.
+        ValueError: `scalars` has another dtype or shape; or as from `precondition_in_bases`.
+        RuntimeError: as from there.
 
     Example::
 
@@ -141,6 +141,7 @@ def update_statistics_(
         )
         # factor is 0.1 r rᵀ now, v is 0.1 turned²
     """
+    check_scalars(scalars)
     check_diagonal(decay, 1.0, weight)
     check_lists(v, turned, r)
     _check_lengths(v, left=left, right=right)

@@ -13,7 +13,7 @@ from torch import Tensor
 from curveball_fused import backends
 from curveball_fused.backends.scalars import DIRECTION_DAMPING, LAMBD, SCALARS, Z_DOT_Z
 
-from ._checks import check_lists
+from ._checks import check_lists, check_scalars
 from ._layouts import laid_out_as, same_dense_layout
 from ._rates import rates_on_device
 
@@ -79,7 +79,7 @@ def update_groups_(
     weight_decay: Sequence[float],
     backend: str = "auto",
 ) -> Tensor:
-    """Do `update_` for all parameter groups at once, from scalars to scalars; errors are those of `update_`.
+    """Do `update_` for all parameter groups at once, from scalars to scalars.
 
     Args:
         params: w, the groups' tensors one after another; written.
@@ -95,11 +95,15 @@ def update_groups_(
         New scalars: z·z is that of the new z, and where the rates differ, the predicted change is that of the mean rate
         Σ lr_g z_g·z_g / z·z.
 
+    Raises:
+        ValueError: `scalars` has another dtype or shape, the lists' lengths or shapes differ, or `backend` is unknown.
+
     Example::
 
         scalars = ops.solve(scalars, loss, products)
         scalars = ops.update_groups_(w, z, r, scalars, group_sizes=[2, 1], lr=[1.0, 0.1], weight_decay=[0.0, 0.0])
     """
+    check_scalars(scalars)
     check_lists(params, z, r)
     kernels = backends.kernels(backends.choose(backend, scalars.device))
     rates, rate_tensor = rates_on_device(lr, scalars.device)

@@ -68,8 +68,34 @@ def refreshed(factor: Tensor, basis: Tensor) -> Tensor:
     does not add up.
     """
     shift = SHIFT * factor.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    basis, _ = torch.linalg.qr(factor @ basis + shift * basis)
-    return basis
+    product = factor @ basis + shift * basis
+    if product.is_cpu:
+        basis, _ = torch.linalg.qr(product)
+        return basis
+    return cholesky_qr(product, basis)
+
+
+def cholesky_qr(a: Tensor, otherwise: Tensor) -> Tensor:
+    """Return the Q of A = QR by products and Cholesky decompositions, for which a GPU has fast batched code.
+
+    There torch's QR decomposes the matrices of a stack column by column: 17 times as long for 72 of 128 x 128. That R
+    with RᵀR = AᵀA gives Q = A R⁻¹. As AᵀA has the square of A's condition, this is done in double precision, and twice:
+    the second time mends what the first leaves of rounding (CholeskyQR2, Yamamoto et al. 2015). Columns of length one
+    keep the condition low, and do not change Q.
+
+    Args:
+        a: [..., n, n], float32 or float64, of a condition below 10⁷ or so.
+        otherwise: taken where AᵀA is not positive definite, as where A is zero.
+    """
+    q = a.double()
+    q = q / torch.linalg.vector_norm(q, dim=-2, keepdim=True)
+    found = torch.ones(a.shape[:-2], dtype=torch.bool, device=a.device)
+    for _ in range(2):
+        r, info = torch.linalg.cholesky_ex(q.mT @ q, upper=True)
+        q = torch.linalg.solve_triangular(r, q, upper=True, left=False)
+        found = found & (info == 0)
+    found = found & q.isfinite().all(-1).all(-1)  # not every library says so of NaN
+    return torch.where(found[..., None, None], q.to(a.dtype), otherwise)
 
 
 @functools.cache

@@ -190,14 +190,14 @@ def test_in_bases(backend: str, shape: tuple[int, ...]) -> None:
 
 
 def test_refreshes_of_a_stack() -> None:
-    """Also where torch has a batched decomposition for many small matrices."""
+    """By Cholesky decompositions, as by QR on a CPU."""
     states = [fresh_state(draw((48, 300), torch.float32)) for _ in range(12)]
     alone = []
     for state in states:
         for side in ("left", "right"):
             m = draw(state[f"{side}_basis"].shape, torch.float32)
             state[f"{side}_factor"].copy_(m @ m.mT)
-            alone.append(refreshed(state[f"{side}_factor"], state[f"{side}_basis"]))
+            alone.append(refreshed(state[f"{side}_factor"].cpu(), state[f"{side}_basis"].cpu()).to(DEVICE))
     refresh(states, 0, to_device(0.3, 0.8))
     together = [state[f"{side}_basis"] for state in states for side in ("left", "right")]
     for q, expected in zip(together, alone, strict=True):

@@ -8,6 +8,8 @@ import torch
 from curveball_fused.preconditioners.bases import (
     EARLY_STEPS,
     INTERVAL,
+    SHIFT,
+    cholesky_qr,
     due_after,
     refresh,
     refresh_alike,
@@ -37,6 +39,29 @@ def test_a_basis_stays_orthogonal(n: int, refreshes: int) -> None:
         if i % 100 == 99:
             worst = max(worst, float((basis.T @ basis - torch.eye(n)).abs().max()))
     assert 0 < worst < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (2, 3, 33, 33)])
+def test_cholesky_qr_is_qr_but_for_signs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of the worst that a factor can give: of rank one, with the shift that keeps it positive."""
+    m = torch.randn(*shape[:-1], 1, dtype=torch.float64)
+    factor = m @ m.mT
+    shift = SHIFT * factor.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    basis, _ = torch.linalg.qr(torch.randn(shape, dtype=torch.float64))
+    a = (factor @ basis + shift * basis).to(dtype)
+    found, (expected, _) = cholesky_qr(a, torch.full_like(a, torch.nan)), torch.linalg.qr(a.double())
+    eye = torch.eye(shape[-1], dtype=torch.float64).expand(shape)
+    torch.testing.assert_close(found.double().mT @ found.double(), eye, rtol=0, atol=10 * torch.finfo(dtype).eps)
+    signs = (found * expected).sum(-2, keepdim=True).sign()
+    torch.testing.assert_close(found.double(), expected * signs, rtol=0, atol=max(1e-9, torch.finfo(dtype).eps))
+
+
+def test_cholesky_qr_keeps_the_basis_where_it_has_no_answer() -> None:
+    eye = torch.eye(4).expand(4, 4, 4)
+    a = torch.randn(4, 4, 4)
+    a[1], a[2, :, 2], a[3, 0, 0] = 0, 0, torch.nan
+    assert [torch.equal(found, eye[0]) for found in cholesky_qr(a, eye)] == [False, True, True, True]
 
 
 def test_a_basis_becomes_that_of_the_eigenvectors() -> None:

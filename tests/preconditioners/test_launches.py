@@ -83,7 +83,8 @@ def test_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = (launched(lambda n=n: refresh_all(n)) for n in (2, 12))
     fresh = ("zeros", "fill_")
     assert {k: n for k, n in many.items() if k not in fresh} == {k: n for k, n in few.items() if k not in fresh}
-    assert many["linalg_qr"] == 3 == sum(many[name] for name in PRODUCTS) / 2  # sides of 4, of 3, and of 2 pieces of 3
+    stacks = 3  # sides of 4, of 3, and of 2 pieces of 3
+    assert many["linalg_cholesky_ex"] == 2 * stacks and sum(many[name] for name in PRODUCTS) == 3 * stacks
 
 
 def test_a_large_matrix_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,15 +24,6 @@ def test_refreshes_find_the_eigenvectors(name: str) -> None:
     assert found.from_start < 1e-5 and found.off_diagonal < 0.05
 
 
-def test_cholesky_qr_is_qr_but_for_signs() -> None:
-    from benchmarks.refreshes import cholesky_qr_double, side
-    from curveball_fused.preconditioners.bases import refreshed
-
-    factor, basis = (t.double() for t in side(2, 8, CPU, settled=True))
-    a, b = cholesky_qr_double(factor, basis), refreshed(factor, basis)
-    torch.testing.assert_close(a, b * (a * b).sum(-2, keepdim=True).sign(), rtol=0, atol=1e-9)
-
-
 def test_the_nearest_orthogonal_matrix_is_no_refresh() -> None:
     """That of (F + δ) Q is Q, so products of matrices alone, such as Newton-Schulz, cannot take the place of QR."""
     from benchmarks.refreshes import WAYS, quality, side

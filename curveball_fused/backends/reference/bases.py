@@ -23,9 +23,9 @@ from curveball_fused.backends.scalars import GATHERED
 from .preconditioners import is_taken
 
 Basis = Tensor | None  # None: the identity
-# Elements of a matrix. With a larger one a product has more than 10⁸ multiply-adds (pieces of 128), which keep a large
-# GPU busy for about as long as the host needs for a launch: a stack would save nothing, and cost a copy.
-LARGEST_STACKED = 2**20
+# Elements of a matrix. With a larger one a product has 5·10⁸ multiply-adds or more (pieces of 128), which keep a large
+# GPU busy for longer than the host needs for a launch: a stack would save little, and cost a copy.
+LARGEST_STACKED = 2**22
 # Elements of all matrices of a stack: 32 MiB in float32, of which a rotation has up to four at a time, and stacks of
 # bases beside them. So it is a bound on memory; more stacks than one per shape have work enough for their launches.
 LARGEST_STACK = 2**23
