@@ -19,15 +19,15 @@ from tests.helpers.training import assert_equal
 
 @pytest.mark.parametrize("curvature", METHODS)
 def test_small_gradients_do_not_vanish_in_float16(monkeypatch: pytest.MonkeyPatch, curvature: str) -> None:
-    """Gradients and z of 1e-7 and less are zero in float16, unless scaled."""
-    size = 1e-6
+    """Gradients and z of 1e-7 and less are zero in float16, unless scaled. (Still smaller ones leave ρ to rounding.)"""
+    size = 3e-6
     exact = one_step(None, size, curvature=curvature)
 
     def error(figures: dict[str, Tensor]) -> float:
         names = ("beta", "rho", "predicted_change")
         return max(abs(figures[name] / exact[name] - 1).item() for name in names)
 
-    assert error(one_step(torch.float16, size, curvature=curvature)) < 0.006
+    assert error(one_step(torch.float16, size, curvature=curvature)) < 0.001
     with monkeypatch.context() as without:
         for module in (loss_scale, quadratic_model):
             without.setattr(module, "scale_tangents", lambda v, *_: loss_scale.ScaledTangents(list(v), torch.ones(())))

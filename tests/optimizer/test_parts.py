@@ -203,7 +203,7 @@ def test_weights_of_any_kind_add_up(options: str, kind: str) -> None:
             loss, _ = optimizer.step(parts_of(net, *batch(step), [5, 6], cross_entropy), weights=given)
         assert not loss.requires_grad
         found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
-    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)  # 3 / 10 rounds in two ways, and the metric divides by it
 
 
 @pytest.mark.parametrize("kind", ["numbers", "tensors", "samples"])
