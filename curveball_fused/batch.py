@@ -61,11 +61,20 @@ class BatchMean:
         self.is_plain = count == 1 and processes is None
         self._params, self._count, self._processes = params, count, processes
         self._weights: list[Weight] = []
+        self._beside: list[Tensor] = []
         self._pulled_back = 0
         self._gradient: list[Tensor] = []
 
-    def weigh(self, part: Part) -> None:
-        """Note the weight of the part whose model has run last."""
+    def weigh(self, part: Part, beside: Tensor | None = None) -> None:
+        """Note the weight of the part whose model has run last.
+
+        Args:
+            part: the part.
+            beside: float64 numbers of the part, whose mean `beside` returns when all parts have been weighed. In all
+                parts of all processes, or in none.
+        """
+        if beside is not None:
+            self._beside.append(beside)
         weight = 1.0 if self.is_plain else part.weight()
         if isinstance(weight, Tensor) and weight.device == self._params[0].device:
             self._weights.append(weight.detach().reshape(()).double())  # those of few bits, and bools, do not add up
@@ -82,8 +91,13 @@ class BatchMean:
             return torch.where(weight == 0, 0, c)
         return c if weight else torch.zeros_like(c)
 
-    def pull_back(self, vjp: Callable[[], list[Tensor]]) -> None:
-        """Take in the Jᵀc of the next part, which `vjp` computes; that of the last one completes the gradient."""
+    def pull_back(self, vjp: Callable[[], list[Tensor]], factor: Callable[[], Tensor] | None = None) -> None:
+        """Take in the Jᵀc of the next part, which `vjp` computes; that of the last one completes the gradient.
+
+        Args:
+            vjp: returns Jᵀc.
+            factor: called when all parts have been weighed, returns by what the mean is to be multiplied.
+        """
         i = self._pulled_back
         self._pulled_back += 1
         if self.is_plain:
@@ -91,10 +105,10 @@ class BatchMean:
         elif self._pulled_back < self._count:
             self._add(vjp(), self._weights[i])
         else:
-            so_far = self._gradient or None
+            so_far, times = self._gradient or None, 1.0 if factor is None else factor()
             if so_far is not None:
-                foreach_mul_(so_far, 1 / self._total)
-            share = self.shares[i]
+                foreach_mul_(so_far, times / self._total)
+            share = self.shares[i] * times
             if self._processes is not None:
                 with GradientSum(self._processes, self._params, share, so_far) as total:
                     r = vjp()
@@ -122,17 +136,36 @@ class BatchMean:
         """wᵢ / Σ w of the parts in this process, when all of them have been weighed."""
         return [1.0] if self.is_plain else [w / self._total for w in self._weights]
 
-    @cached_property
+    def beside(self) -> Tensor | None:
+        """Return the mean of the numbers that stood beside the weights; None if there were none."""
+        if self.is_plain or not self._beside:
+            return self._beside[0] if self._beside else None
+        _, total_beside = self._totals
+        return total_beside / self._total
+
+    @property
     def _total(self) -> Weight:
+        return self._totals[0]
+
+    @cached_property
+    def _totals(self) -> tuple[Weight, Tensor]:
+        """Sums over all parts: of the weights, and of weights times what stood beside them."""
         own = sum(self._weights[1:], start=self._weights[0])
+        pairs = zip(self._beside, self._weights, strict=True) if self._beside else ()
+        on_device = torch.zeros(1, dtype=torch.float64, device=self._params[0].device)
+        beside = sum((in_share(numbers, weight) for numbers, weight in pairs), start=on_device)
         if self._processes is None:
-            return own if isinstance(own, Tensor) or own else math.nan  # of no samples there is no mean
-        total = torch.zeros((), dtype=torch.float64, device=self._params[0].device) + own
-        return self._processes.sum(total)
+            return own if isinstance(own, Tensor) or own else math.nan, beside  # of no samples there is no mean
+        total = self._processes.sum(torch.cat((on_device + own, beside)))
+        return total[0], total[1:]
 
     def _add(self, r: Sequence[Tensor], weight: Weight) -> None:
         if not self._gradient:
-            self._gradient = list(foreach_mul([at_least_float32(r_i) for r_i in r], weight))
+            wide = [at_least_float32(r_i) for r_i in r]
+            weighted = foreach_mul(wide, weight)
+            self._gradient = [
+                t.to(r_i.dtype) for t, r_i in zip(weighted, wide, strict=True)
+            ]  # 0-dim ones have that of w
         elif isinstance(weight, Tensor):
             foreach_add_(self._gradient, foreach_mul([at_least_float32(r_i) for r_i in r], weight))
         else:

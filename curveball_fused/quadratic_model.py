@@ -39,7 +39,7 @@ from curveball_fused.curvature.linear_map import own_gradients
 from curveball_fused.curvature.torch_modes import announce
 from curveball_fused.data_parallel import Processes
 from curveball_fused.loss_scale import Overflow, ScaledLinearMap, WideLinearMap, scale_tangents
-from curveball_fused.losses import LossFn, LossModel
+from curveball_fused.losses import LossFn, LossModel, curved, stretch, substituted
 from curveball_fused.preconditioners import Direction, Preconditioner
 from curveball_fused.replay import Replay, Replays
 from curveball_fused.settings import Settings
@@ -277,14 +277,18 @@ def _measure_by(
         direction = context.preconditioner.direction(linear.unscaled(r), context.z)
         u, dots = direction.u, direction.dots
     ju = _images(context, method, parts, replays, runs, u, dots)
-    loss, products, size = _of_whole(mean, runs, [run.products_with(t) for run, t in zip(runs, ju, strict=True)])
-    if any(run.loss_model.lacks_curvature(look=context.is_first) for run in runs):
+    own_products = [run.products_with(t) for run, t in zip(runs, ju, strict=True)]
+    loss, products, size, missing = _of_whole(mean, runs, own_products)
+    if _is_told_missing(context, runs, missing):
         announce(_NO_CURVATURE, _NO_CURVATURE)
     overflow = linear.overflow(loss, products, dots)
     is_debugged = settings.debug and mean.is_plain and full_gradient is None
     if is_debugged and (overflow is None or not any(map(bool, overflow))):
         own_r, own_u = linear.unscaled(r), linear.unscaled(u) if direction is None else u
-        _check_by_differences(context, method, parts[0], replays[0], run, own_r, own_u, ju[0], products, direction)
+        own_curvature = not (run.loss_model.is_nll or (missing is not None and bool(missing)))
+        _check_by_differences(
+            context, method, parts[0], replays[0], run, own_r, own_u, ju[0], products, direction, own_curvature
+        )
     comparison = None
     first = context.processes is None and any(_is_new(context, run) for run in runs)
     if (first or context.compares) and adjoint:
@@ -330,15 +334,34 @@ def _first_runs(
             replays[i].rewind()
             _rehearse(context, method, [part], replays)  # others need not judge, and do not wait for what is refused
             run = _run(context, method, part, replays[i], before)
-        mean.weigh(part)
+        along_z = run.loss_model.along_z
+        mean.weigh(part, curved(run.outputs) if along_z is None and not mean.is_plain else along_z)
+        # Where the loss of the whole has no curvature, c = g becomes a multiple of it; where there are parts, r does.
+        stretches = context.settings.theta != 0 and full_gradient is None
+        if stretches and mean.is_plain and along_z is not None:
+            run = run._replace(c=run.c * stretch(along_z).to(run.c.dtype))
         run = run._replace(c=mean.weighed(run.c))
         if full_gradient is None or context.settings.theta != 0:
-            mean.pull_back(partial(_pull_back, context, method, run, full_gradient, mean))  # r = Jᵀc
+            factor = partial(_stretch, mean) if stretches and not mean.is_plain else None
+            mean.pull_back(partial(_pull_back, context, method, run, full_gradient, mean), factor)  # r = Jᵀc
         runs.append(run if i == len(parts) - 1 else run._replace(linear=None))
         del run  # before the next part runs
     if len(parts) > 1:
         replays.close()
     return runs
+
+
+def _stretch(mean: BatchMean) -> Tensor:
+    """Return what r = Jᵀg of the whole batch is multiplied by; 1 where its loss has a curvature."""
+    return stretch(cast(Tensor, mean.beside()))
+
+
+def _is_told_missing(context: StepContext, runs: Sequence[_Run], missing: Tensor | None) -> bool:
+    """Return whether the loss has no curvature, as far as known: the host may not always look."""
+    if all(run.loss_model.is_linear for run in runs):
+        return True
+    unknown = any(run.loss_model.along_z is not None for run in runs)
+    return unknown and context.is_first and bool(missing)
 
 
 def _is_new(context: StepContext, run: _Run) -> bool:
@@ -383,19 +406,24 @@ def _images(
 
 def _of_whole(
     mean: BatchMean, runs: Sequence[_Run], products: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return loss, products and `loss_size` of the whole batch from those of its parts."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return loss, products, `loss_size` and whether the curvature is missing, of the whole batch from its parts."""
     sizes = [run.loss_model.size for run in runs]
+    along_z = mean.beside()
     if mean.is_plain:
-        return runs[0].loss_model.loss, products[0], sizes[0]
+        whole, missing = (products[0], None) if along_z is None else substituted(products[0], along_z)
+        return runs[0].loss_model.loss, whole, sizes[0], missing
     numbers = []
     for run, products_i, size, share in zip(runs, products, sizes, mean.shares, strict=True):
         loss = run.loss_model.loss.double()
+        if size is None:
+            products_i = torch.cat((products_i, products_i.new_ones(1)))  # it has a curvature along u
         own = in_share(torch.cat((torch.stack((loss, loss.abs() if size is None else size)), products_i)), share)
         numbers.append(torch.cat((own, torch.full_like(own[:1], float(size is not None)))))
     total = mean.sum(numbers)
+    whole, missing = substituted(total[2:8], cast(Tensor, along_z))
     # What is without a bound in one process may have one in another.
-    return total[0], total[2:-1], torch.where(total[-1] > 0, total[1], torch.inf)
+    return total[0], whole, torch.where(total[8] > 0, total[1], torch.inf), missing
 
 
 def _check_by_differences(
@@ -409,6 +437,7 @@ def _check_by_differences(
     ju: Tensor,
     products: Tensor,
     direction: Direction | None,
+    own_curvature: bool,
 ) -> None:
     """Do what debug mode does: check what was measured against finite differences, and P."""
     from curveball_fused import debug  # which no other step needs
@@ -416,7 +445,7 @@ def _check_by_differences(
     settings = context.settings
     step = debug.Step(
         method.name, part.model_fn, part.loss_fn, settings.sign, context.params, replay, context.z, run.outputs, run.jz,
-        settings.theta, run.c, r, u, ju, products, run.loss_model.has_own_curvature(),
+        settings.theta, run.c, r, u, ju, products, own_curvature,
     )  # fmt: skip
     debug.check(step)
     if context.preconditioner is not None and direction is not None:
@@ -450,9 +479,11 @@ def _compared(
         The comparison, on the device.
     """
     numbers = []
+    stretched = context.settings.theta != 0 and not mean.is_plain  # else the c of the run is that of the whole
+    factor = _stretch(mean) if stretched else 1.0
     for run, ju_i, share in zip(runs, ju, mean.shares, strict=True):
         of_z, of_u = (ops.dots([t], [run.c], backend=context.settings.backend) for t in (run.jz, ju_i))
-        powers = torch.stack([of_z.new_ones(()) * share**k for k in range(3)])
+        powers = torch.stack([of_z.new_ones(()) * (share * factor) ** k for k in range(3)])
         numbers.append(torch.cat((powers * of_z, powers * of_u)))
     own = torch.stack(numbers).sum(dim=0)
     if context.processes is None:
@@ -554,7 +585,11 @@ def _pull_back(
     context: StepContext, method: Method, run: _Run, full_gradient: FullGradient | None, mean: BatchMean
 ) -> list[Tensor]:
     """Return r = Jᵀ(g + θ H Jz) of a part, or θ Jᵀ H Jz where there is a full gradient."""
-    c = run.c if full_gradient is None else mean.weighed(run.c - run.loss_model.gradient())
+    c = run.c
+    if full_gradient is not None:
+        g, along_z = run.loss_model.gradient(), mean.beside()
+        c = c - g if along_z is None else c - g + (stretch(along_z) - 1).to(g.dtype) * g
+        c = mean.weighed(c)
     with refusals_of(method), own_gradients(context.params) if _is_new(context, run) else nullcontext():
         return cast(WideLinearMap, run.linear).vjp(c)
 

@@ -2,8 +2,8 @@
 
 A `loss_fn` that returns `F.cross_entropy`, `F.nll_loss`, `F.mse_loss` or `F.binary_cross_entropy_with_logits` of the
 outputs, perhaps reshaped or sliced, or a sum of such, is recognized and gets closed-form products. Every other loss
-gets autograd's double backward, on the loss alone, and where its Hessian is zero another curvature (see
-`missing_curvature`).
+gets autograd's double backward, on the loss alone, and numbers that tell whether its Hessian is zero, in whose place
+another one is to stand (see `missing_curvature`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from curveball_fused.autograd_graph import nodes_of
 from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS, Map, Products, products
 
 from .fused import fused
-from .missing_curvature import MissingCurvature
+from .missing_curvature import HessianProducts
 from .recognition import RecognizedLoss, Recognizer
 
 # Of functions that torch differentiates once: by a word of the error, what to write in their place.
@@ -51,6 +51,7 @@ class LossModel:
     Attributes:
         loss: 0-dim, the user's own value, detached.
         size: Σ |g_i o_i| over the outputs o, 0-dim float64; None of a loss with a closed form.
+        is_nll: whether the products are those of cross-entropy of logits, and not of the loss's own Hessian.
 
     Raises:
         TypeError, RuntimeError: `loss_fn` returned something other than a scalar that depends on the outputs.
@@ -69,14 +70,14 @@ class LossModel:
         # What has a closed form is a scalar, and sees no other tensor that requires a gradient.
         loss = _of_outputs(returned if has_forms else _general(returned, hidden))
         self.loss = loss.detach()
-        self._by_autograd: MissingCurvature | None = None
+        self._by_autograd: HessianProducts | None = None
         if has_forms:
             terms = zip(calls, forms, strict=True)
             self._terms = [_Term(weight, call.view, call.steps, form) for (weight, call), form in terms if form]
         else:
             self._by_autograd = _by_autograd(loss, self._leaf, sign)
             self._terms = [_Term(1.0, self._leaf, (), self._by_autograd.products())]
-        self._is_nll = any(call.function is F.nll_loss for _, call in calls)
+        self.is_nll = any(call.function is F.nll_loss for _, call in calls)
         self.size = None if self._by_autograd is None else self._by_autograd.size
 
     def gradient(self) -> Tensor:
@@ -91,7 +92,8 @@ class LossModel:
 
         Returns:
             c = H Jz + g, of the outputs' shape and dtype, and a function of Jr that returns the products of the
-            2x2 system as float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`.
+            2x2 system as float64 `[g·Jz, Jz·HJz, g·Jr, Jz·HJr, Jr·HJr]`; of a loss without a closed form, whose H may
+            be zero, with one more number, as `missing_curvature` has it.
         """
         found = [term.form.at(term.seen_by_loss(tangent)) for term in self._terms]
         pairs = list(zip(self._terms, found, strict=True))
@@ -101,20 +103,15 @@ class LossModel:
 
         return _total([term.of_outputs(c, self._leaf) for term, (c, _) in pairs]), products_with
 
-    def lacks_curvature(self, look: bool) -> bool:
-        """Return whether another curvature stands in the place of a Hessian that is zero, as far as known.
+    @property
+    def along_z(self) -> Tensor | None:
+        """What tells, with Jz, whether the Hessian is zero, as `missing_curvature` has it; None of a closed form."""
+        return None if self._by_autograd is None else self._by_autograd.along_z
 
-        Args:
-            look: whether a value may be read, for it is not always known without. All products must have been asked for
-                then.
-        """
-        if self._by_autograd is None:
-            return False
-        return self._by_autograd.is_linear or (look and bool(self._by_autograd.is_missing))
-
-    def has_own_curvature(self) -> bool:
-        """Return whether the products are those of the loss's Hessian; reads a value, after all have been asked for."""
-        return not (self._is_nll or self.lacks_curvature(look=True))
+    @property
+    def is_linear(self) -> bool:
+        """Whether the Hessian is known to be zero without a look."""
+        return self._by_autograd is not None and self._by_autograd.is_linear
 
 
 class _Term(NamedTuple):
@@ -278,7 +275,7 @@ def _closed_form(call: RecognizedLoss, sign: float, backend: str) -> Products | 
     return None if quadratic is None else products(quadratic, sign)
 
 
-def _by_autograd(loss: Tensor, outputs: Tensor, sign: float) -> MissingCurvature:
+def _by_autograd(loss: Tensor, outputs: Tensor, sign: float) -> HessianProducts:
     """Return the products with g and H v = ∂<g, v>/∂outputs, of sign · loss."""
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(sign * loss, outputs, create_graph=True)
@@ -294,7 +291,7 @@ def _by_autograd(loss: Tensor, outputs: Tensor, sign: float) -> MissingCurvature
             raise
         return hv
 
-    return MissingCurvature(outputs.detach(), gradient.detach(), product if gradient.requires_grad else None)
+    return HessianProducts(outputs.detach(), gradient.detach(), product if gradient.requires_grad else None)
 
 
 def _replacement(error: str) -> str:

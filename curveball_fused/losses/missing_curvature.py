@@ -5,6 +5,12 @@ model and loss: it may be far too long. In the place of H = 0 stands H = g gᵀ 
 loss as a sum of shares of the outputs o. The first step then is -β Jᵀg with β = S / (|Jᵀg|² + λ S): no longer than 1/λ,
 and not expected to take off more than S. For a loss that is a mean of losses S is the loss, and β the step size of
 Polyak, as Loizou et al. 2021 take it for a batch ("Stochastic Polyak step-size for SGD", arXiv 2002.10542).
+
+The outputs may come in parts, each with a loss of its own, and the loss be a mean of theirs. Its curvature is missing
+where that of all parts is, and g and S are those of the whole. So a part tells of its own Hessian only, with numbers
+whose mean over all parts says what stands in its place: `along_z`, float64[4],
+
+    [g·Jz, S, more than zero if H Jz is not zero, more than zero if Jz is not zero].
 """
 
 from __future__ import annotations
@@ -15,10 +21,8 @@ from torch import Tensor
 from curveball_fused.backends.reference.closed_form_losses import Map, Products
 
 
-class MissingCurvature:
-    """The products of a loss by its gradient and Hessian, with g gᵀ / S where the Hessian is found to be zero.
-
-    It is found on the device: H Jz = 0, or, where z = 0, H Jr = 0. All products of a step are of the same matrix.
+class HessianProducts:
+    """The products of a loss by its gradient and its Hessian, and whether the latter is zero, as found on the device.
 
     Args:
         outputs: o.
@@ -28,41 +32,70 @@ class MissingCurvature:
     Attributes:
         size: S, 0-dim float64.
         is_linear: whether there is no `product`.
-        is_missing: whether the Hessian was zero, 0-dim bool; None before all products are known.
+        along_z: of this part; None before Jz is known.
     """
 
     def __init__(self, outputs: Tensor, gradient: Tensor, product: Map | None) -> None:
         self.is_linear = product is None
-        self.is_missing: Tensor | None = None
+        self.along_z: Tensor | None = None
         self._gradient = gradient
         self._product = product or torch.zeros_like
         self.size = (gradient * outputs).abs().sum(dtype=torch.float64)
 
     def products(self) -> Products:
-        """Return the products that a step needs; bit for bit those of the Hessian where that is not zero."""
+        """Return the products that a step needs, with a sixth number: more than zero if H Ju is not zero."""
         return Products(lambda: self._gradient, self._at)
 
     def _at(self, v: Tensor) -> tuple[Tensor, Map]:
         gradient = self._gradient
         v = v.to(gradient.dtype)
         hv = self._product(v)
-        missing_along_v = (hv == 0).all()
-        hv = self._substituted(hv, v, missing_along_v)
         first = (_dot(gradient, v), _dot(hv, v))
+        self.along_z = torch.stack((first[0], self.size, _is_there(hv), _is_there(v)))
 
         def products_with(u: Tensor) -> Tensor:
             u = u.to(gradient.dtype)
             hu = self._product(u)
-            self.is_missing = missing_along_v & ((v != 0).any() | (hu == 0).all())
-            hu = self._substituted(hu, u, self.is_missing)
-            return torch.stack((*first, _dot(gradient, u), _dot(hv, u), _dot(hu, u)))
+            return torch.stack((*first, _dot(gradient, u), _dot(hv, u), _dot(hu, u), _is_there(hu)))
 
         return gradient + hv, products_with
 
-    def _substituted(self, hv: Tensor, v: Tensor, missing: Tensor) -> Tensor:
-        """Return g <g, v> / S where the curvature is missing, else H v."""
-        along = torch.where(self.size == 0, 0.0, _dot(self._gradient, v) / self.size)
-        return torch.where(missing, self._gradient * along.to(v.dtype), hv)
+
+def curved(like: Tensor) -> Tensor:
+    """Return the `along_z` of a part whose loss has a curvature, on the device of a tensor."""
+    along_z = torch.zeros(4, dtype=torch.float64, device=like.device)
+    along_z[2].fill_(1.0)
+    return along_z
+
+
+def stretch(along_z: Tensor) -> Tensor:
+    """Return by what g + H Jz, which is g where the curvature is missing, is multiplied: 1 + g·Jz / S there, else 1."""
+    slope, size, is_curved, _ = along_z.unbind()
+    return torch.where(is_curved == 0, 1 + _over(slope, size), 1.0)
+
+
+def substituted(products: Tensor, along_z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the five products, of g gᵀ / S where the curvature is missing; and whether it is, 0-dim bool.
+
+    All products of a step are of the same matrix. H is missing where H Jz = 0, or, if Jz = 0 says nothing, H Ju = 0.
+
+    Args:
+        products: float64[6], of the whole.
+        along_z: likewise.
+    """
+    _, size, is_curved, moves = along_z.unbind()
+    g_z, _, g_u = products[:3].unbind()
+    missing = (is_curved == 0) & ((moves > 0) | (products[5] == 0))
+    z, u = _over(g_z, size), _over(g_u, size)
+    return torch.where(missing, torch.stack((g_z, g_z * z, g_u, g_z * u, g_u * u)), products[:5]), missing
+
+
+def _over(slope: Tensor, size: Tensor) -> Tensor:
+    return torch.where(size == 0, 0.0, slope / size)
+
+
+def _is_there(t: Tensor) -> Tensor:
+    return (t != 0).any().double()
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

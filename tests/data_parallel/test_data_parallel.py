@@ -24,6 +24,7 @@ from tests.helpers.replicas import (
     SPLITS,
     STEPS,
     batch,
+    flat_parts,
     net,
     parts,
     results,
@@ -89,6 +90,29 @@ def test_one_gradient_is_sent_in_a_step() -> None:
     for options in OPTIONS:
         sent = float(found(f"process_group, {options}, even")[0]["stats"]["sent_bytes"])
         assert gradient < sent <= gradient + 24 * 8, options
+
+
+def test_a_curvature_is_missing_where_the_whole_has_none() -> None:
+    first, second = found("without_curvature")
+    cases = [(alone, options) for alone in (False, True) for options in ("published", "gradient", "metric, residual")]
+    for (alone, options), own, other in zip(cases, first, second, strict=True):
+        assert torch.equal(own["numbers"], other["numbers"]), "the replicas are not equal"
+        model = net()
+        optimizer = CurveBall(model.parameters(), **OPTIONS[options])
+        for step in range(STEPS):
+            given = flat_parts(model, step, (5, 7), alone)
+            whole = as_one(given, (5, 7))
+            more = dict(curvature_batch=whole) if step >= STEPS - 2 else {}
+            optimizer.step(*whole, **more)
+        torch.testing.assert_close(own["weights"], weights_of(model), rtol=1e-7, atol=1e-9)
+
+
+def as_one(given: list[Any], split: tuple[int, ...]) -> tuple[Any, Any]:
+    def loss_fn(out: Tensor) -> Tensor:
+        losses = [f(o) * len(o) for (_, f), o in zip(given, out.split(split))]
+        return torch.stack(losses).sum() / len(out)
+
+    return lambda: torch.cat([f() for f, _ in given]), loss_fn
 
 
 def test_a_process_that_has_run_out_goes_on_at_the_weight_zero() -> None:

@@ -198,6 +198,33 @@ def in_join(rank: int, world: int) -> str:
     return "no error"
 
 
+def without_curvature(rank: int, world: int) -> list[dict[str, Any]]:
+    """A loss without curvature in both processes, or in the first one alone; in the last two steps with another's."""
+    found = []
+    for alone in (False, True):
+        for options in ("published", "gradient", "metric, residual"):
+            model = net()
+            called, optimizer = optimizer_of(model, "wrapped", OPTIONS[options])
+            for step in range(STEPS):
+                model_fn, loss_fn = flat_parts(called, step, (5, 7), alone)[rank]
+                more = dict(curvature_batch=(model_fn, loss_fn)) if step >= STEPS - 2 else {}
+                optimizer.step([(model_fn, loss_fn)], weights=[(5.0, 7.0)[rank]], **more)
+            found.append(dict(numbers=numbers_of(model, optimizer), weights=weights_of(model)))
+    return found
+
+
+def flat_parts(model: nn.Module, step: int, split: Sequence[int], alone: bool) -> list[Any]:
+    def loss_of(i: int, y: Tensor) -> Callable[[Tensor], Tensor]:
+        target = F.one_hot(y, 3).double()
+        return lambda out: F.mse_loss(out, target) if i and alone else F.l1_loss(out, target)
+
+    x, y = batch(step)
+    return [
+        (lambda x_i=x_i: model(x_i), loss_of(i, y_i))
+        for i, (x_i, y_i) in enumerate(zip(x.split(split), y.split(split)))
+    ]
+
+
 def curvature_batch(rank: int, world: int) -> Tensor:
     model = net()
     called, optimizer = optimizer_of(model, "wrapped", dict(lambd=0.4))
@@ -310,7 +337,7 @@ CASES: dict[str, Callable[[int, int], Any]] = {
         f.__name__: f
         for f in (
             one_weight_zero, unused, unlike, other_methods, beside_ordinary_training, in_join,
-            curvature_batch, with_debug, two_wrappers, hooked, hooked_in_one,
+            without_curvature, curvature_batch, with_debug, two_wrappers, hooked, hooked_in_one,
             other_numbers_of_parts, branches, other_losses,
         )
     },

@@ -160,7 +160,7 @@ def test_against_the_hessian(name: str, sign: float) -> None:
     u, v = jz.flatten(), jr.flatten()
     torch.testing.assert_close(c.flatten(), hessian @ u + gradient, rtol=1e-11, atol=1e-12)
     expected = torch.stack((gradient @ u, u @ hessian @ u, gradient @ v, u @ hessian @ v, v @ hessian @ v))
-    torch.testing.assert_close(products(jr), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(products(jr)[:5], expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(model.gradient().flatten(), gradient, rtol=1e-11, atol=1e-12)
     assert c.shape == model.gradient().shape == outputs.shape and products(jr).dtype == torch.float64
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from curveball_fused import CurveBall
 from curveball_fused.cuda_graphs.host_reads import NoHostReads
-from curveball_fused.losses import LossModel
+from curveball_fused.losses import LossModel, stretch, substituted
 from tests.helpers.oracle import DenseCurveBall
 from tests.helpers.training import BACKENDS, assert_equal
 
@@ -106,10 +106,19 @@ def test_the_matrix_in_its_place(name: str, curvature: str, backend: str, monkey
             assert optimizer.stats()[key].item() == pytest.approx(value, rel=1e-7, abs=1e-10), key
 
 
+def cotangent(loss_fn: Loss, outputs: Tensor, v: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What a step makes of a loss that is the whole one."""
+    model = LossModel(loss_fn, outputs, 1.0, [])
+    c, products = model.cotangent(v)
+    along_z = model.along_z
+    assert along_z is not None
+    return c * stretch(along_z).to(c.dtype), lambda u: substituted(products(u), along_z)[0]
+
+
 @pytest.mark.parametrize("outputs", [torch.zeros(4), torch.zeros(0), torch.zeros(())])
 def test_of_size_zero_it_is_zero(outputs: Tensor) -> None:
     v = torch.ones_like(outputs)
-    c, products = LossModel(lambda o: 2 * o.sum(), outputs, 1.0, []).cotangent(v)
+    c, products = cotangent(lambda o: 2 * o.sum(), outputs, v)
     torch.testing.assert_close(c, 2 * v)
     gv = 2.0 * v.numel()
     assert products(v).tolist() == [gv, 0, gv, 0, 0]
@@ -120,7 +129,7 @@ def test_a_curvature_that_is_there_is_kept_bit_for_bit() -> None:
     outputs = torch.randn(8)
     for v in (torch.zeros(8), torch.randn(8), torch.eye(8)[0]):
         for u in (torch.randn(8), torch.eye(8)[0], torch.eye(8)[1]):
-            c, products = LossModel(lambda o: o[1:].exp().sum() - o[0], outputs, 1.0, []).cotangent(v)
+            c, products = cotangent(lambda o: o[1:].exp().sum() - o[0], outputs, v)
             h = outputs.exp() * (torch.arange(8) > 0)
             g = h - (torch.arange(8) == 0).float()
             if (h * v).any() or (not v.any() and (h * u).any()):
