@@ -6,8 +6,6 @@ asks for more than a healthy training ever shows; tests/monitoring/test_advice.p
 
 from __future__ import annotations
 
-import sys
-import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +16,7 @@ from torch.optim import Optimizer
 from curveball_fused.backends.scalars import BETA, LAMBD, LOSS, PREDICTED_CHANGE, RATIO, RHO
 from curveball_fused.settings import Settings
 from curveball_fused.step import intervals
+from curveball_fused.user_warnings import warn_user
 
 ADAPTATIONS = 5  # of λ, before anything is said about it
 RECENT_ADAPTATIONS = 20  # at most, of which half must be bad
@@ -71,19 +70,10 @@ def warn(optimizer: Optimizer, found: dict[str, str]) -> None:
     for kind, text in found.items():
         if kind not in said:
             said.add(kind)
-            warnings.warn(text, TrainingWarning, stacklevel=_levels_to_caller())
+            warn_user(text, TrainingWarning)
 
 
 _said: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
-
-
-def _levels_to_caller() -> int:
-    """Return the `stacklevel` of the first function outside of the package, as seen from `warn`."""
-    package, levels = __name__.partition(".")[0], 1
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, levels = frame.f_back, levels + 1
-    return levels
 
 
 def _skipped(rows: Tensor, compute_dtype: torch.dtype | None, mismatched: int, lambd: float) -> str:

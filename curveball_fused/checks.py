@@ -15,12 +15,12 @@ from curveball_fused._torch_private import has_gradient_hooks, is_sharded
 from curveball_fused.backends import BACKENDS
 from curveball_fused.backends.scalars import GATHERED
 from curveball_fused.curvature import AUTO
-from curveball_fused.curvature.torch_modes import announce
 from curveball_fused.loss_scale import awaits_update
 from curveball_fused.preconditioners import SQUARE_AVERAGE
 from curveball_fused.replay.memory import span
 from curveball_fused.settings import DIRECTIONS, PER_GROUP, PRECONDITIONERS
 from curveball_fused.state import HISTORY, ON_HOST, SHAPES
+from curveball_fused.user_warnings import announce
 
 CURVATURES = ("auto", *AUTO)
 

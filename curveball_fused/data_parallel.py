@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
 from curveball_fused._torch_private import DisableTorchFunction, is_in_join
+from curveball_fused.user_warnings import warn_user
 
 BUCKET_BYTES = 25 * 2**20  # of DistributedDataParallel
 _ENDED = (
@@ -335,11 +335,10 @@ def processes_of(params: Sequence[Tensor], group: dist.ProcessGroup | None) -> P
     if groups:
         return Processes(next(iter(groups.values())), wrappers)
     if (count := dist.get_world_size()) > 1:
-        warnings.warn(
+        warn_user(
             f"each of {count} processes takes steps of its own, from its own batch: right if each has a model to "
             "itself, but replicas of one model drift apart. For one model wrap it in DistributedDataParallel, or "
-            "construct CurveBall with process_group=torch.distributed.group.WORLD.",
-            stacklevel=2,
+            "construct CurveBall with process_group=torch.distributed.group.WORLD."
         )
     return None
 

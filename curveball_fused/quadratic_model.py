@@ -36,13 +36,13 @@ from curveball_fused.curvature import (
 )
 from curveball_fused.curvature.backward import Backward
 from curveball_fused.curvature.linear_map import own_gradients
-from curveball_fused.curvature.torch_modes import announce
 from curveball_fused.data_parallel import Processes
 from curveball_fused.loss_scale import Overflow, ScaledLinearMap, WideLinearMap, scale_tangents
 from curveball_fused.losses import LossFn, LossModel, curved, stretch, substituted
 from curveball_fused.preconditioners import Direction, Preconditioner
 from curveball_fused.replay import Replay, Replays
 from curveball_fused.settings import Settings
+from curveball_fused.user_warnings import announce
 
 _NO_CURVATURE = (
     "curveball_fused: loss_fn has no curvature in the outputs, as it is linear in them, perhaps piece by piece: the "

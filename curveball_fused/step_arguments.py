@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any, NoReturn, cast
 
 from torch import Tensor
@@ -70,6 +71,7 @@ def given_parts(
             raise TypeError("the parts of a batch must be a list, as a step runs them more than once: list(parts).")
     if not callable(model_fn) or not callable(loss_fn) or closure is not None:
         raise_wrong_call()
+    _check_order(model_fn, loss_fn)
     return [GivenPart((model_fn, loss_fn))], False
 
 
@@ -93,7 +95,24 @@ def _functions_of_part(part: Any) -> Functions:
             "each part of a batch must be (model_fn, loss_fn), or a closure that returns outputs and loss_fn; got "
             f"{type(part).__name__}."
         )
+    _check_order(*part)
     return cast(Functions, tuple(part))
+
+
+def _check_order(model_fn: Any, loss_fn: Any) -> None:
+    """Raise TypeError where the first function takes an argument and the second none."""
+    if _arguments(model_fn) and _arguments(loss_fn) == 0:
+        raise TypeError(
+            "the two functions are swapped: model_fn, which is called without arguments, comes first, then loss_fn, "
+            "which is called with what model_fn has returned."
+        )
+
+
+def _arguments(function: Any) -> int | None:
+    """Return how many positional arguments a function must be given; None of what is no plain function."""
+    if not isinstance(function, FunctionType):
+        return None
+    return function.__code__.co_argcount - len(function.__defaults__ or ())
 
 
 def _functions_of_closure(closure: Closure) -> Functions:

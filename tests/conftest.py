@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from curveball_fused.curvature import torch_modes
+from curveball_fused import user_warnings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads as it is imported
@@ -27,5 +27,5 @@ if importlib.util.find_spec("hypothesis"):  # which the tests on a GPU do withou
 def fresh_state() -> Iterator[None]:
     """The same random numbers for each test, and announcements that are made once per process made again."""
     torch.manual_seed(0)
-    torch_modes.announced.clear()
+    user_warnings.announced.clear()
     yield

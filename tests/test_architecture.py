@@ -28,7 +28,7 @@ LAYERS = {
         "autograd_graph data_parallel replay",
         "ops",
         "backends",
-        "_torch_private",
+        "_torch_private user_warnings",
     ],
     f"{PACKAGE}.backends": ["selection", "reference triton native", "scalars dtypes"],
 }

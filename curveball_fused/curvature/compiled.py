@@ -34,9 +34,9 @@ from curveball_fused._torch_private.compiler import (
     select_decomp_table,
 )
 from curveball_fused.replay import Replay
+from curveball_fused.user_warnings import announce
 
 from .linear_map import LinearMap, ModelFn, NotTrainable, checked_outputs, dense_gradients, independent_outputs
-from .torch_modes import announce
 from .transpose import SEVERAL, CompileUnsupported, transpose
 
 Compiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[[list[Any]], Sequence[Any]]]

@@ -21,13 +21,14 @@ from torch.utils import checkpoint
 
 from curveball_fused.data_parallel import LostProcess
 from curveball_fused.replay import Replay, Replays, Unrepeatable
+from curveball_fused.user_warnings import announce
 
 from .double_backward import DoubleBackward
 from .dual_numbers import DualNumbers
 from .linear_map import LinearMap, MethodUnsupported, ModelFn, NotTrainable, evaluate, reentrant_checkpoint
 from .linearized import Linearized, LinearizedOperators
 from .tangent_maps import TapeUnsupported
-from .torch_modes import ForwardModeUnsupported, announce, first_line
+from .torch_modes import ForwardModeUnsupported, first_line
 
 Result = TypeVar("Result")
 

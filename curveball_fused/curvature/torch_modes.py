@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from curveball_fused._torch_private import base_of, forward_grad_enabled, set_forward_grad_enabled
 from curveball_fused.replay.control_flow import AS_WRITTEN
+from curveball_fused.user_warnings import announce
 
 from .dual_rules import RULES
 from .rules import COMPOSITES, TWICE_DIFFERENTIABLE, tensors
@@ -27,9 +27,6 @@ RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 # In these a dual number differs from its parameter.
 _OWN_ATTRIBUTES = frozenset(("requires_grad", "is_leaf", "grad_fn", "grad"))
 _GIVES_PLACE = frozenset(("__set__", "set_"))  # the former in `parameter.data = values`
-announced: set[str] = set()  # what has been warned of in this process
-
-
 # Functions whose tangent by torch's forward mode is not the transpose of their backward pass: off the symmetric
 # matrices, or with a part of it lost.
 _TRANSPOSES_DISAGREE = frozenset(
@@ -50,13 +47,6 @@ def transposes_disagree(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
 
 class ForwardModeUnsupported(NotImplementedError):
     """The model holds an operator without a forward-mode formula."""
-
-
-def announce(key: str, message: str) -> None:
-    """Warn once per process."""
-    if key not in announced:
-        announced.add(key)
-        warnings.warn(message, stacklevel=2)
 
 
 def first_line(error: BaseException) -> str:

@@ -19,9 +19,10 @@ from curveball_fused.autograd_graph import nodes_of
 from curveball_fused.curvature import ModelFn, evaluate
 from curveball_fused.curvature.double_backward import DoubleBackward
 from curveball_fused.curvature.dual_numbers import DualNumbers
-from curveball_fused.curvature.torch_modes import announce, first_line
+from curveball_fused.curvature.torch_modes import first_line
 from curveball_fused.losses import checked_loss
 from curveball_fused.replay import Replay
+from curveball_fused.user_warnings import announce
 
 from .finite_differences import difference_quotients, dot, relative
 from .op_checks import OpChecks

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curveball_fused import backends, guard
+from curveball_fused import backends, guard, user_warnings
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS
 from curveball_fused.batch import Part
@@ -121,13 +121,13 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress warnings; those that are given once per process are left to the training."""
-    announced = set(torch_modes.announced)
+    announced = set(user_warnings.announced)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            torch_modes.announced.intersection_update(announced)
+            user_warnings.announced.intersection_update(announced)
 
 
 @contextmanager

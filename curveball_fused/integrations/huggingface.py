@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curveball_fused.optimizer import CurveBall
+from curveball_fused.user_warnings import warn_user
 
 try:
     import accelerate  # noqa: F401 (which the Trainer needs)
@@ -90,7 +90,7 @@ class CurveBallTrainer(Trainer):
         defaults = {field.name: field.default for field in fields(given)}
         for name, reason in WITHOUT_EFFECT.items():
             if getattr(given, name) not in (defaults[name], 0):
-                warnings.warn(f"{name}={getattr(given, name)} has no effect with CurveBall: {reason}.", stacklevel=2)
+                warn_user(f"{name}={getattr(given, name)} has no effect with CurveBall: {reason}.")
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Make the optimizer where none was given.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from curveball_fused import CurveBall, explain
-from curveball_fused.curvature import AUTO, torch_modes
+from curveball_fused import CurveBall, explain, user_warnings
+from curveball_fused.curvature import AUTO
 from curveball_fused.preconditioners import Preconditioner, shapes
 from tests.helpers import nets
 from tests.helpers.traceable_models import Double
@@ -149,7 +149,7 @@ def written_to(net: nn.Module) -> Tensor:
 def test_refusals(run: Callable[[Any], Tensor], function: str, reason: str, method: str) -> None:
     """All are reported, not just the first, and "auto" does as is said."""
     net = nn.Linear(6, 6)
-    torch_modes.announced.clear()
+    user_warnings.announced.clear()
     found = explain(lambda: run(net), squares, net.parameters())
     refused = {f.name: f.reason for f in found.functions if f.handled_by == "refused"}
     assert reason in refused[function]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from curveball_fused import CurveBall
+from curveball_fused import CurveBall, user_warnings
 from curveball_fused.curvature import torch_modes
 from curveball_fused.curvature.methods import AUTO
 from curveball_fused.explanation.trace_report import trace
@@ -180,7 +180,7 @@ def outcome(sample: Sample, curvature: str = "auto") -> Outcome | None:
         if not expected.isfinite().all():
             break
         torch.manual_seed(step)
-        torch_modes.announced.clear()
+        user_warnings.announced.clear()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

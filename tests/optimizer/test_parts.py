@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curveball_fused import CurveBall
-from curveball_fused.curvature import torch_modes
+from curveball_fused import CurveBall, user_warnings
 from tests.helpers import nets
 from tests.helpers.oracle import DenseCurveBall
 from tests.helpers.replicas import Square
@@ -146,9 +145,10 @@ def test_a_curvature_is_missing_where_the_whole_has_none(options: str, weights: 
                 given = (parts_of if split else as_one)(net, *batch(step), cuts, loss)
                 more = dict(weights=[weights(n) for n in cuts]) if split else {}
                 losses.append(optimizer.step(given, **more)[0] if split else optimizer.step(*given)[0])
-        assert any("no curvature" in str(w.message) for w in told) == (loss is absolute)
+        places = [w.filename for w in told if "no curvature" in str(w.message)]
+        assert places == ([__file__] if loss is absolute else [])  # it names the line that calls
         found.append([*net.state_dict().values(), *losses, *optimizer.stats().values()])
-        torch_modes.announced.clear()
+        user_warnings.announced.clear()
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-7, atol=1e-9, equal_nan=True)
 
@@ -519,6 +519,8 @@ def test_a_method_that_cannot_follow_one_part_follows_none(recwarn: pytest.Warni
         (dict(closure=(pair for pair in [(len, len)])), TypeError, r"must be a list.*list\(parts\)"),
         (dict(model_fn=len, loss_fn=len, weights=[1]), TypeError, "weights belong to a list of parts"),
         (dict(model_fn=[(len, len)], loss_fn=len), TypeError, "CurveBall.step differentiates the model itself"),
+        (dict(model_fn=lambda out: out, loss_fn=lambda: torch.ones(2)), TypeError, "the two functions are swapped"),
+        (dict(model_fn=[(lambda out: out, lambda: torch.ones(2))]), TypeError, "the two functions are swapped"),
     ],
 )
 def test_wrong_calls_say_what_to_write(call: dict[str, Any], error: type[Exception], says: str) -> None:
