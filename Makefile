@@ -63,10 +63,20 @@ bench: install  ## measure the speed of the kernels and of whole steps; figures 
 
 # Those that the documentation cites.
 KEPT := benchmarks/results
-.PHONY: figures
-figures: install  ## measure, and replace the figures in benchmarks/results/ and docs/scaling.png
+.PHONY: bench-kept
+bench-kept: install  ## the same, and replace the figures in benchmarks/results/ and docs/scaling.png
 	CURVEBALL_RESULTS=$(KEPT) $(BIN)/python -m pytest benchmarks $(ARGS)
 	if test -e $(KEPT)/scaling.png; then mv $(KEPT)/scaling.png docs/scaling.png; fi
+
+# Each part goes on where it was stopped; one alone: `python -m benchmarks.evidence.<part>`.
+EVIDENCE := published robustness
+.PHONY: evidence
+evidence: install  ## make the raw data of the claims that is missing in benchmarks/results/evidence/
+	for part in $(EVIDENCE); do $(BIN)/python -m benchmarks.evidence.$$part || exit 1; done
+
+.PHONY: figures
+figures: install  ## draw the pictures in docs/figures/ from what lies in benchmarks/results/
+	$(BIN)/python -m benchmarks.figures
 
 # Without .venv: by the torch that is installed, which must have CUDA, in the source tree, for this machine's GPU only.
 OUT ?= build/gpu
