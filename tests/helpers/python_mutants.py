@@ -67,16 +67,16 @@ TAPE_RULES = [
 QUADRATIC_MODEL = [
     PythonMutant(
         "adjointness_is_trusted_although_a_hook_has_altered_the_gradient",
-        "quadratic_model.py",
+        "quadratic_model/measure.py",
         "(context.processes is not None or not context.hooked)",
         "True",
         "optimizer/test_safety.py::test_gradient_hooks_are_accounted_for",
     ),
     PythonMutant(
         "the_gradient_of_a_part_is_counted_beside_that_of_the_whole",
-        "quadratic_model.py",
-        "run.c - run.loss_model.gradient()",
-        "run.c",
+        "quadratic_model/runs.py",
+        "c = c - g if along_z is None",
+        "c = c if along_z is None",
         "optimizer/test_preconditioner.py::test_equals_dense_matrices",
         "None-residual-0.7 and True and torch",
     ),
@@ -489,7 +489,7 @@ PARTS = [
     ),
     PythonMutant(
         "the_statistics_of_another_part",
-        "quadratic_model.py",
+        "quadratic_model/runs.py",
         "        replays[i + 1].rewind()\n",
         "",
         "optimizer/test_parts.py::test_buffers_that_a_later_part_alone_moves_are_put_back",
@@ -505,11 +505,27 @@ PARTS = [
     ),
     PythonMutant(
         "products_are_those_of_a_sum",
-        "quadratic_model.py",
+        "quadratic_model/measure.py",
         "else size)), products_i)), share)",
         "else size)), products_i)), 1.0)",
         "optimizer/test_parts.py::test_twenty_steps_are_those_of_dense_matrices_of_the_whole",
         "attention and auto",
+    ),
+    PythonMutant(
+        "each_part_is_without_curvature_by_itself",
+        "losses/missing_curvature.py",
+        "missing = (is_curved == 0) &",
+        "missing =",
+        "optimizer/test_parts.py::test_a_curvature_is_missing_where_the_whole_has_none",
+        "published and absolute_of_a_few",
+    ),
+    PythonMutant(
+        "the_direction_of_parts_without_curvature_is_the_gradient",
+        "quadratic_model/runs.py",
+        "partial(stretch_of, mean) if stretches and not mean.is_plain else None",
+        "None",
+        "optimizer/test_parts.py::test_a_curvature_is_missing_where_the_whole_has_none",
+        "fixed and absolute and not few",  # of two that are solved for the plane is the same
     ),
     PythonMutant(
         "the_graph_of_a_structure_is_kept",
@@ -521,7 +537,7 @@ PARTS = [
     ),
     PythonMutant(
         "the_tape_of_the_last_part_is_kept",
-        "quadratic_model.py",
+        "quadratic_model/runs.py",
         "        last.release()  # before another part runs\n",
         "        pass\n",
         "optimizer/test_parts.py::test_the_memory_is_that_of_one_part",

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curveball_fused import CurveBall, loss_scale, ops, quadratic_model, state
+from curveball_fused import CurveBall, loss_scale, ops, state
 from curveball_fused.backends.scalars import DIRECTION_DAMPING, SCALARS
 from curveball_fused.loss_scale import Overflow
+from curveball_fused.quadratic_model import runs
 from tests.helpers.half_nets import METHODS, X, Y, cross_entropy, net, one_step, under
 from tests.helpers.training import assert_equal
 
@@ -29,7 +30,7 @@ def test_small_gradients_do_not_vanish_in_float16(monkeypatch: pytest.MonkeyPatc
 
     assert error(one_step(torch.float16, size, curvature=curvature)) < 0.001
     with monkeypatch.context() as without:
-        for module in (loss_scale, quadratic_model):
+        for module in (loss_scale, runs):
             without.setattr(module, "scale_tangents", lambda v, *_: loss_scale.ScaledTangents(list(v), torch.ones(())))
         assert error(one_step(torch.float16, size, curvature=curvature)) > 0.006
     with monkeypatch.context() as without:
