@@ -1,0 +1,75 @@
+"""Draw docs/figures/robustness.png from the raw data."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.evidence.robustness import ADAM, BATCH_SIZES, CURVEBALLS, FACTORS, KRONECKER, METHODS, PUBLISHED, SGD
+from benchmarks.evidence.robustness_tables import EQUAL, FIRST_ORDER, damping_ratios, ratios, runs
+
+# Of Okabe and Ito, who chose colors that people with any color vision tell apart.
+COLORS = {KRONECKER: "#0072B2", PUBLISHED: "#E69F00", ADAM: "#D55E00", SGD: "#009E73"}
+STYLES = dict(zip(FIRST_ORDER, ("-", "--"), strict=True))
+
+
+def draw(folder: Path) -> None:
+    """Write robustness.png into a folder."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7.2), layout="constrained")
+    for ax, equal in zip(axes[0], EQUAL, strict=True):
+        _draw_nets(ax, equal)
+    _draw_damping(axes[1, 0])
+    _draw_batches(axes[1, 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "robustness.png", dpi=100)
+    plt.close(figure)
+
+
+def _draw_nets(ax: Axes, equal: str) -> None:
+    """Ratios of the losses on the random nets, from the best to the worst."""
+    for ours in CURVEBALLS:
+        for other in FIRST_ORDER:
+            found = sorted(ratios(ours, other, equal))
+            share = [100 * (i + 0.5) / len(found) for i in range(len(found))]
+            ax.plot(share, found, STYLES[other], color=COLORS[ours], label=f"{ours} / {other.split()[0]}")
+    ax.axhline(1, color="black", linewidth=0.8)
+    ax.set(yscale="log", xlabel="% of the nets, sorted", ylabel="training loss / the other's")
+    ax.set_title(f"Random nets, after equal {equal} (below 1: ahead)", fontsize=10)
+    ax.legend(fontsize=7.5, loc="upper left")
+
+
+def _draw_damping(ax: Axes) -> None:
+    """Medians, with bars from the lowest to the highest net."""
+    for i, method in enumerate(CURVEBALLS):
+        found = [damping_ratios(method, factor) for factor in FACTORS]
+        middle = [statistics.median(each) for each in found]
+        below = [m - min(each) for m, each in zip(middle, found, strict=True)]
+        above = [max(each) - m for m, each in zip(middle, found, strict=True)]
+        beside = [factor * (0.93, 1.07)[i] for factor in FACTORS]  # so that the bars don't hide each other
+        ax.errorbar(beside, middle, [below, above], color=COLORS[method], marker="o", capsize=3, label=method)
+    ax.axhline(1, color="black", linewidth=0.8)
+    ax.set(xscale="log", yscale="log", xlabel="first λ / its default", ylabel="final loss / the default's")
+    ax.set_title("First damping: median and range of seven nets", fontsize=10)
+    ax.legend(fontsize=7.5)
+
+
+def _draw_batches(ax: Axes) -> None:
+    """Final losses by batch size; what diverged is left out here, and named in the table."""
+    found = runs("batch")
+    for loss, style in (("cross-entropy", "-"), ("MSE", "--")):
+        for method in METHODS:
+            own = [found[f"{loss}, batch {size}"][method] for size in BATCH_SIZES]
+            finals = [float("nan") if run.diverged else run.final for run in own]
+            label = method if style == "-" else None
+            ax.plot(BATCH_SIZES, finals, style, color=COLORS[method], marker="o", markersize=3, label=label)
+    ax.set(yscale="log", xlabel="rows in a batch", ylabel="final training loss")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(BATCH_SIZES, [str(size) for size in BATCH_SIZES], fontsize=8)
+    ax.set_title("Batch size, equal epochs (solid: cross-entropy, dashed: MSE)", fontsize=10)
+    ax.legend(fontsize=7.5)
