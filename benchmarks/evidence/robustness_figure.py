@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.evidence.robustness import ADAM, BATCH_SIZES, CURVEBALLS, FACTORS, KRONECKER, METHODS, PUBLISHED, SGD
-from benchmarks.evidence.robustness_tables import EQUAL, FIRST_ORDER, damping_ratios, ratios, runs
+from benchmarks.evidence.robustness_tables import EQUAL, FIRST_ORDER, damping_ratios, finite_range, ratios, runs
 
 # Of Okabe and Ito, who chose colors that people with any color vision tell apart.
 COLORS = {KRONECKER: "#0072B2", PUBLISHED: "#E69F00", ADAM: "#D55E00", SGD: "#009E73"}
@@ -45,16 +46,27 @@ def _draw_nets(ax: Axes, equal: str) -> None:
 
 
 def _draw_damping(ax: Axes) -> None:
-    """Medians, with bars from the lowest to the highest net."""
+    """Medians, with bars from the lowest to the highest net, and the number of nets without a final loss."""
     for i, method in enumerate(CURVEBALLS):
         found = [damping_ratios(method, factor) for factor in FACTORS]
+        ranges = [finite_range(each) for each in found]
         middle = [statistics.median(each) for each in found]
-        below = [m - min(each) for m, each in zip(middle, found, strict=True)]
-        above = [max(each) - m for m, each in zip(middle, found, strict=True)]
-        beside = [factor * (0.93, 1.07)[i] for factor in FACTORS]  # so that the bars don't hide each other
+        below = [m - low for m, (low, _) in zip(middle, ranges, strict=True)]
+        above = [high - m for m, (_, high) in zip(middle, ranges, strict=True)]
+        beside = [factor * (0.87, 1.15)[i] for factor in FACTORS]  # so that the bars don't hide each other
         ax.errorbar(beside, middle, [below, above], color=COLORS[method], marker="o", capsize=3, label=method)
+        for x, each, (_, high) in zip(beside, found, ranges, strict=True):
+            if lost := sum(not math.isfinite(ratio) for ratio in each):
+                place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 7.5}
+                ax.annotate(f"{lost} diverged", (x, high), color=COLORS[method], **place)
     ax.axhline(1, color="black", linewidth=0.8)
-    ax.set(xscale="log", yscale="log", xlabel="first λ / its default", ylabel="final loss / the default's")
+    ax.set(
+        xlim=(0.003, 300),
+        xscale="log",
+        yscale="log",
+        xlabel="first λ / its default",
+        ylabel="final loss / the default's",
+    )
     ax.set_title("First damping: median and range of seven nets", fontsize=10)
     ax.legend(fontsize=7.5)
 
@@ -71,5 +83,6 @@ def _draw_batches(ax: Axes) -> None:
     ax.set(yscale="log", xlabel="rows in a batch", ylabel="final training loss")
     ax.set_xscale("log", base=2)
     ax.set_xticks(BATCH_SIZES, [str(size) for size in BATCH_SIZES], fontsize=8)
-    ax.set_title("Batch size, equal epochs (solid: cross-entropy, dashed: MSE)", fontsize=10)
-    ax.legend(fontsize=7.5)
+    ax.set_title("Batch size, equal epochs (dashed: MSE)", fontsize=10)
+    ax.set_ylim(bottom=0.01)
+    ax.legend(fontsize=7.5, loc="lower right")

@@ -31,6 +31,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence-robustness.md"
 TABLE = re.compile(r"<!-- (robustness-[a-z0-9-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 FIRST_ORDER = ADAM, SGD
 DIVERGED = "diverged"
+JUMP = 10.0  # times the lowest loss so far, from which on an epoch counts as a jump
 
 
 class Run(NamedTuple):
@@ -57,6 +58,13 @@ class Run(NamedTuple):
     def diverged(self) -> bool:
         """Whether a loss was not finite, or the last one is above that of the initial weights."""
         return not all(map(math.isfinite, self.losses)) or self.final > self.record["initial_loss"]
+
+    @property
+    def jump(self) -> tuple[float, float] | None:
+        """The lowest epoch's loss and the largest multiple of it that follows, if that is more than JUMP times it."""
+        pairs = [(min(self.losses[:i]), self.losses[i]) for i in range(1, len(self.losses))]
+        low, high = max(pairs, key=lambda pair: pair[1] / pair[0])
+        return (low, high) if high > JUMP * low else None
 
     @property
     def seconds(self) -> float:
@@ -117,10 +125,17 @@ def damping_ratios(method: str, factor: float) -> list[float]:
     ]
 
 
+def finite_range(values: list[float]) -> tuple[float, float]:
+    """The range of those that are numbers; a run without one is counted as diverged."""
+    finite = [value for value in values if math.isfinite(value)]
+    return min(finite), max(finite)
+
+
 def tables() -> dict[str, str]:
     """All tables in Markdown, by the names of their markers."""
     return {
         "robustness-50": _all_nets(),
+        "robustness-jumps": _jumps(),
         "robustness-ahead": _ahead(),
         "robustness-behind": _behind(),
         "robustness-damping": _damping(),
@@ -133,12 +148,28 @@ def _all_nets() -> str:
     rows = []
     for method in METHODS:
         own = [net[method] for net in nets]
-        skipped = [run.own["skipped_steps"] for run in own]
         steps = sum(len(run.losses) * run.record["steps_per_epoch"] for run in own)
+        skipped = sum(run.own["skipped_steps"] for run in own)
         price = [net[method].seconds / net[SGD].seconds for net in nets]
-        diverged = f"{sum(run.diverged for run in own)} of {len(own)}"
-        rows.append([method, diverged, f"{sum(skipped)} of {steps}", _spread(price)])
-    return _table(["", "diverged", "steps skipped", "seconds over SGD's: median (quartiles)"], rows)
+        rows.append([
+            method, f"{sum(run.diverged for run in own)} of {len(own)}",
+            f"{sum(run.jump is not None for run in own)} of {len(own)}",
+            f"{skipped} of {steps}" if method in CURVEBALLS else "", _spread(price),
+        ])  # fmt: skip
+    heads = ["", "diverged", "jumped", "steps skipped", "seconds over SGD's: median (quartiles)"]
+    return _table(heads, rows)
+
+
+def _jumps() -> str:
+    """Runs that diverged, or whose loss jumped."""
+    rows = []
+    for net in runs("nets").values():
+        for method, run in net.items():
+            if run.jump or run.diverged:
+                low, high = run.jump or (min(run.losses), max(run.losses))
+                losses = [run.record["initial_loss"], low, high, run.final]
+                rows.append([run.record["about"], method, *(f"{loss:.2g}" for loss in losses)])
+    return _table(["", "", "initial loss", "fell to", "rose to", "last epoch"], rows)
 
 
 def _ahead() -> str:
@@ -174,7 +205,8 @@ def _damping() -> str:
         for method in CURVEBALLS:
             found = damping_ratios(method, factor)
             diverged = sum(net[damping_name(method, factor)].diverged for net in nets)
-            row += [f"{statistics.median(found):.3g} ({min(found):.3g}-{max(found):.3g})", f"{diverged} of {len(nets)}"]
+            low, high = finite_range(found)
+            row += [f"{statistics.median(found):.3g} ({low:.3g}-{high:.3g})", f"{diverged} of {len(nets)}"]
         rows.append(row)
     heads = [head for method in CURVEBALLS for head in (f"{method}: median (range)", "diverged")]
     return _table(["first λ over its default", *heads], rows)
@@ -196,7 +228,7 @@ def _loss(run: Run) -> str:
 
 def _spread(values: list[float]) -> str:
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+    return f"{middle:.3g} ({low:.3g}-{high:.3g})"
 
 
 def _table(heads: list[str], rows: Iterable[list[str]]) -> str:

@@ -79,6 +79,10 @@ def test_a_run_diverges_above_the_first_loss_or_where_it_has_no_number() -> None
     assert run_of([0.5, 1.5]).diverged and run_of([None, 0.5]).diverged and not run_of([1.5, 0.5]).diverged
 
 
+def test_a_jump_is_tenfold_from_the_lowest_loss_so_far() -> None:
+    assert run_of([1.0, 0.01, 0.5, 0.02, 0.3]).jump == (0.01, 0.5) and run_of([1.0, 0.1, 0.9, 0.05]).jump is None
+
+
 def test_a_loss_without_a_number_is_kept_as_none(tmp_path: Path) -> None:
     records = Records("some", ("case",), tmp_path)
     records.add({"case": "net 0", "runs": {"SGD": {"losses": [1.0, float("nan")]}}})
