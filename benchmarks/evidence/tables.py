@@ -1,0 +1,31 @@
+"""Write the tables of docs/evidence.md anew from the raw data: `python -m benchmarks.evidence.tables`.
+
+A table stands between two comments, `<!-- table NAME -->` and `<!-- end of table -->`. Each part has a function
+`tables` that returns its tables by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.evidence import published
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
+PARTS: tuple[Callable[[], dict[str, str]], ...] = (published.tables,)
+
+_PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """Return the text of a page with these tables in their places; every place needs its table."""
+    return _PLACE.sub(lambda place: f"{place[1]}\n{tables[place[2]]}\n{place[3]}", page)
+
+
+def all_tables() -> dict[str, str]:
+    return {name: table for part in PARTS for name, table in part().items()}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), all_tables()), encoding="utf-8")
