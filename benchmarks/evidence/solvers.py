@@ -52,6 +52,7 @@ class Method(ABC):
     def __init__(self, problem: Problem, w: Tensor) -> None:
         self.problem = problem
         self.w = w
+        self.stuck = torch.zeros_like(w[:, 0], dtype=torch.bool)  # runs that will not move any more
 
     @abstractmethod
     def step(self, draws: Iterator[Tensor]) -> Tensor:
@@ -108,8 +109,9 @@ class LevenbergMarquardt(Method):
         draw = next(draws)
         residuals, jacobian = self.problem.residuals(self.w, draw), self._jacobian(self.w, draw)
         loss = residuals.square().sum(-1)
+        gradient = (jacobian.mT @ residuals[..., None])[..., 0]
         damping = self._damping[:, None, None] * torch.eye(self.w.shape[1], dtype=self.w.dtype)
-        moved = self.w - _solved(jacobian.mT @ jacobian + damping, (jacobian.mT @ residuals[..., None])[..., 0])
+        moved = self.w - torch.linalg.solve(jacobian.mT @ jacobian + damping, gradient)
         better = loss_of(self.problem, moved, next(draws)) < loss
         self.w = torch.where(better[:, None], moved, self.w)
         self._damping = torch.where(better, self._damping / 3, self._damping * 2)
@@ -117,7 +119,10 @@ class LevenbergMarquardt(Method):
 
 
 class Newton(Method):
-    """Newton's method: whole steps with the exact Hessian, which nothing keeps from saddle points."""
+    """Newton's method: whole steps with the exact Hessian, the shortest ones where it is singular.
+
+    Nothing keeps it from saddle points, where it then stays.
+    """
 
     def __init__(self, problem: Problem, w: Tensor) -> None:
         super().__init__(problem, w)
@@ -126,7 +131,10 @@ class Newton(Method):
     def step(self, draws: Iterator[Tensor]) -> Tensor:
         draw = next(draws)
         loss, gradient = loss_and_gradient(self.problem, self.w, draw)
-        self.w = self.w - _solved(self._hessian(self.w, draw), gradient)
+        inverse = torch.linalg.pinv(self._hessian(self.w, draw), rtol=1e-10, hermitian=True)
+        step = (inverse @ gradient[..., None])[..., 0]
+        self.stuck = step.norm(dim=1) <= 1e-10 * self.w.norm(dim=1)
+        self.w = self.w - step
         return loss
 
 
@@ -146,7 +154,7 @@ class OurCurveBall(Method):
 
 
 def run(problem: Problem, seeds: Sequence[int], start: Callable[[Problem, Tensor], Method]) -> list[Run]:
-    """Iterate until all seeds have converged or are lost, at most up to the problem's limit."""
+    """Iterate until all seeds have converged, diverged or got stuck, at most up to the problem's limit."""
     method = start(problem, problem.start(seeds))
     draws = problem.draws(seeds)
     iterations = torch.zeros(len(seeds), dtype=torch.int64)  # 0: not converged
@@ -157,7 +165,7 @@ def run(problem: Problem, seeds: Sequence[int], start: Callable[[Problem, Tensor
         loss = method.step(draws)
         last = torch.where(iterations == 0, loss, last)
         iterations[(iterations == 0) & (loss < TOLERANCE)] = iteration
-        if not ((iterations == 0) & loss.isfinite()).any():  # weights that are not finite stay so
+        if not ((iterations == 0) & loss.isfinite() & ~method.stuck).any():
             break
     paths = torch.stack(path, dim=1)
     return [
@@ -217,11 +225,6 @@ def _bfgs(problem: Problem, seed: int) -> Run:
         if len(path) == before:
             path.append(path[-1])
     return Run(len(path) if loss < TOLERANCE else None, loss, evaluations, path)
-
-
-def _solved(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Solve a batch of systems; where a matrix is singular the result is not finite, and no error."""
-    return torch.linalg.solve_ex(matrix, vector)[0]
 
 
 SYSTEMS: dict[str, Callable[[Problem, Sequence[int], Setting], list[Run]]] = {
