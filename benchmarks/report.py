@@ -20,7 +20,7 @@ import curveball_fused
 from benchmarks.compare import Spread
 
 HERE = Path(__file__).resolve().parent
-_KEPT = "benchmarks/results", "docs/scaling.png"  # figures that were measured before, no sources
+_KEPT = "benchmarks/results", "docs/figures", "docs/scaling.png"  # figures that were measured before, no sources
 
 
 def results_folder(default: str = "build/benchmarks") -> Path:
