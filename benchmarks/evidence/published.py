@@ -114,6 +114,8 @@ def _make(records: Records, runs: Iterator[Record], seeds: Sequence[int]) -> Non
         record["loss"] = float(f"{result.loss:.6g}")
         if result.evaluations is not None:
             record["evaluations"] = result.evaluations
+        if result.stuck:
+            record["stuck"] = True
         if run["seed"] in DRAWN_SEEDS and len(result.path[0]) == 2:
             record["path"] = _thinned(result.path)
         records.add(record)
@@ -154,13 +156,15 @@ def _settings_table(records: Sequence[Record]) -> str:
 def _failures_table(records: Sequence[Record]) -> str:
     rows = []
     for problem, system in itertools.product(PROBLEMS, SYSTEMS):
-        runs = reported_runs(records, problem, system)
-        failed = [_loss(run) for run in runs if not run["converged"]]
-        finite = [loss for loss in failed if loss < math.inf]
+        failed = [run for run in reported_runs(records, problem, system) if not run["converged"]]
         if failed:
+            finite = [loss for loss in map(_loss, failed) if loss < math.inf]
+            stuck = sum("stuck" in run for run in failed)
             loss = f"{statistics.median(finite):.2g}" if finite else ""
-            rows.append([f"{problem.title}: {system}", str(len(failed)), str(len(failed) - len(finite)), loss])
-    return table(["not converged", f"of {len(SEEDS)}", "diverged", "last loss of the others, median"], rows)
+            counts = len(failed), len(failed) - len(finite), stuck
+            rows.append([f"{problem.title}: {system}", *map(str, counts), loss])
+    columns = "not converged", f"of {len(SEEDS)}", "diverged", "stuck", "last finite loss, median"
+    return table(columns, rows)
 
 
 def _loss(run: Record) -> float:

@@ -28,12 +28,14 @@ class Run:
         loss: of that iteration, or of the last one; not finite if the run diverged.
         evaluations: of loss and gradient, where they are more than the iterations.
         path: the weights before each step.
+        stuck: whether it has not converged and will not move any more.
     """
 
     iterations: int | None
     loss: float
     evaluations: int | None = None
     path: list[list[float]] = field(default_factory=list)
+    stuck: bool = False
 
 
 def loss_of(problem: Problem, w: Tensor, draw: Tensor) -> Tensor:
@@ -168,9 +170,10 @@ def run(problem: Problem, seeds: Sequence[int], start: Callable[[Problem, Tensor
         if not ((iterations == 0) & loss.isfinite() & ~method.stuck).any():
             break
     paths = torch.stack(path, dim=1)
+    each = zip(iterations.tolist(), last.tolist(), paths, method.stuck.tolist(), strict=True)
     return [
-        Run(count or None, final, path=weights[: count or None].tolist())
-        for count, final, weights in zip(iterations.tolist(), last.tolist(), paths, strict=True)
+        Run(count or None, final, path=weights[: count or None].tolist(), stuck=not count and stuck)
+        for count, final, weights, stuck in each
     ]
 
 
