@@ -126,7 +126,7 @@ def test_newton_stays_at_a_saddle_point_and_says_so() -> None:
     (run,) = solvers.newton(LINEAR, [1], {})
     assert run.iterations is None
     assert run.loss > 1
-    assert len(run.path) < 200
+    assert run.stuck
 
 
 def test_divergence_is_no_number() -> None:
