@@ -1,16 +1,12 @@
-"""Draw docs/figures/robustness.png from the raw data."""
+"""The picture of the evidence of robustness, from the raw data."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.evidence.robustness import ADAM, BATCH_SIZES, CURVEBALLS, FACTORS, KRONECKER, METHODS, PUBLISHED, SGD
 from benchmarks.evidence.robustness_tables import EQUAL, FIRST_ORDER, damping_ratios, finite_range, ratios, runs
@@ -20,16 +16,15 @@ COLORS = {KRONECKER: "#0072B2", PUBLISHED: "#E69F00", ADAM: "#D55E00", SGD: "#00
 STYLES = dict(zip(FIRST_ORDER, ("-", "--"), strict=True))
 
 
-def draw(folder: Path) -> None:
-    """Write robustness.png into a folder."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 7.2), layout="constrained")
+def draw() -> Figure:
+    """Draw losses on random nets, by the first damping and by batch size."""
+    figure = Figure(figsize=(9, 7.2), layout="constrained")
+    axes = figure.subplots(2, 2)
     for ax, equal in zip(axes[0], EQUAL, strict=True):
         _draw_nets(ax, equal)
     _draw_damping(axes[1, 0])
     _draw_batches(axes[1, 1])
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "robustness.png", dpi=100)
-    plt.close(figure)
+    return figure
 
 
 def _draw_nets(ax: Axes, equal: str) -> None:

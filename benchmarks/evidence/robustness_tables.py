@@ -1,19 +1,14 @@
-"""The tables of docs/evidence-robustness.md, from the raw data.
-
-`python -m benchmarks.evidence.robustness_tables` writes them into the page, each between its markers.
-"""
+"""The tables of docs/evidence-robustness.md, from the raw data."""
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.evidence.markdown import table
 from benchmarks.evidence.records import Record
 from benchmarks.evidence.robustness import (
     ADAM,
@@ -27,8 +22,6 @@ from benchmarks.evidence.robustness import (
     damping_name,
 )
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence-robustness.md"
-TABLE = re.compile(r"<!-- (robustness-[a-z0-9-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 FIRST_ORDER = ADAM, SGD
 DIVERGED = "diverged"
 JUMP = 10.0  # times the lowest loss so far, from which on an epoch counts as a jump
@@ -157,7 +150,7 @@ def _all_nets() -> str:
             f"{skipped} of {steps}" if method in CURVEBALLS else "", _spread(price),
         ])  # fmt: skip
     heads = ["", "diverged", "jumped", "steps skipped", "seconds over SGD's: median (quartiles)"]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _jumps() -> str:
@@ -169,7 +162,7 @@ def _jumps() -> str:
                 low, high = run.jump or (min(run.losses), max(run.losses))
                 losses = [run.record["initial_loss"], low, high, run.final]
                 rows.append([run.record["about"], method, *(f"{loss:.2g}" for loss in losses)])
-    return _table(["", "", "initial loss", "fell to", "rose to", "last epoch"], rows)
+    return table(["", "", "initial loss", "fell to", "rose to", "last epoch"], rows)
 
 
 def _ahead() -> str:
@@ -183,7 +176,7 @@ def _ahead() -> str:
                     f"equal {equal}", ours, other, f"{ahead} of {len(found)} ({ahead / len(found):.0%})",
                     _spread(found), f"{max(found):.3g}",
                 ])  # fmt: skip
-    return _table(["after", "", "beside", "ahead on", "loss over the other's: median (quartiles)", "largest"], rows)
+    return table(["after", "", "beside", "ahead on", "loss over the other's: median (quartiles)", "largest"], rows)
 
 
 def _behind() -> str:
@@ -194,7 +187,7 @@ def _behind() -> str:
         if max(found) >= 1:
             rows.append([net[KRONECKER].record["about"], *(f"{ratio:.2f}" for ratio in found)])
     heads = [f"equal {equal}, {other.split()[0]}" for equal in EQUAL for other in FIRST_ORDER]
-    return _table(["", *heads], rows)
+    return table(["", *heads], rows)
 
 
 def _damping() -> str:
@@ -209,7 +202,7 @@ def _damping() -> str:
             row += [f"{statistics.median(found):.3g} ({low:.3g}-{high:.3g})", f"{diverged} of {len(nets)}"]
         rows.append(row)
     heads = [head for method in CURVEBALLS for head in (f"{method}: median (range)", "diverged")]
-    return _table(["first λ over its default", *heads], rows)
+    return table(["first λ over its default", *heads], rows)
 
 
 def _batch() -> str:
@@ -219,7 +212,7 @@ def _batch() -> str:
         for loss in ("cross-entropy", "MSE")
         for size in BATCH_SIZES
     ]
-    return _table(["loss", "batch", *METHODS], rows)
+    return table(["loss", "batch", *METHODS], rows)
 
 
 def _loss(run: Run) -> str:
@@ -229,18 +222,3 @@ def _loss(run: Run) -> str:
 def _spread(values: list[float]) -> str:
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.3g} ({low:.3g}-{high:.3g})"
-
-
-def _table(heads: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def filled(text: str) -> str:
-    """A page with these tables between its markers."""
-    found = tables()
-    return TABLE.sub(lambda match: f"<!-- {match[1]} -->\n{found[match[1]]}<!-- end -->", text)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Write the tables of docs/evidence.md anew from the raw data: `python -m benchmarks.evidence.tables`.
+"""Write the tables of the documentation anew from the raw data: `python -m benchmarks.evidence.tables`.
 
 A table stands between two comments, `<!-- table NAME -->` and `<!-- end of table -->`. Each part has a function
 `tables` that returns its tables by name.
@@ -6,14 +6,16 @@ A table stands between two comments, `<!-- table NAME -->` and `<!-- end of tabl
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.evidence import published
+from benchmarks.evidence import kept, published, robustness_tables
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
-PARTS: tuple[Callable[[], dict[str, str]], ...] = (published.tables,)
+_ROOT = Path(__file__).resolve().parents[2]
+PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
+PARTS: tuple[Callable[[], dict[str, str]], ...] = (kept.tables, published.tables, robustness_tables.tables)
 
 _PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -23,9 +25,12 @@ def filled(page: str, tables: dict[str, str]) -> str:
     return _PLACE.sub(lambda place: f"{place[1]}\n{tables[place[2]]}\n{place[3]}", page)
 
 
+@functools.cache
 def all_tables() -> dict[str, str]:
+    """Return the tables of all parts by name."""
     return {name: table for part in PARTS for name, table in part().items()}
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), all_tables()), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), all_tables()), encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.evidence import published, solvers, tables
+from benchmarks.evidence import published, solvers
 from benchmarks.evidence.problems import PROBLEMS, LinearNetwork, Problem, Rosenbrock
 from benchmarks.evidence.records import Records
 from curveball_fused import CurveBall
@@ -20,12 +20,6 @@ LINEAR = LinearNetwork()
 
 # Of CurveBall, mean and standard deviation of an independent implementation.
 ELSEWHERE = {"deterministic": (13.2, 0.5), "noise_1": (12.8, 1.1), "noise_3": (13.5, 1.0), "linear": (40, 12)}
-
-
-def test_page_has_the_tables_of_the_raw_data() -> None:
-    page = tables.PAGE.read_text(encoding="utf-8")
-    assert all(f"<!-- table {name} -->" in page for name in published.tables())
-    assert tables.filled(page, tables.all_tables()) == page
 
 
 def test_raw_data_are_complete() -> None:

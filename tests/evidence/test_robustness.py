@@ -11,23 +11,16 @@ from benchmarks.evidence.random_problems import FAMILIES, random_problem
 from benchmarks.evidence.records import Records
 from benchmarks.evidence.robustness import METHODS, NETS, RECORDS, Training, cases, initial_loss, train
 from benchmarks.evidence.robustness_figure import draw
-from benchmarks.evidence.robustness_tables import PAGE, TABLE, Run, filled, tables
+from benchmarks.evidence.robustness_tables import Run
 from curveball_fused import CurveBall
-
-
-def test_the_page_has_the_tables_of_the_raw_data() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert [match[1] for match in TABLE.finditer(text)] == list(tables())
-    assert filled(text) == text
 
 
 def test_no_run_is_missing() -> None:
     assert not list(RECORDS.missing(cases()))
 
 
-def test_the_figure_is_drawn(tmp_path: Path) -> None:
-    draw(tmp_path)
-    assert (tmp_path / "robustness.png").stat().st_size > 10_000
+def test_the_figure_is_drawn() -> None:
+    assert [len(ax.get_lines()) > 1 for ax in draw().axes] == [True] * 4
 
 
 def test_a_seed_names_a_problem() -> None:
