@@ -105,16 +105,25 @@ class BatchMean:
         elif self._pulled_back < self._count:
             self._add(vjp(), self._weights[i])
         else:
-            so_far, times = self._gradient or None, 1.0 if factor is None else factor()
+            self._complete(vjp, self.shares[i], None if factor is None else factor())
+
+    def _complete(self, vjp: Callable[[], list[Tensor]], share: Weight, factor: Tensor | None) -> None:
+        """Take in the last part."""
+        so_far = self._gradient or None
+        if so_far is not None:
+            foreach_mul_(so_far, 1 / self._total)
+        if self._processes is None:
+            self._add(vjp(), share)
+            if factor is not None:
+                foreach_mul_(self._gradient, factor)
+            return
+        if factor is not None:  # all of it goes into the sum that is sent
+            share = share * factor
             if so_far is not None:
-                foreach_mul_(so_far, times / self._total)
-            share = self.shares[i] * times
-            if self._processes is not None:
-                with GradientSum(self._processes, self._params, share, so_far) as total:
-                    r = vjp()
-                self._gradient = total.of(r)
-            else:
-                self._add(vjp(), share)
+                foreach_mul_(so_far, factor)
+        with GradientSum(self._processes, self._params, share, so_far) as total:
+            r = vjp()
+        self._gradient = total.of(r)
 
     def gradient(self) -> list[Tensor]:
         """Return the mean of Jᵀc; in one process in float32 at least where there are several parts."""
@@ -152,20 +161,19 @@ class BatchMean:
         """Sums over all parts: of the weights, and of weights times what stood beside them."""
         own = sum(self._weights[1:], start=self._weights[0])
         pairs = zip(self._beside, self._weights, strict=True) if self._beside else ()
-        on_device = torch.zeros(1, dtype=torch.float64, device=self._params[0].device)
-        beside = sum((in_share(numbers, weight) for numbers, weight in pairs), start=on_device)
+        weighted = [in_share(numbers, weight) for numbers, weight in pairs]
+        nothing = torch.zeros(0, dtype=torch.float64, device=self._params[0].device)
+        beside = torch.stack(weighted).sum(dim=0) if weighted else nothing
         if self._processes is None:
             return own if isinstance(own, Tensor) or own else math.nan, beside  # of no samples there is no mean
-        total = self._processes.sum(torch.cat((on_device + own, beside)))
+        total = self._processes.sum(torch.cat((nothing.new_zeros(1) + own, beside)))
         return total[0], total[1:]
 
     def _add(self, r: Sequence[Tensor], weight: Weight) -> None:
         if not self._gradient:
             wide = [at_least_float32(r_i) for r_i in r]
-            weighted = foreach_mul(wide, weight)
-            self._gradient = [
-                t.to(r_i.dtype) for t, r_i in zip(weighted, wide, strict=True)
-            ]  # 0-dim ones have that of w
+            weighted = foreach_mul(wide, weight)  # a 0-dim one has the dtype of a 0-dim weight
+            self._gradient = [t.to(r_i.dtype) for t, r_i in zip(weighted, wide, strict=True)]
         elif isinstance(weight, Tensor):
             foreach_add_(self._gradient, foreach_mul([at_least_float32(r_i) for r_i in r], weight))
         else:

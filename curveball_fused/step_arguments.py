@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, NoReturn, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from curveball_fused.batch import Part, Weight
 from curveball_fused.data_parallel import are_there_processes
@@ -24,9 +24,13 @@ class GivenPart(StructuredOutputs):
     Args:
         functions: model_fn and loss_fn.
         weight: of the part; None: as many as it has samples.
+
+    Raises:
+        TypeError: model_fn needs arguments.
     """
 
     def __init__(self, functions: Functions, weight: Weight | None = None) -> None:
+        _check_called_without_arguments(functions[0])
         super().__init__(*functions)
         self._weight = weight
 
@@ -71,7 +75,6 @@ def given_parts(
             raise TypeError("the parts of a batch must be a list, as a step runs them more than once: list(parts).")
     if not callable(model_fn) or not callable(loss_fn) or closure is not None:
         raise_wrong_call()
-    _check_order(model_fn, loss_fn)
     return [GivenPart((model_fn, loss_fn))], False
 
 
@@ -95,24 +98,22 @@ def _functions_of_part(part: Any) -> Functions:
             "each part of a batch must be (model_fn, loss_fn), or a closure that returns outputs and loss_fn; got "
             f"{type(part).__name__}."
         )
-    _check_order(*part)
     return cast(Functions, tuple(part))
 
 
-def _check_order(model_fn: Any, loss_fn: Any) -> None:
-    """Raise TypeError where the first function takes an argument and the second none."""
-    if _arguments(model_fn) and _arguments(loss_fn) == 0:
-        raise TypeError(
-            "the two functions are swapped: model_fn, which is called without arguments, comes first, then loss_fn, "
-            "which is called with what model_fn has returned."
-        )
-
-
-def _arguments(function: Any) -> int | None:
-    """Return how many positional arguments a function must be given; None of what is no plain function."""
+def _check_called_without_arguments(model_fn: Any) -> None:
+    """Raise TypeError for a function that cannot be."""
+    called: Any = model_fn.forward if isinstance(model_fn, nn.Module) else model_fn
+    function = called.__func__ if isinstance(called, MethodType) else called
     if not isinstance(function, FunctionType):
-        return None
-    return function.__code__.co_argcount - len(function.__defaults__ or ())
+        return  # the call itself will tell
+    needed = function.__code__.co_argcount - len(function.__defaults__ or ()) - (function is not called)
+    if needed > 0:
+        raise TypeError(
+            f"model_fn is called without arguments, and {function.__qualname__} needs {needed}: write "
+            "optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y)). The model's function comes "
+            "first, the loss second."
+        )
 
 
 def _functions_of_closure(closure: Closure) -> Functions:

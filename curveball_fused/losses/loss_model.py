@@ -22,7 +22,7 @@ from curveball_fused.autograd_graph import nodes_of
 from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS, Map, Products, products
 
 from .fused import fused
-from .missing_curvature import HessianProducts
+from .missing_curvature import HessianProducts, along_z
 from .recognition import RecognizedLoss, Recognizer
 
 # Of functions that torch differentiates once: by a word of the error, what to write in their place.
@@ -50,6 +50,7 @@ class LossModel:
 
     Attributes:
         loss: 0-dim, the user's own value, detached.
+        has_closed_form: whether the products are by formulas, and not by autograd.
         size: Σ |g_i o_i| over the outputs o, 0-dim float64; None of a loss with a closed form.
         is_nll: whether the products are those of cross-entropy of logits, and not of the loss's own Hessian.
 
@@ -66,19 +67,19 @@ class LossModel:
             returned = _in_place_explained(loss_fn, self._leaf)
         calls = seen.recognized(returned)
         forms = [_closed_form(call, sign, backend) for _, call in calls]
-        has_forms = bool(forms) and None not in forms
+        self.has_closed_form = has_forms = bool(forms) and None not in forms
         # What has a closed form is a scalar, and sees no other tensor that requires a gradient.
         loss = _of_outputs(returned if has_forms else _general(returned, hidden))
         self.loss = loss.detach()
-        self._by_autograd: HessianProducts | None = None
+        self.size: Tensor | None = None
         if has_forms:
             terms = zip(calls, forms, strict=True)
             self._terms = [_Term(weight, call.view, call.steps, form) for (weight, call), form in terms if form]
         else:
-            self._by_autograd = _by_autograd(loss, self._leaf, sign)
-            self._terms = [_Term(1.0, self._leaf, (), self._by_autograd.products())]
+            by_autograd = _by_autograd(loss, self._leaf, sign)
+            self._terms = [_Term(1.0, self._leaf, (), by_autograd.products())]
+            self.size = by_autograd.size
         self.is_nll = any(call.function is F.nll_loss for _, call in calls)
-        self.size = None if self._by_autograd is None else self._by_autograd.size
 
     def gradient(self) -> Tensor:
         """Return g, of the outputs' shape and dtype."""
@@ -103,15 +104,15 @@ class LossModel:
 
         return _total([term.of_outputs(c, self._leaf) for term, (c, _) in pairs]), products_with
 
-    @property
-    def along_z(self) -> Tensor | None:
-        """What tells, with Jz, whether the Hessian is zero, as `missing_curvature` has it; None of a closed form."""
-        return None if self._by_autograd is None else self._by_autograd.along_z
+    def along_z(self, tangent: Tensor, cotangent: Tensor) -> Tensor:
+        """Return what tells, with Jz, whether the Hessian is zero, as `missing_curvature` has it.
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether the Hessian is known to be zero without a look."""
-        return self._by_autograd is not None and self._by_autograd.is_linear
+        Args:
+            tangent: Jz.
+            cotangent: c = H Jz + g, as `cotangent` has returned it.
+        """
+        g, outputs = self.gradient(), self._leaf.detach()
+        return along_z(outputs, g, tangent.to(g.dtype), cotangent - g)
 
 
 class _Term(NamedTuple):

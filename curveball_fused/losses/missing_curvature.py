@@ -7,8 +7,8 @@ and not expected to take off more than S. For a loss that is a mean of losses S 
 Polyak, as Loizou et al. 2021 take it for a batch ("Stochastic Polyak step-size for SGD", arXiv 2002.10542).
 
 The outputs may come in parts, each with a loss of its own, and the loss be a mean of theirs. Its curvature is missing
-where that of all parts is, and g and S are those of the whole. So a part tells of its own Hessian only, with numbers
-whose mean over all parts says what stands in its place: `along_z`, float64[4],
+where that of all parts is, those with closed forms too, and g and S are those of the whole. So a part tells of its own
+Hessian only, with numbers whose mean over all parts says what stands in its place: `along_z`, float64[4],
 
     [g·Jz, S, more than zero if H Jz is not zero, more than zero if Jz is not zero].
 """
@@ -22,7 +22,7 @@ from curveball_fused.backends.reference.closed_form_losses import Map, Products
 
 
 class HessianProducts:
-    """The products of a loss by its gradient and its Hessian, and whether the latter is zero, as found on the device.
+    """The products of a loss by its gradient and its Hessian, and whether the latter is zero, as seen on the device.
 
     Args:
         outputs: o.
@@ -31,16 +31,12 @@ class HessianProducts:
 
     Attributes:
         size: S, 0-dim float64.
-        is_linear: whether there is no `product`.
-        along_z: of this part; None before Jz is known.
     """
 
     def __init__(self, outputs: Tensor, gradient: Tensor, product: Map | None) -> None:
-        self.is_linear = product is None
-        self.along_z: Tensor | None = None
         self._gradient = gradient
         self._product = product or torch.zeros_like
-        self.size = (gradient * outputs).abs().sum(dtype=torch.float64)
+        self.size = _size(outputs, gradient)
 
     def products(self) -> Products:
         """Return the products that a step needs, with a sixth number: more than zero if H Ju is not zero."""
@@ -51,7 +47,6 @@ class HessianProducts:
         v = v.to(gradient.dtype)
         hv = self._product(v)
         first = (_dot(gradient, v), _dot(hv, v))
-        self.along_z = torch.stack((first[0], self.size, _is_there(hv), _is_there(v)))
 
         def products_with(u: Tensor) -> Tensor:
             u = u.to(gradient.dtype)
@@ -61,29 +56,36 @@ class HessianProducts:
         return gradient + hv, products_with
 
 
-def curved(like: Tensor) -> Tensor:
-    """Return the `along_z` of a part whose loss has a curvature, on the device of a tensor."""
-    along_z = torch.zeros(4, dtype=torch.float64, device=like.device)
-    along_z[2].fill_(1.0)
-    return along_z
+def along_z(outputs: Tensor, gradient: Tensor, jz: Tensor, hjz: Tensor) -> Tensor:
+    """Return the numbers of a part that say, with those of all others, what stands in the place of its Hessian."""
+    return torch.stack((_dot(gradient, jz), _size(outputs, gradient), _is_there(hjz), _is_there(jz)))
 
 
-def stretch(along_z: Tensor) -> Tensor:
-    """Return by what g + H Jz, which is g where the curvature is missing, is multiplied: 1 + g·Jz / S there, else 1."""
-    slope, size, is_curved, _ = along_z.unbind()
+def with_sixth(products: Tensor) -> Tensor:
+    """Return the five products of a loss with a closed form, whose H is positive or negative, with the sixth number."""
+    return torch.cat((products, _is_there(products[4:])[None]))
+
+
+def stretch(whole: Tensor) -> Tensor:
+    """Return what g + H Jz, which is g where the curvature is missing, is multiplied by: 1 + g·Jz / S there, else 1.
+
+    Args:
+        whole: `along_z`, the mean of all parts.
+    """
+    slope, size, is_curved, _ = whole.unbind()
     return torch.where(is_curved == 0, 1 + _over(slope, size), 1.0)
 
 
-def substituted(products: Tensor, along_z: Tensor) -> tuple[Tensor, Tensor]:
+def substituted(products: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """Return the five products, of g gᵀ / S where the curvature is missing; and whether it is, 0-dim bool.
 
     All products of a step are of the same matrix. H is missing where H Jz = 0, or, if Jz = 0 says nothing, H Ju = 0.
 
     Args:
         products: float64[6], of the whole.
-        along_z: likewise.
+        whole: `along_z`, the mean of all parts.
     """
-    _, size, is_curved, moves = along_z.unbind()
+    _, size, is_curved, moves = whole.unbind()
     g_z, _, g_u = products[:3].unbind()
     missing = (is_curved == 0) & ((moves > 0) | (products[5] == 0))
     z, u = _over(g_z, size), _over(g_u, size)
@@ -92,6 +94,11 @@ def substituted(products: Tensor, along_z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _over(slope: Tensor, size: Tensor) -> Tensor:
     return torch.where(size == 0, 0.0, slope / size)
+
+
+def _size(outputs: Tensor, gradient: Tensor) -> Tensor:
+    terms = torch.where(gradient == 0, 0, gradient * outputs)  # an output of -inf has no gradient
+    return terms.abs().sum(dtype=torch.float64)
 
 
 def _is_there(t: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def refresh(states: Sequence[Mapping[str, Tensor]], step: int, scalars: Tensor) 
 
 
 def refresh_alike(sides: Sequence[tuple[Tensor, Tensor]], taken: Tensor) -> None:
-    """Bring bases up to date, all by one QR decomposition, if the step is taken.
+    """Bring bases up to date, all of them at once, if the step is taken.
 
     Args:
         sides: factors of one shape, and their bases, which are written.

@@ -10,11 +10,7 @@ from torch import Tensor
 
 from curveball_fused import guard, ops
 from curveball_fused.batch import BatchMean, Part
-from curveball_fused.curvature import (
-    Method,
-    MethodUnsupported,
-    refusal,
-)
+from curveball_fused.curvature import Method, MethodUnsupported, refusal
 from curveball_fused.preconditioners import Direction
 from curveball_fused.replay import Replay, Replays
 

@@ -14,10 +14,7 @@ from curveball_fused import guard, ops
 from curveball_fused._torch_private import has_gradient_hooks
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.batch import BatchMean
-from curveball_fused.curvature import (
-    LinearMap,
-    Pullback,
-)
+from curveball_fused.curvature import LinearMap, Pullback
 from curveball_fused.data_parallel import Processes
 from curveball_fused.loss_scale import Overflow, ScaledLinearMap, WideLinearMap
 from curveball_fused.losses import LossFn, LossModel

@@ -22,13 +22,10 @@ from torch import Tensor
 
 from curveball_fused._torch_private import gradient_hooks_set_aside
 from curveball_fused.batch import BatchMean, Part, in_share
-from curveball_fused.curvature import (
-    Method,
-    by_first_of,
-)
+from curveball_fused.curvature import Method, by_first_of
 from curveball_fused.curvature.backward import Backward
 from curveball_fused.loss_scale import Overflow, WideLinearMap
-from curveball_fused.losses import substituted
+from curveball_fused.losses import substituted, with_sixth
 from curveball_fused.replay import Replays
 from curveball_fused.user_warnings import announce
 
@@ -131,7 +128,8 @@ def _measure_by(
     ju = images(context, method, parts, replays, runs, u, dots)
     own_products = [run.products_with(t) for run, t in zip(runs, ju, strict=True)]
     loss, products, size, missing = _of_whole(mean, runs, own_products)
-    if _is_told_missing(context, runs, missing):
+    by_autograd = not all(run.loss_model.has_closed_form for run in runs)
+    if by_autograd and context.is_first and missing is not None and bool(missing):
         announce(_NO_CURVATURE, _NO_CURVATURE)
     overflow = linear.overflow(loss, products, dots)
     is_debugged = settings.debug and mean.is_plain and full_gradient is None
@@ -166,14 +164,6 @@ def _measure_by(
     )  # fmt: skip
 
 
-def _is_told_missing(context: StepContext, runs: Sequence[Run], missing: Tensor | None) -> bool:
-    """Return whether the loss has no curvature, as far as known: the host may not always look."""
-    if all(run.loss_model.is_linear for run in runs):
-        return True
-    unknown = any(run.loss_model.along_z is not None for run in runs)
-    return unknown and context.is_first and bool(missing)
-
-
 def _of_whole(
     mean: BatchMean, runs: Sequence[Run], products: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -187,13 +177,13 @@ def _of_whole(
     for run, products_i, size, share in zip(runs, products, sizes, mean.shares, strict=True):
         loss = run.loss_model.loss.double()
         if size is None:
-            products_i = torch.cat((products_i, products_i.new_ones(1)))  # it has a curvature along u
-        own = in_share(torch.cat((torch.stack((loss, loss.abs() if size is None else size)), products_i)), share)
+            products_i = with_sixth(products_i)
+        own = in_share(torch.cat((loss[None], products_i)), share)
         numbers.append(torch.cat((own, torch.full_like(own[:1], float(size is not None)))))
-    total = mean.sum(numbers)
-    whole, missing = substituted(total[2:8], cast(Tensor, along_z))
+    total, of_z = mean.sum(numbers), cast(Tensor, along_z)
+    whole, missing = substituted(total[1:7], of_z)
     # What is without a bound in one process may have one in another.
-    return total[0], whole, torch.where(total[8] > 0, total[1], torch.inf), missing
+    return total[0], whole, torch.where(total[7] > 0, of_z[1], torch.inf), missing
 
 
 def _consistent(products: Tensor, dots: Tensor, theta: float) -> Tensor:
@@ -211,10 +201,11 @@ def _rehearse(context: StepContext, method: Method, parts: Sequence[Part], repla
 
     The first two hide its identities. Nothing stays of it, but that the guard knows the map.
     """
+    alone = replace(context, processes=None, is_first=False)  # what it finds missing, the whole may have
     scratch_replays = replays.scratches()
     try:
         with gradient_hooks_set_aside(context.params):
-            _measure_by(method, replace(context, processes=None), parts, scratch_replays, None)
+            _measure_by(method, alone, parts, scratch_replays, None)
     finally:
         scratch_replays.rewind()
 

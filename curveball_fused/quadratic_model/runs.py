@@ -12,13 +12,10 @@ from torch import Tensor
 
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.batch import BatchMean, Part
-from curveball_fused.curvature import (
-    Method,
-    refusals_of,
-)
+from curveball_fused.curvature import Method, refusals_of
 from curveball_fused.curvature.linear_map import own_gradients
 from curveball_fused.loss_scale import WideLinearMap, scale_tangents
-from curveball_fused.losses import LossModel, curved, stretch
+from curveball_fused.losses import LossModel, stretch
 from curveball_fused.replay import Replay, Replays
 
 from .context import FullGradient, StepContext
@@ -32,7 +29,9 @@ class Run(NamedTuple):
         outputs: of the model.
         jz: J z, in float32 at least.
         loss_model: the quadratic model of the loss.
-        c: the cotangent that is pulled back, g + θ H Jz.
+        c: g + θ H Jz. Of a loss without curvature it is g where the batch has several parts, as only r of the whole is
+            stretched then.
+        along_z: what tells whether there is a curvature; None of a closed form that is the whole loss.
         products_with: gives the products, of Ju.
         map_: the method and the functions that the model consists of.
         is_scaled: whether r is multiplied by the loss scale.
@@ -44,6 +43,7 @@ class Run(NamedTuple):
     jz: Tensor
     loss_model: LossModel
     c: Tensor
+    along_z: Tensor | None
     products_with: Callable[[Tensor], Tensor]
     map_: tuple[str, frozenset[str]]
     is_scaled: bool
@@ -78,18 +78,17 @@ def first_runs(
         if context.settings.debug and not mean.is_plain:
             rehearse([part], replays)  # each part has products of its own to be checked
         before = runs[0] if runs else full_gradient
-        run = _run(context, method, part, replays[i], before)
+        run = _run(context, method, part, replays[i], before, mean.is_plain)
         if context.processes is not None and is_new(context, run):
             del run
             replays[i].rewind()
             rehearse([part], replays)  # others need not judge, and do not wait for what is refused
-            run = _run(context, method, part, replays[i], before)
-        along_z = run.loss_model.along_z
-        mean.weigh(part, curved(run.outputs) if along_z is None and not mean.is_plain else along_z)
+            run = _run(context, method, part, replays[i], before, mean.is_plain)
+        mean.weigh(part, run.along_z)
         # Where the loss of the whole has no curvature, c = g becomes a multiple of it; where there are parts, r does.
         stretches = context.settings.theta != 0 and full_gradient is None
-        if stretches and mean.is_plain and along_z is not None:
-            run = run._replace(c=run.c * stretch(along_z).to(run.c.dtype))
+        if stretches and mean.is_plain and run.along_z is not None:
+            run = run._replace(c=run.c * stretch(run.along_z).to(run.c.dtype))
         run = run._replace(c=mean.weighed(run.c))
         if full_gradient is None or context.settings.theta != 0:
             factor = partial(stretch_of, mean) if stretches and not mean.is_plain else None
@@ -146,7 +145,14 @@ def images(
     return found
 
 
-def _run(context: StepContext, method: Method, part: Part, replay: Replay, before: Run | FullGradient | None) -> Run:
+def _run(
+    context: StepContext,
+    method: Method,
+    part: Part,
+    replay: Replay,
+    before: Run | FullGradient | None,
+    is_whole: bool,
+) -> Run:
     """Run the model of a part: the map, outputs, Jz and the loss. `before` is another part, or the full gradient."""
     scaled = None
     if context.compute_dtype is torch.float16:
@@ -168,9 +174,10 @@ def _run(context: StepContext, method: Method, part: Part, replay: Replay, befor
         linear.compare_runs()
     loss_model = context.loss_model(part.loss_fn, outputs, linear, replay)
     c, products_with = loss_model.cotangent(jz)  # c = g + H Jz
+    along_z = None if is_whole and loss_model.has_closed_form else loss_model.along_z(jz, c)
     if context.settings.theta == 0:
         c = loss_model.gradient()
-    return Run(linear, outputs, jz, loss_model, c, products_with, name, is_scaled, compute_dtype)
+    return Run(linear, outputs, jz, loss_model, c, along_z, products_with, name, is_scaled, compute_dtype)
 
 
 def _pull_back(

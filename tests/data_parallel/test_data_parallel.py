@@ -97,6 +97,7 @@ def test_a_curvature_is_missing_where_the_whole_has_none() -> None:
     cases = [(alone, options) for alone in (False, True) for options in ("published", "gradient", "metric, residual")]
     for (alone, options), own, other in zip(cases, first, second, strict=True):
         assert torch.equal(own["numbers"], other["numbers"]), "the replicas are not equal"
+        assert len(own["said"]) == len(other["said"]) == (0 if alone else 1)
         model = net()
         optimizer = CurveBall(model.parameters(), **OPTIONS[options])
         for step in range(STEPS):

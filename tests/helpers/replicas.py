@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from curveball_fused import CurveBall
+from curveball_fused import CurveBall, user_warnings
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "published": dict(lr=0.8, lambd=0.6, weight_decay=0.02, lambda_interval=2, lambda_factor=0.9),
@@ -205,11 +206,15 @@ def without_curvature(rank: int, world: int) -> list[dict[str, Any]]:
         for options in ("published", "gradient", "metric, residual"):
             model = net()
             called, optimizer = optimizer_of(model, "wrapped", OPTIONS[options])
-            for step in range(STEPS):
-                model_fn, loss_fn = flat_parts(called, step, (5, 7), alone)[rank]
-                more = dict(curvature_batch=(model_fn, loss_fn)) if step >= STEPS - 2 else {}
-                optimizer.step([(model_fn, loss_fn)], weights=[(5.0, 7.0)[rank]], **more)
-            found.append(dict(numbers=numbers_of(model, optimizer), weights=weights_of(model)))
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                for step in range(STEPS):
+                    model_fn, loss_fn = flat_parts(called, step, (5, 7), alone)[rank]
+                    more = dict(curvature_batch=(model_fn, loss_fn)) if step >= STEPS - 2 else {}
+                    optimizer.step([(model_fn, loss_fn)], weights=[(5.0, 7.0)[rank]], **more)
+            user_warnings.announced.clear()
+            said = [str(w.message) for w in told if "no curvature" in str(w.message)]
+            found.append(dict(numbers=numbers_of(model, optimizer), weights=weights_of(model), said=said))
     return found
 
 

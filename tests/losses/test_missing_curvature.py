@@ -110,8 +110,7 @@ def cotangent(loss_fn: Loss, outputs: Tensor, v: Tensor) -> tuple[Tensor, Callab
     """What a step makes of a loss that is the whole one."""
     model = LossModel(loss_fn, outputs, 1.0, [])
     c, products = model.cotangent(v)
-    along_z = model.along_z
-    assert along_z is not None
+    along_z = model.along_z(v, c)
     return c * stretch(along_z).to(c.dtype), lambda u: substituted(products(u), along_z)[0]
 
 

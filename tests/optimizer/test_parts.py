@@ -153,6 +153,39 @@ def test_a_curvature_is_missing_where_the_whole_has_none(options: str, weights: 
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-7, atol=1e-9, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["no rows", "inputs of zero", "no targets"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_part_with_a_closed_form_may_be_without_curvature_too(options: str, kind: str) -> None:
+    found = []
+    for split in (True, False):
+        torch.manual_seed(3)
+        net = nn.Linear(5, 3, bias=False).double()
+        optimizer = CurveBall(net.parameters(), **OPTIONS[options])
+        for step in range(8):
+            x, y = batch(step)
+            other = {"no rows": x[:0], "inputs of zero": torch.zeros_like(x), "no targets": x}[kind]
+            ignored = torch.full((len(other),), -100)
+
+            def beside(out: Tensor, kind: str = kind, ignored: Tensor = ignored) -> Tensor:
+                if kind == "no targets":
+                    return F.cross_entropy(out, ignored, reduction="sum")
+                return F.mse_loss(out, torch.ones_like(out), reduction="sum")
+
+            if split:
+                parts = [
+                    (lambda x=x, net=net: net(x), lambda out, y=y: absolute(out, y)),
+                    (lambda x=other, net=net: net(x), beside),
+                ]
+                optimizer.step(parts, weights=[1.0, 1.0])
+            else:
+                optimizer.step(
+                    lambda x=x, other=other, net=net: torch.cat((net(x), net(other))),
+                    lambda out, y=y, beside=beside: (absolute(out[: len(y)], y) + beside(out[len(y) :])) / 2,
+                )
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("loss", [cross_entropy, absolute])
 def test_numbers_among_the_parameters_keep_their_dtype(loss: Loss) -> None:
     """Where a 0-dim weight is in double precision, its product with a 0-dim gradient is."""
@@ -519,8 +552,10 @@ def test_a_method_that_cannot_follow_one_part_follows_none(recwarn: pytest.Warni
         (dict(closure=(pair for pair in [(len, len)])), TypeError, r"must be a list.*list\(parts\)"),
         (dict(model_fn=len, loss_fn=len, weights=[1]), TypeError, "weights belong to a list of parts"),
         (dict(model_fn=[(len, len)], loss_fn=len), TypeError, "CurveBall.step differentiates the model itself"),
-        (dict(model_fn=lambda out: out, loss_fn=lambda: torch.ones(2)), TypeError, "the two functions are swapped"),
-        (dict(model_fn=[(lambda out: out, lambda: torch.ones(2))]), TypeError, "the two functions are swapped"),
+        (dict(model_fn=lambda out: out, loss_fn=lambda y=1: torch.ones(2)), TypeError, "needs 1.*The model's .* first"),
+        (dict(model_fn=[(lambda out: out, lambda: torch.ones(2))]), TypeError, "model_fn is called without arguments"),
+        (dict(model_fn=nn.Linear(2, 2), loss_fn=len), TypeError, r"Linear.forward needs 1: write .*lambda: model\(x\)"),
+        (dict(model_fn=nn.Linear(2, 2).forward, loss_fn=len), TypeError, "Linear.forward needs 1"),
     ],
 )
 def test_wrong_calls_say_what_to_write(call: dict[str, Any], error: type[Exception], says: str) -> None:

@@ -27,7 +27,7 @@ class Products(NamedTuple):
     Attributes:
         gradient: returns g.
         at: a function of v = Jz that returns the cotangent c = H v + g and a function of u = Jr, which returns the
-            products of the 2x2 system, float64 [g·v, v·Hv, g·u, v·Hu, u·Hu].
+            products of the 2x2 system, float64 [g·v, v·Hv, g·u, v·Hu, u·Hu], perhaps with more behind them.
     """
 
     gradient: Callable[[], Tensor]
