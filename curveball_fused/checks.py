@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from curveball_fused.state import HISTORY, ON_HOST, SHAPES
 from curveball_fused.user_warnings import announce
 
 CURVATURES = ("auto", *AUTO)
+_threaded_process: int | None = None  # the first process, of this one and those it was forked from, to step on threads
 
 
 def hyper_parameters(given: dict[str, Any]) -> None:
@@ -137,6 +139,21 @@ def scaler(optimizer: Any, given: Any) -> None:
         raise TypeError(f"scaler must be a torch.amp.GradScaler; got {type(given).__name__}.")
     if given is not None and awaits_update(given, optimizer):
         raise RuntimeError("the scaler has not been updated since this optimizer's last step: call scaler.update().")
+
+
+def threads_there() -> None:
+    """Raise RuntimeError in a process that lacks the threads on which the one that it was forked from has stepped."""
+    global _threaded_process
+    if torch.get_num_threads() == 1:
+        return
+    if _threaded_process is None:
+        _threaded_process = os.getpid()
+    elif _threaded_process != os.getpid():
+        raise RuntimeError(
+            "this process was forked from one that had taken steps on several threads, of which a fork has none: OpenMP "
+            'would wait for them forever. Start it by the method "spawn" of torch.multiprocessing, or call '
+            "torch.set_num_threads(1) in it first."
+        )
 
 
 def history_length(n: Any) -> None:

@@ -233,8 +233,9 @@ class CurveBall(Optimizer):
         Raises:
             TypeError: an argument, or what `model_fn` or `loss_fn` returns, is of a type that cannot be used.
             ValueError: two parameters have come to share memory.
-            RuntimeError: the model or the loss cannot be used, another process has failed or has other weights, or,
-                with `debug`, a product is wrong; nothing has been changed then. (An error between solves leaves buffers
+            RuntimeError: the model or the loss cannot be used, another process has failed or has other weights, this
+                one was forked from one that stepped on threads, or, with `debug`, a product is wrong; nothing has been
+                changed then. (An error between solves leaves buffers
                 as the model has left them; one of the model at the new weights, where λ adapts, a step that is complete
                 but for that.)
 
@@ -246,6 +247,7 @@ class CurveBall(Optimizer):
             parts = [(partial(model, x), partial(F.mse_loss, target=y)) for x, y in parts_of_a_batch]
             loss, outputs = optimizer.step(parts)
         """
+        checks.threads_there()
         checks.scaler(self, scaler)
         given, is_list = given_parts(model_fn, loss_fn, closure, weights)
         curvature_parts = None

@@ -132,11 +132,19 @@ def forget_cached_parametrizations() -> None:
     parametrize._cache.clear()
 
 
-def dual_level() -> AbstractContextManager[None]:
-    """Open a level of dual numbers, as torch does, without the warnings that the first one comes with."""
-    _make_a_first_dual_number()
-    level: AbstractContextManager[None] = fwAD.dual_level()
-    return level
+_dual_level_lock = threading.RLock()  # torch has one level of dual numbers for all threads together
+
+
+@contextmanager
+def dual_level() -> Iterator[None]:
+    """Open a level of dual numbers, as torch does, without the warnings that the first one comes with.
+
+    Another thread that does so waits for its end.
+    """
+    with _dual_level_lock:
+        _make_a_first_dual_number()
+        with fwAD.dual_level():
+            yield
 
 
 @functools.cache
@@ -171,8 +179,13 @@ def gradient_hooks_set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def in_dual_level() -> bool:
-    """Return whether a level of dual numbers is open."""
-    return fwAD._current_level >= 0
+    """Return whether a level of dual numbers is open, unless by `dual_level` in another thread."""
+    if not _dual_level_lock.acquire(blocking=False):
+        return False
+    try:
+        return fwAD._current_level >= 0
+    finally:
+        _dual_level_lock.release()
 
 
 def has_saved_tensor_hooks() -> bool:
