@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 WRITTEN_IN_PYTHON := $(wildcard setup.py curveball_fused tests tools examples benchmarks)
-WRITTEN_IN_CPP := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+WRITTEN_IN_CPP := $(shell find csrc tests/emulator tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-all bench gpu lint format wheel cuda clean
@@ -69,7 +69,7 @@ bench-kept: install  ## the same, and replace the figures in benchmarks/results/
 	if test -e $(KEPT)/scaling.png; then mv $(KEPT)/scaling.png docs/scaling.png; fi
 
 # Each part goes on where it was stopped; one alone: `python -m benchmarks.evidence.<part>`.
-EVIDENCE := published robustness
+EVIDENCE := published robustness fuzz soak
 .PHONY: evidence
 evidence: install  ## make the raw data of the claims that is missing in benchmarks/results/evidence/
 	for part in $(EVIDENCE); do $(BIN)/python -m benchmarks.evidence.$$part || exit 1; done
@@ -82,6 +82,11 @@ figures: install  ## draw the pictures in docs/figures/ from what lies in benchm
 OUT ?= build/gpu
 gpu:  ## on a machine with a GPU: build, test and measure the kernels there; logs and figures in OUT=build/gpu
 	$(PYTHON) tools/gpu.py $(OUT) $(ARGS)
+
+# In build/sanitize/, beside the library that is installed, with GCC.
+.PHONY: sanitize
+sanitize: install  ## run all native operators under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	$(BIN)/python tools/sanitize.py address thread
 
 lint: install  ## check style and types, change nothing
 	$(BIN)/ruff check $(WRITTEN_IN_PYTHON)

@@ -150,8 +150,8 @@ def threads_there() -> None:
         _threaded_process = os.getpid()
     elif _threaded_process != os.getpid():
         raise RuntimeError(
-            "this process was forked from one that had taken steps on several threads, of which a fork has none: OpenMP "
-            'would wait for them forever. Start it by the method "spawn" of torch.multiprocessing, or call '
+            "this process was forked from one that had taken steps on several threads, of which a fork has none: "
+            'OpenMP would wait for them forever. Start it by the method "spawn" of torch.multiprocessing, or call '
             "torch.set_num_threads(1) in it first."
         )
 

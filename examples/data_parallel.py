@@ -21,8 +21,14 @@ from curveball_fused import CurveBall
 
 def save(path: Path, **contents: object) -> None:
     """Write beside it, then put in place: whoever reads finds the old checkpoint or the new one, whatever happens."""
-    torch.save(contents, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    beside = path.with_suffix(".new")
+    with beside.open("wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(
+            file.fileno()
+        )  # or a loss of power could leave the name of a file whose contents never came to the disk
+    os.replace(beside, path)
 
 
 def main() -> None:

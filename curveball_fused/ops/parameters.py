@@ -55,8 +55,10 @@ def update_(
         coefficients = torch.tensor([0.5, 0.9, 1.0], dtype=torch.float64)  # β, ρ, λ
         ops.update_(w, z, r, coefficients, lr=1.0)  # z is -0.5 and w 0.5 everywhere; returns 0.75
     """
-    if not 3 <= coefficients.numel() <= len(SCALARS):
-        raise ValueError(f"coefficients must hold β, ρ and λ first; it has {coefficients.numel()} elements.")
+    if coefficients.dim() != 1 or not 3 <= coefficients.numel() <= len(SCALARS):
+        raise ValueError(
+            f"coefficients must be 1-dim and hold β, ρ and λ first; it has the shape {list(coefficients.shape)}."
+        )
     scalars = coefficients.new_zeros(len(SCALARS))
     scalars[: coefficients.numel()] = coefficients
     if coefficients.numel() <= DIRECTION_DAMPING:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curveball_fused import CurveBall

@@ -44,7 +44,16 @@ def update_(
 
     Returns:
         New scalars, with z·z and, for groups of unequal lr, with M.
+
+    Raises:
+        ValueError: not every tensor has its group, or not every group its rate and decay.
     """
+    rates_there = len(lr) if lr_tensor is None else lr_tensor.numel()
+    if not len(group_sizes) == rates_there == len(weight_decay) or sum(group_sizes) != len(params):
+        raise ValueError(
+            f"group_sizes {list(group_sizes)}, {rates_there} rates and {len(weight_decay)} decays do not fit the "
+            f"{len(params)} params: give every tensor's group, and each group's rate and decay."
+        )
     beta, rho, damping = scalars[BETA], scalars[RHO], scalars[DIRECTION_DAMPING]
     rates = _filled(scalars, lr) if lr_tensor is None else lr_tensor.to(scalars)
     finite, momentum = torch.isfinite(beta) & torch.isfinite(rho), rho - beta * damping

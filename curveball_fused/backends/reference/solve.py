@@ -61,7 +61,13 @@ def solve(
 
     Returns:
         New scalars.
+
+    Raises:
+        ValueError: `products` or `dots` has another shape.
     """
+    for name, given, size in (("products", products, 5), ("dots", dots, 3)):
+        if given is not None and given.shape != (size,):
+            raise ValueError(f"{name} must have the shape [{size}]; it has {list(given.shape)}.")
     gz, z_hz, gu, z_hu, u_hu = products.unbind()
     lambd = scalars[LAMBD]
     s = theta * lambd
