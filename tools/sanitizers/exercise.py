@@ -1,7 +1,7 @@
 """Call every native operator of the CPU library, on one thread, and on several from two Python threads at once.
 
-tools/sanitize.py runs this with a sanitized library; the argument is torch's number of threads. Sizes are odd, zero, one
-and more than a block; lists are long; tensors begin beside aligned addresses, and are transposed where they may be.
+tools/sanitize.py runs this with a sanitized library; the argument is how many threads torch has. Sizes are odd, zero,
+one and more than a block; lists are long; tensors begin beside aligned addresses, and are transposed where they may be.
 """
 
 from __future__ import annotations
