@@ -235,9 +235,8 @@ class CurveBall(Optimizer):
             ValueError: two parameters have come to share memory.
             RuntimeError: the model or the loss cannot be used, another process has failed or has other weights, this
                 one was forked from one that stepped on threads, or, with `debug`, a product is wrong; nothing has been
-                changed then. (An error between solves leaves buffers
-                as the model has left them; one of the model at the new weights, where λ adapts, a step that is complete
-                but for that.)
+                changed then. (An error between solves leaves buffers as the model has left them; one of the model at
+                the new weights, where λ adapts, a step that is complete but for that.)
 
         Example::
 

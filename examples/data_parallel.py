@@ -25,9 +25,7 @@ def save(path: Path, **contents: object) -> None:
     with beside.open("wb") as file:
         torch.save(contents, file)
         file.flush()
-        os.fsync(
-            file.fileno()
-        )  # or a loss of power could leave the name of a file whose contents never came to the disk
+        os.fsync(file.fileno())  # or a loss of power could leave a name without its contents
     os.replace(beside, path)
 
 

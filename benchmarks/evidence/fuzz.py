@@ -236,10 +236,15 @@ def steps(draw: Draw) -> Call:
             p.copy_(draw.tensor(*p.shape))
     x, y = draw.tensor(5, 3), draw.tensor(5, 2)
 
-    def squares(outputs: Any) -> Tensor:
-        if not isinstance(outputs, Tensor):
-            raise TypeError("a loss that is given something else")
-        return F.mse_loss(outputs, y)
+    def of_tensor(loss: Callable[[Tensor], Any]) -> Callable[[Any], Any]:
+        def loss_fn(outputs: Any) -> Any:
+            if not isinstance(outputs, Tensor):
+                raise TypeError("a loss that is given something else")
+            return loss(outputs)
+
+        return loss_fn
+
+    squares = of_tensor(lambda out: F.mse_loss(out, y))
 
     def raises() -> Tensor:
         raise ValueError("a model that fails")
@@ -248,14 +253,17 @@ def steps(draw: Draw) -> Call:
     models += [lambda: (model(x), squares), None, 3, model, lambda: model(x).detach(), lambda: model(x[:0])]
     loss_fns: list[Any] = [
         squares,
-        lambda out: out.sum(),
+        of_tensor(torch.sum),
         lambda out: out,
         lambda out: None,
         lambda out: 1.0,
         None,
         "l",
     ]
-    loss_fns += [lambda out: squares(out["out"] if isinstance(out, dict) else None), lambda out: out.sum() * torch.nan]
+    loss_fns += [
+        lambda out: squares(out["out"] if isinstance(out, dict) else None),
+        of_tensor(lambda out: out.sum() * torch.nan),
+    ]
 
     def argument(fitting: Any, others: list[Any]) -> Any:
         return draw.one(fitting, fitting, draw.one(*others))

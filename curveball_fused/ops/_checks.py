@@ -77,7 +77,11 @@ def check_vectors(x: Tensor, dtype: torch.dtype, size: int, **vectors: Tensor | 
 
 
 def check_lists(first: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
-    """Check that lists of tensors have the same lengths and shapes."""
+    """Check that lists of tensors have the same lengths and shapes, and hold floating-point numbers."""
+    for each in (first, *others):
+        for i, t in enumerate(each):
+            if not t.is_floating_point():
+                raise ValueError(f"tensor {i} of a list is {t.dtype}: it must have a floating-point dtype.")
     shapes = [t.shape for t in first]
     for other in others:
         if [t.shape for t in other] == shapes:

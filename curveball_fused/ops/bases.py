@@ -181,10 +181,12 @@ def _check_lengths(v: Sequence[Tensor], **squares: Sequence[Tensor | None]) -> N
 
 
 def _check_sides(v: Sequence[Tensor], **squares: Sequence[Tensor | None]) -> None:
-    """Check that bases or factors fit the sides of the tensors."""
-    shapes = [v_i.shape for v_i in v]
+    """Check that bases or factors fit the sides of the tensors, and have their dtypes."""
+    kinds = [(v_i.shape, v_i.dtype) for v_i in v]
     for name, side in squares.items():
-        for i, (shape, square) in enumerate(zip(shapes, side, strict=True)):
+        for i, ((shape, dtype), square) in enumerate(zip(kinds, side, strict=True)):
+            if square is not None and square.dtype != dtype:
+                raise RuntimeError(f"{name}[{i}] is {square.dtype} beside a tensor of {dtype}: they must agree.")
             if square is not None and not _fits(square.shape, _length(shape, name)):
                 raise ValueError(
                     f"{name}[{i}] is {list(square.shape)}; for the side of {_length(shape, name)} of a tensor of shape "
