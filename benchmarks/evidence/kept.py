@@ -1,4 +1,4 @@
-"""Tables of the documentation of what `make bench-kept`, `make gpu` and the study have left in benchmarks/results/."""
+"""Tables and sentences of the documentation of what benchmarks, the study, fuzzing and the soak have left behind."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.evidence import fuzz, soak
 from benchmarks.evidence.markdown import table
 from benchmarks.study import report, results
 from benchmarks.study.tasks import TASKS, Task
@@ -77,7 +78,21 @@ def sentences() -> dict[str, list[str]]:
             f"{ratios['small ViT']} (",
             f"exponents {ours[0]}, {ours[1]} and {ours[2]} (SGD {', '.join(sgd)})",
         ],
+        "docs/trust.md": [_fuzzed(), _soaked()],
     }
+
+
+def _fuzzed() -> str:
+    runs = fuzz.RECORDS.read()
+    cases, worked, faults = (sum(run[name] for run in runs) for name in ("cases", "worked", "fault"))
+    refused = cases - worked - faults
+    return f"{cases:,} cases: no crash and no wait; {worked:,} computed as plain torch does, {refused:,} refused"
+
+
+def _soaked() -> str:
+    memory = {run["method"]: run["memory"] for run in soak.RECORDS.read()}
+    ours, metric = (f"{found[0]:g} to {found[-1]:g} MiB" for found in (memory["published"], memory["kronecker"]))
+    return f"resident memory from step 10,000 to the last: {ours}, and {metric}"
 
 
 def _rows(file: str, title: str) -> Rows | None:
