@@ -22,7 +22,7 @@ from curveball_fused.autograd_graph import nodes_of
 from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS, Map, Products, products
 
 from .fused import fused
-from .missing_curvature import HessianProducts, along_z
+from .missing_curvature import HessianProducts, along_z_of_closed_form
 from .recognition import RecognizedLoss, Recognizer
 
 # Of functions that torch differentiates once: by a word of the error, what to write in their place.
@@ -71,14 +71,14 @@ class LossModel:
         # What has a closed form is a scalar, and sees no other tensor that requires a gradient.
         loss = _of_outputs(returned if has_forms else _general(returned, hidden))
         self.loss = loss.detach()
-        self.size: Tensor | None = None
+        self._by_autograd: HessianProducts | None = None
         if has_forms:
             terms = zip(calls, forms, strict=True)
             self._terms = [_Term(weight, call.view, call.steps, form) for (weight, call), form in terms if form]
         else:
-            by_autograd = _by_autograd(loss, self._leaf, sign)
-            self._terms = [_Term(1.0, self._leaf, (), by_autograd.products())]
-            self.size = by_autograd.size
+            self._by_autograd = _by_autograd(loss, self._leaf, sign)
+            self._terms = [_Term(1.0, self._leaf, (), self._by_autograd.products())]
+        self.size = None if self._by_autograd is None else self._by_autograd.size
         self.is_nll = any(call.function is F.nll_loss for _, call in calls)
 
     def gradient(self) -> Tensor:
@@ -104,15 +104,16 @@ class LossModel:
 
         return _total([term.of_outputs(c, self._leaf) for term, (c, _) in pairs]), products_with
 
-    def along_z(self, tangent: Tensor, cotangent: Tensor) -> Tensor:
+    def along_z(self, tangent: Tensor, products_with: Callable[[Tensor], Tensor]) -> Tensor:
         """Return what tells, with Jz, whether the Hessian is zero, as `missing_curvature` has it.
 
         Args:
             tangent: Jz.
-            cotangent: c = H Jz + g, as `cotangent` has returned it.
+            products_with: what `cotangent` has returned for it.
         """
-        g, outputs = self.gradient(), self._leaf.detach()
-        return along_z(outputs, g, tangent.to(g.dtype), cotangent - g)
+        if self._by_autograd is not None and self._by_autograd.along_z is not None:
+            return self._by_autograd.along_z
+        return along_z_of_closed_form(self._leaf.detach(), self.gradient(), tangent, products_with(tangent))
 
 
 class _Term(NamedTuple):

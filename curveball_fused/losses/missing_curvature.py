@@ -31,12 +31,14 @@ class HessianProducts:
 
     Attributes:
         size: S, 0-dim float64.
+        along_z: of this part; None before Jz is known.
     """
 
     def __init__(self, outputs: Tensor, gradient: Tensor, product: Map | None) -> None:
         self._gradient = gradient
         self._product = product or torch.zeros_like
         self.size = _size(outputs, gradient)
+        self.along_z: Tensor | None = None
 
     def products(self) -> Products:
         """Return the products that a step needs, with a sixth number: more than zero if H Ju is not zero."""
@@ -47,6 +49,7 @@ class HessianProducts:
         v = v.to(gradient.dtype)
         hv = self._product(v)
         first = (_dot(gradient, v), _dot(hv, v))
+        self.along_z = torch.stack((first[0], self.size, _is_there(hv), _is_there(v)))
 
         def products_with(u: Tensor) -> Tensor:
             u = u.to(gradient.dtype)
@@ -56,13 +59,20 @@ class HessianProducts:
         return gradient + hv, products_with
 
 
-def along_z(outputs: Tensor, gradient: Tensor, jz: Tensor, hjz: Tensor) -> Tensor:
-    """Return the numbers of a part that say, with those of all others, what stands in the place of its Hessian."""
-    return torch.stack((_dot(gradient, jz), _size(outputs, gradient), _is_there(hjz), _is_there(jz)))
+def along_z_of_closed_form(outputs: Tensor, gradient: Tensor, jz: Tensor, products: Tensor) -> Tensor:
+    """Return the `along_z` of a loss with a closed form, whose H is positive or negative: HJz = 0 where Jz·HJz = 0.
+
+    Args:
+        outputs: o.
+        gradient: g.
+        jz: Jz.
+        products: `[g·Jz, Jz·HJz, ...]`.
+    """
+    return torch.stack((products[0], _size(outputs, gradient), _is_there(products[1:2]), _is_there(jz)))
 
 
 def with_sixth(products: Tensor) -> Tensor:
-    """Return the five products of a loss with a closed form, whose H is positive or negative, with the sixth number."""
+    """Return the five products of a loss with a closed form with the sixth number: HJu = 0 where Ju·HJu = 0."""
     return torch.cat((products, _is_there(products[4:])[None]))
 
 

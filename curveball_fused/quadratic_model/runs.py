@@ -174,7 +174,7 @@ def _run(
         linear.compare_runs()
     loss_model = context.loss_model(part.loss_fn, outputs, linear, replay)
     c, products_with = loss_model.cotangent(jz)  # c = g + H Jz
-    along_z = None if is_whole and loss_model.has_closed_form else loss_model.along_z(jz, c)
+    along_z = None if is_whole and loss_model.has_closed_form else loss_model.along_z(jz, products_with)
     if context.settings.theta == 0:
         c = loss_model.gradient()
     return Run(linear, outputs, jz, loss_model, c, along_z, products_with, name, is_scaled, compute_dtype)

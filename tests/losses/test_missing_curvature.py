@@ -110,7 +110,7 @@ def cotangent(loss_fn: Loss, outputs: Tensor, v: Tensor) -> tuple[Tensor, Callab
     """What a step makes of a loss that is the whole one."""
     model = LossModel(loss_fn, outputs, 1.0, [])
     c, products = model.cotangent(v)
-    along_z = model.along_z(v, c)
+    along_z = model.along_z(v, products)
     return c * stretch(along_z).to(c.dtype), lambda u: substituted(products(u), along_z)[0]
 
 
@@ -141,6 +141,17 @@ def test_a_curvature_that_is_there_is_kept_bit_for_bit() -> None:
                 c_of, products_of = c - g, products(u)
                 torch.testing.assert_close(products_of[1], (c_of * v).sum(dtype=torch.float64))
                 torch.testing.assert_close(products_of[3], (c_of * u).sum(dtype=torch.float64))
+
+
+@pytest.mark.parametrize("loss_fn", [lambda o: F.mse_loss(o, 100 + o.detach()), lambda o: (o - 100).square().sum()])
+def test_a_curvature_that_rounding_hides_beside_the_gradient_is_there(loss_fn: Loss) -> None:
+    outputs = torch.randn(5, 3)
+    for size, there in ((1e-12, True), (0.0, False)):
+        model = LossModel(loss_fn, outputs, 1.0, [])
+        v = size * torch.randn(5, 3)
+        c, products = model.cotangent(v)
+        assert torch.equal(c, model.gradient())
+        assert bool(model.along_z(v, products)[2] > 0) == bool(model.along_z(v, products)[3] > 0) == there
 
 
 def warned(model_fn: Callable[[], Tensor], loss_fn: Loss, net: nn.Module, steps: int = 3, **options: Any) -> list[str]:
