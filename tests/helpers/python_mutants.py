@@ -98,8 +98,8 @@ QUADRATIC_MODEL = [
     PythonMutant(
         "shares_of_the_outputs_cancel_in_the_size_of_a_loss",
         "losses/missing_curvature.py",
-        "(gradient * outputs).abs().sum(",
-        "(gradient * outputs).sum(",
+        "terms.abs().sum(",
+        "terms.sum(",
         "losses/test_missing_curvature.py::test_the_matrix_in_its_place",
         "hinge and torch",
     ),
@@ -506,8 +506,8 @@ PARTS = [
     PythonMutant(
         "products_are_those_of_a_sum",
         "quadratic_model/measure.py",
-        "else size)), products_i)), share)",
-        "else size)), products_i)), 1.0)",
+        "torch.cat((loss[None], products_i)), share)",
+        "torch.cat((loss[None], products_i)), 1.0)",
         "optimizer/test_parts.py::test_twenty_steps_are_those_of_dense_matrices_of_the_whole",
         "attention and auto",
     ),
@@ -516,8 +516,7 @@ PARTS = [
         "losses/missing_curvature.py",
         "missing = (is_curved == 0) &",
         "missing =",
-        "optimizer/test_parts.py::test_a_curvature_is_missing_where_the_whole_has_none",
-        "published and absolute_of_a_few",
+        "losses/test_missing_curvature.py::test_a_curvature_that_is_there_is_kept_bit_for_bit",
     ),
     PythonMutant(
         "the_direction_of_parts_without_curvature_is_the_gradient",
