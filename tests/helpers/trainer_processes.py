@@ -11,6 +11,7 @@ import tempfile
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -139,3 +140,6 @@ if __name__ == "__main__":
     found = weights(sys.argv[1])
     if RANK == 0:
         torch.save(found, sys.argv[2])
+    if dist.is_initialized():  # else gloo's threads may still run as the process ends, which aborts it
+        dist.barrier()
+        dist.destroy_process_group()
