@@ -523,7 +523,7 @@ PARTS = [
         "quadratic_model/runs.py",
         "partial(stretch_of, mean) if stretches and not mean.is_plain else None",
         "None",
-        "optimizer/test_parts.py::test_a_curvature_is_missing_where_the_whole_has_none",
+        "optimizer/test_parts_without_curvature.py::test_a_curvature_is_missing_where_the_whole_has_none",
         "fixed and absolute and not few",  # of two that are solved for the plane is the same
     ),
     PythonMutant(
