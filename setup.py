@@ -19,8 +19,10 @@ PATH or /usr/local/cuda. Environment variables:
     CURVEBALL_NATIVE=0            build without any compiler: a pure Python package, with the Triton and torch backends
 """
 
+import email
 import glob
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -35,6 +37,11 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
 
 NATIVE = os.environ.get("CURVEBALL_NATIVE", "1") != "0"
 FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
@@ -69,10 +76,15 @@ def find_torch() -> Path:
     return torch
 
 
+def version_of_torch(torch: Path):
+    """Return what torch/version.py defines, such as "__version__" and "cuda"."""
+    return runpy.run_path(torch / "version.py")
+
+
 def cuda_of_torch():
     """Return the CUDA release of the installed torch, such as "13.0"; None without torch or for a CPU build."""
     spec = importlib.util.find_spec("torch")
-    return spec and runpy.run_path(Path(spec.origin).with_name("version.py"))["cuda"]
+    return spec and version_of_torch(Path(spec.origin).parent)["cuda"]
 
 
 # ------------------------------------------------------------------------------------------------ CUDA
@@ -83,6 +95,14 @@ def find_nvcc():
     if home := os.environ.get("CUDA_HOME"):
         return shutil.which("nvcc", path=f"{home}/bin")
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def needed_nvcc():
+    """Return the path of nvcc, or stop."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        fail("FORCE_CUDA=1, but there is no nvcc in CUDA_HOME, PATH or /usr/local/cuda.", WITHOUT_CUDA)
+    return nvcc
 
 
 def wants_cuda() -> bool:
@@ -96,9 +116,13 @@ def wants_cuda() -> bool:
     return True
 
 
+def release_of(nvcc) -> str:
+    return re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
+
+
 def check_release(nvcc) -> None:
     """Stop if nvcc's CUDA is not that of the installed torch, or not the one that the version promises."""
-    release = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
+    release = release_of(nvcc)
     torch_cuda = cuda_of_torch()
     if torch_cuda and torch_cuda.split(".")[0] != release.split(".")[0]:
         fail(
@@ -159,9 +183,7 @@ def run(command):
 
 def build_cuda(sources, library: Path, objects: Path, torch: Path):
     """Compile the sources with nvcc, side by side, and link them into `library`."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        fail("FORCE_CUDA=1, but there is no nvcc in CUDA_HOME, PATH or /usr/local/cuda.", WITHOUT_CUDA)
+    nvcc = needed_nvcc()
     check_release(nvcc)
     targets = architectures(nvcc)
     print(f"curveball_fused: CUDA kernels for {' '.join(targets)}")
@@ -214,6 +236,25 @@ class BuildNative(build_ext):
             raise type(error)(f"{error}\n{hint}") from error
 
 
+class WheelWithBill(bdist_wheel):
+    """Add the bill of materials, when everything else of the wheel is there."""
+
+    def write_wheelfile(self, wheelfile_base, *args, **options):
+        super().write_wheelfile(wheelfile_base, *args, **options)
+        sbom = runpy.run_path(str(Path(__file__).with_name("tools") / "sbom.py"))
+        dist_info = Path(wheelfile_base)
+        compiled_in = []
+        if native in extensions:
+            torch_version = version_of_torch(find_torch())["__version__"].partition("+")[0]
+            compiled_in.append(sbom["torch_headers"](torch_version))
+        if cuda in extensions:
+            compiled_in.append(sbom["cuda_runtime"](release_of(needed_nvcc())))
+        metadata = email.message_from_string((dist_info / "METADATA").read_text(encoding="utf-8"))
+        bill = sbom["bill_of_materials"](metadata, compiled_in)
+        (dist_info / "sboms").mkdir(exist_ok=True)
+        (dist_info / "sboms/curveball_fused.cdx.json").write_text(json.dumps(bill, indent=2) + "\n", encoding="utf-8")
+
+
 headers = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True))
 native = Extension(
     "curveball_fused._C",
@@ -250,4 +291,4 @@ else:
 options = {"egg_info": {"tag_build": f"+{LOCAL_VERSION}"}} if LOCAL_VERSION else {}
 if NATIVE:
     options["bdist_wheel"] = {"py_limited_api": "cp310"}
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative}, options=options)
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative, "bdist_wheel": WheelWithBill}, options=options)

@@ -1,4 +1,4 @@
-"""Check a wheel: what it contains, and with --install that it works in a fresh environment.
+"""Check a wheel: what it contains and says that it does, and with --install that it works in a fresh environment.
 
 python tools/check_wheel.py --native dist/*.whl --install
 """
@@ -6,7 +6,9 @@ python tools/check_wheel.py --native dist/*.whl --install
 from __future__ import annotations
 
 import argparse
+import email
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -22,6 +24,8 @@ LIBRARIES = {
     "native": {"curveball_fused/_C.abi3.so"},
     "cuda": {"curveball_fused/_C.abi3.so", "curveball_fused/_C_cuda.abi3.so"},
 }
+
+COMPILED_IN = {"pure": [], "native": ["torch"], "cuda": ["torch", "cudart"]}
 
 # Run in the fresh environment, away from the sources: a step must move the weights with the right backend.
 STEP = """\
@@ -62,6 +66,32 @@ def check_contents(wheel: Path, kind: str) -> None:
                 sys.exit(f"{wheel.name}: {name} contains the path {path}")
 
 
+def check_bill(wheel: Path, kind: str) -> None:
+    """Stop unless the bill of materials keeps to its schema, and says what the wheel's metadata says."""
+    from cyclonedx.schema import SchemaVersion  # not at the top, as `check_cuda_load` imports this file without it
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    with zipfile.ZipFile(wheel) as archive:
+        texts = {name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
+    bills = [name for name in texts if "/sboms/" in name and not name.endswith("/")]
+    if len(bills) != 1 or not bills[0].endswith(".dist-info/sboms/curveball_fused.cdx.json"):
+        sys.exit(f"{wheel.name}: should have sboms/curveball_fused.cdx.json and no other; has {bills}")
+    if error := JsonStrictValidator(SchemaVersion.V1_7).validate_str(texts[bills[0]]):
+        sys.exit(f"{wheel.name}: {bills[0]} is not CycloneDX 1.7: {error}")
+    bill = json.loads(texts[bills[0]])
+    metadata = email.message_from_string(next(text for name, text in texts.items() if name.endswith("/METADATA")))
+    package = bill["metadata"]["component"]
+    said = [package["name"], package["version"], package["licenses"][0]["license"]["id"]]
+    if said != [metadata["Name"], metadata["Version"], metadata["License"]]:
+        sys.exit(f"{wheel.name}: {bills[0]} names {said}, which is not what METADATA says")
+    inside = [component["name"] for component in bill["components"] if not component.get("isExternal")]
+    outside = {component["name"] for component in bill["components"] if component.get("isExternal")}
+    if inside != COMPILED_IN[kind] or outside != {"torch", "typing_extensions"}:
+        sys.exit(f"{wheel.name}: {bills[0]} has {inside} inside and {sorted(outside)} outside")
+    if "timestamp" in bill["metadata"] or "serialNumber" in bill:
+        sys.exit(f"{wheel.name}: {bills[0]} depends on when it was written")
+
+
 def check_installed(wheel: Path, kind: str) -> None:
     """Install the wheel, with the torch that runs this script, in a fresh environment and take one step."""
     torch = "torch==" + importlib.metadata.version("torch").split("+")[0]
@@ -88,6 +118,7 @@ def main() -> None:
     kind = next(kind for kind in LIBRARIES if getattr(arguments, kind))
     wheel = getattr(arguments, kind)
     check_contents(wheel, kind)
+    check_bill(wheel, kind)
     if arguments.install:
         check_installed(wheel, kind)
     print(f"{wheel.name}: {'installed, stepped' if arguments.install else 'contents'}: good")
