@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,11 @@ def in_share(numbers: Tensor, share: Weight) -> Tensor:
     if isinstance(share, Tensor):
         return torch.where(share == 0, 0, share * numbers)
     return share * numbers if share else torch.zeros_like(numbers)
+
+
+def dtype_of(losses: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype in which the loss of the whole is returned, that of the parts; its sum is taken in float64."""
+    return reduce(torch.promote_types, [loss.dtype for loss in losses])
 
 
 class BatchMean:
@@ -77,9 +82,11 @@ class BatchMean:
             self._beside.append(beside)
         weight = 1.0 if self.is_plain else part.weight()
         if isinstance(weight, Tensor) and weight.device == self._params[0].device:
-            self._weights.append(weight.detach().reshape(()).double())  # those of few bits, and bools, do not add up
+            wide = weight.detach().reshape(()).double()  # those of few bits, and bools, do not add up
+            self._weights.append(torch.where(wide < 0, math.nan, wide))  # by which the step is skipped
         else:
-            self._weights.append(float(weight))
+            number = float(weight)
+            self._weights.append(math.nan if number < 0 else number)
 
     def weighed(self, c: Tensor) -> Tensor:
         """Return the cotangent of the part that was weighed last: zero at the weight zero, whatever its loss is.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curveball_fused._torch_private import run_backward
 from curveball_fused.backends.dtypes import at_least_float32
-from curveball_fused.batch import BatchMean, Part, in_share
+from curveball_fused.batch import BatchMean, Part, dtype_of, in_share
 from curveball_fused.curvature import checked_outputs
 from curveball_fused.curvature.linear_map import dense_gradients, in_own_memory, independent_outputs
 from curveball_fused.losses import LossGradient, loss_gradient
@@ -29,7 +29,8 @@ class Gradient(NamedTuple):
     """What one backward pass for each part of the batch gives.
 
     Attributes:
-        loss: of the whole batch, 0-dim, detached.
+        loss: of the whole batch, 0-dim, detached; in float64 where it is a mean.
+        loss_dtype: in which it is returned.
         outputs: of the model for each part, detached.
         r: Jᵀg of the minimized loss, of the parameters' shapes; in float16 it is multiplied by the loss scale.
         is_scaled: whether it is.
@@ -38,6 +39,7 @@ class Gradient(NamedTuple):
     """
 
     loss: Tensor
+    loss_dtype: torch.dtype
     outputs: list[Tensor]
     r: list[Tensor]
     is_scaled: bool
@@ -77,7 +79,8 @@ def gradient(context: StepContext, parts: Sequence[Part], replays: Replays | Non
         found.append((at_outputs, own))
     all_outputs = [own for _, own in found]
     loss, room = _loss_and_room(mean, found, context.settings.sign)
-    return Gradient(loss, all_outputs, mean.gradient(), is_scaled, room)
+    loss_dtype = dtype_of([at_outputs.loss for at_outputs, _ in found])
+    return Gradient(loss, loss_dtype, all_outputs, mean.gradient(), is_scaled, room)
 
 
 def _loss_and_room(mean: BatchMean, found: Sequence[tuple[LossGradient, Tensor]], sign: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,6 +31,26 @@ _ENDED = (
     "Give all of them the same number of batches (DistributedSampler, drop_last=True), or let one that has run out go "
     "on with any batch at the weight zero: optimizer.step([(model_fn, loss_fn)], weights=[0.0])"
 )
+
+
+class CopiedGroup:
+    """A process group in a copy of an optimizer, which is the same group; pickling it is refused.
+
+    Args:
+        group: of torch.distributed.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an optimizer with process_group= cannot be pickled, as the group belongs to this process: save "
+            "optimizer.state_dict(), and load it into a CurveBall that is constructed with the group."
+        )
 
 
 class LostProcess(RuntimeError):

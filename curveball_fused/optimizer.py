@@ -215,8 +215,9 @@ class CurveBall(Optimizer):
             loss_fn: called with the predictions, in float32 if they are float16 or bfloat16; returns the scalar loss.
                 Tensors that depend on no parameter, and what is no tensor, it is given as they are.
             weights: of the parts: the loss is Σ wᵢLᵢ / Σ wᵢ, over those of all processes, too. Numbers or 0-dim
-                tensors, at least 0; those of losses that are means, as most are, are the numbers of samples (default:
-                the length of each part's outputs, their first dimension).
+                tensors, at least 0; those of losses that are means, as most are, are the numbers of samples. As
+                nothing waits for a tensor's value, a negative one is no error: the step is skipped, as by a loss that
+                is no number (default: the length of each part's outputs, their first dimension).
             curvature_batch: model_fn and loss_fn for a part of the batch, from which the curvature is taken; loss,
                 gradient and the adaptation of λ stay those of the whole. Its run leaves no trace in buffers or
                 generators (default: None, the curvature of the whole batch).
@@ -227,8 +228,8 @@ class CurveBall(Optimizer):
                 what to write.
 
         Returns:
-            The loss (0-dim), of all parts and processes, and the predictions, in their structure, at the weights before
-            the step, both detached. Of a list of parts a list of predictions.
+            The loss (0-dim, of the dtype that `loss_fn` returns), of all parts and processes, and the predictions, in
+            their structure, at the weights before the step, both detached. Of a list of parts a list of predictions.
 
         Raises:
             TypeError: an argument, or what `model_fn` or `loss_fn` returns, is of a type that cannot be used.
@@ -384,8 +385,15 @@ class CurveBall(Optimizer):
             for hook in hooks:
                 hook.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = super().__getstate__()
+        group = self._process_group
+        return own if group is None else own | {"_process_group": data_parallel.CopiedGroup(group)}
+
     def __setstate__(self, state_of_pickle: dict[str, Any]) -> None:
         super().__setstate__(state.upgraded(state_of_pickle))
+        if isinstance(self._process_group, data_parallel.CopiedGroup):
+            self._process_group = self._process_group.group
         self.param_groups = with_former_options(self.param_groups)
         self._make_state()
 

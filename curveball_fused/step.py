@@ -193,7 +193,7 @@ def _run_with_solve(
         if processes is not None:
             processes.note_modules(replays.modules())
             processes.broadcast_buffers()
-    return terms.loss, terms.outputs
+    return terms.loss.to(terms.loss_dtype), terms.outputs
 
 
 def _run_between_solves(
@@ -209,7 +209,7 @@ def _run_between_solves(
     may_recompute = shared["method"] in MAY_RECOMPUTE
     with force_eager() if may_recompute else nullcontext():
         found = gradient(context, inputs.parts, Replays(context.params) if may_recompute else None)
-    loss, outputs, u, is_scaled, room = found
+    loss, loss_dtype, outputs, u, is_scaled, room = found
     direction = None
     if context.preconditioner is not None:
         direction = context.preconditioner.direction(loss_scale.unscaled(u, context.loss_scale) if is_scaled else u)
@@ -235,7 +235,7 @@ def _run_between_solves(
     torch.clear_autocast_cache()
     if context.processes is not None:
         context.processes.broadcast_buffers()
-    return loss, outputs
+    return loss.to(loss_dtype), outputs
 
 
 def _context(

@@ -90,6 +90,16 @@ def raise_wrong_call() -> NoReturn:
     )
 
 
+def arguments_of(given: Any) -> tuple[str, int]:
+    """Return the name of a function or module, and how many arguments it needs; 0 where only the call will tell."""
+    called: Any = given.forward if isinstance(given, nn.Module) else given
+    function = called.__func__ if isinstance(called, MethodType) else called
+    if not isinstance(function, FunctionType):
+        return "", 0
+    needed = function.__code__.co_argcount - len(function.__defaults__ or ()) - (function is not called)
+    return function.__qualname__, needed
+
+
 def _functions_of_part(part: Any) -> Functions:
     if callable(part):
         return _functions_of_closure(part)
@@ -103,14 +113,10 @@ def _functions_of_part(part: Any) -> Functions:
 
 def _check_called_without_arguments(model_fn: Any) -> None:
     """Raise TypeError for a function that cannot be."""
-    called: Any = model_fn.forward if isinstance(model_fn, nn.Module) else model_fn
-    function = called.__func__ if isinstance(called, MethodType) else called
-    if not isinstance(function, FunctionType):
-        return  # the call itself will tell
-    needed = function.__code__.co_argcount - len(function.__defaults__ or ()) - (function is not called)
+    name, needed = arguments_of(model_fn)
     if needed > 0:
         raise TypeError(
-            f"model_fn is called without arguments, and {function.__qualname__} needs {needed}: write "
+            f"model_fn is called without arguments, and {name} needs {needed}: write "
             "optimizer.step(lambda: model(x), lambda outputs: F.cross_entropy(outputs, y)). The model's function comes "
             "first, the loss second."
         )

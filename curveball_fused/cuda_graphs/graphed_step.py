@@ -35,7 +35,7 @@ from curveball_fused.replay import Replay
 from curveball_fused.replay.generators import host_positions
 from curveball_fused.settings import Settings
 from curveball_fused.step import StepInputs, StepKind, finish, intervals, kind_of, prepared, run_step
-from curveball_fused.step_arguments import GivenPart
+from curveball_fused.step_arguments import GivenPart, arguments_of
 
 from .capture import Capture, Pool
 from .host_reads import refuse_host_reads
@@ -285,6 +285,12 @@ def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> No
         raise TypeError(f"optimizer must be a CurveBall; got {type(optimizer).__name__}.")
     if not callable(model_fn) or not callable(loss_fn):
         raise TypeError("model_fn and loss_fn must be functions, of the inputs and of (predictions, targets).")
+    name, needed = arguments_of(model_fn)
+    if needed > 1:
+        raise TypeError(
+            f"model_fn is called with the inputs alone, and {name} needs {needed} arguments: write "
+            "make_graphed_step(optimizer, model, loss_fn, (inputs, targets)). The model comes first, the loss second."
+        )
     for option in ("compile", "debug"):
         if optimizer.defaults[option]:
             raise ValueError(f"an optimizer with {option}=True cannot be captured: construct it without.")

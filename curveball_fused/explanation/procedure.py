@@ -17,18 +17,17 @@ from torch import Tensor
 from curveball_fused import backends, guard, user_warnings
 from curveball_fused.backends.dtypes import compute_dtype
 from curveball_fused.backends.reference.closed_form_losses import CLOSED_FORMS
-from curveball_fused.batch import Part
 from curveball_fused.curvature import AUTO, MethodUnsupported, ModelFn, checked_outputs, torch_modes
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.losses import LossFn, checked_loss
 from curveball_fused.losses.fused import fused
 from curveball_fused.losses.recognition import Recognizer
 from curveball_fused.optimizer import CurveBall
-from curveball_fused.outputs import StructuredOutputs
 from curveball_fused.preconditioners import multiply_adds, shapes
 from curveball_fused.replay import Replay
 from curveball_fused.settings import Settings
 from curveball_fused.step import StepInputs, take_step
+from curveball_fused.step_arguments import GivenPart
 
 from .cost import Cost, counted, median_seconds
 from .report import Explanation, MethodReport
@@ -62,8 +61,8 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
     if not (callable(model_fn) and callable(loss_fn) and trained):
         optimizer.step(model_fn, loss_fn)  # which raises, and says why
     device = trained[0].device
-    structured = StructuredOutputs(model_fn, loss_fn)
-    model_fn, loss_fn = structured.model_fn, structured.loss_fn
+    part = GivenPart((model_fn, loss_fn)).part()
+    model_fn, loss_fn = part.model_fn, part.loss_fn
 
     def forward() -> Tensor:
         with torch.enable_grad():
@@ -74,9 +73,7 @@ def explain(model_fn: ModelFn, loss_fn: LossFn, params: Iterable[Any]) -> Explan
 
     def step(method: str) -> None:
         with torch.no_grad():
-            take_step(
-                optimizer, StepInputs([Part(model_fn, loss_fn)]), replace(Settings.of(optimizer), curvature=method)
-            )
+            take_step(optimizer, StepInputs([part]), replace(Settings.of(optimizer), curvature=method))
 
     with _quiet(), force_eager(), _unchanged(forward, trained) as restore:
         errors = {method: _error(partial(step, method), restore) for method in AUTO}

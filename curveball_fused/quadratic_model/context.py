@@ -94,7 +94,8 @@ class QuadraticTerms(NamedTuple):
     """What a step has measured, before anything is changed.
 
     Attributes:
-        loss: of the whole batch, 0-dim, detached.
+        loss: of the whole batch, 0-dim, detached; in float64 where it is a mean.
+        loss_dtype: in which it is returned.
         outputs: of the model for each part of it, detached.
         u: P⁻¹Jᵀc, of the parameters' shapes; in float16 there is an `overflow`, and where P = 1 it is multiplied by the
             loss scale.
@@ -110,6 +111,7 @@ class QuadraticTerms(NamedTuple):
     """
 
     loss: Tensor
+    loss_dtype: torch.dtype
     outputs: list[Tensor]
     u: list[Tensor]
     products: Tensor

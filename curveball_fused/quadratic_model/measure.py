@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from curveball_fused._torch_private import gradient_hooks_set_aside
-from curveball_fused.batch import BatchMean, Part, in_share
+from curveball_fused.batch import BatchMean, Part, dtype_of, in_share
 from curveball_fused.curvature import Method, by_first_of
 from curveball_fused.curvature.backward import Backward
 from curveball_fused.loss_scale import Overflow, WideLinearMap
@@ -91,7 +91,7 @@ def measure_with_curvature_batch(
     overflow = terms.overflow
     if overflow is not None:  # a loss that is not finite is none
         overflow = Overflow(*(each & torch.isfinite(loss) for each in overflow))
-    return terms._replace(loss=loss, outputs=all_outputs, overflow=overflow, mean=mean)
+    return terms._replace(loss=loss, loss_dtype=dtype_of(losses), outputs=all_outputs, overflow=overflow, mean=mean)
 
 
 def _measure_by(
@@ -133,6 +133,7 @@ def _measure_by(
         announce(_NO_CURVATURE, _NO_CURVATURE)
     overflow = linear.overflow(loss, products, dots)
     is_debugged = settings.debug and mean.is_plain and full_gradient is None
+    is_debugged = is_debugged and bool(parts[0].weight())  # what a part without a weight computes may be no number
     if is_debugged and (overflow is None or not any(map(bool, overflow))):
         own_r, own_u = linear.unscaled(r), linear.unscaled(u) if direction is None else u
         own_curvature = not (run.loss_model.is_nll or (missing is not None and bool(missing)))
@@ -158,9 +159,10 @@ def _measure_by(
         products = _consistent(products, dots, settings.theta)
     # A first step by a method may be any, in a training that was resumed too: it leaves no trace in the state.
     noted = comparison if context.compares else None
+    loss_dtype = dtype_of([run.loss_model.loss for run in runs])
     return QuadraticTerms(
-        loss, [run.outputs for run in runs], u, products, dots, overflow, method.name, run.compute_dtype, noted, size,
-        direction, mean,
+        loss, loss_dtype, [run.outputs for run in runs], u, products, dots, overflow, method.name, run.compute_dtype,
+        noted, size, direction, mean,
     )  # fmt: skip
 
 

@@ -46,6 +46,13 @@ def test_a_buffer_that_is_replaced_is_told_and_put_back() -> None:
     assert model.mean is mean and mean.eq(0).all()
 
 
+def test_functions_in_the_wrong_order() -> None:
+    model = net()
+    for loss in (F.cross_entropy, lambda out, y: F.cross_entropy(out, y)):
+        with pytest.raises(TypeError, match=r"needs 2 arguments.*The model comes first"):
+            make_graphed_step(CurveBall(model.parameters()), loss, model, (X[0], Y[0]))
+
+
 def test_other_batches_are_refused_and_change_nothing() -> None:
     model = net()
     optimizer = CurveBall(model.parameters())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import tempfile
 import time
 from collections.abc import Callable
@@ -270,3 +272,27 @@ def test_several_processes_without_a_word_are_warned(tmp_path: Path, monkeypatch
 def test_a_process_group_must_be_one() -> None:
     with pytest.raises(TypeError, match=r"torch.distributed.group.WORLD after init_process_group\(\); got str"):
         CurveBall(nn.Linear(2, 2).parameters(), process_group="world")  # type: ignore[arg-type]
+
+
+def test_a_copy_has_the_same_process_group(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        model = nn.Linear(3, 2)
+        optimizer = CurveBall(model.parameters(), process_group=group)
+        optimizer.step(lambda: model(torch.ones(4, 3)), lambda out: out.square().sum())
+        copied_model, copied = copy.deepcopy((model, optimizer))
+        again = copy.deepcopy(copied)
+        losses = []
+        for net, own in ((model, optimizer), (copied_model, copied)):
+            losses.append(own.step(lambda net=net: net(torch.ones(4, 3)), lambda out: out.square().sum())[0])
+            assert "sent_bytes" in own.stats()
+        assert torch.equal(*losses)
+        assert all(each._process_group is group for each in (copied, again, copy.copy(optimizer)))
+        with pytest.raises(TypeError, match=r"process_group= cannot be pickled.*state_dict\(\)"):
+            pickle.dumps(optimizer)
+        with pytest.raises(TypeError, match="process_group= cannot be pickled"):
+            torch.save(optimizer, tmp_path / "whole.pt")
+        pickle.loads(pickle.dumps(CurveBall(model.parameters())))
+    finally:
+        torch.distributed.destroy_process_group()

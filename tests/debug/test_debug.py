@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -261,6 +262,23 @@ def test_the_step_is_the_same_bit_for_bit(curvature: str) -> None:
         stats = [t.nan_to_num() for t in optimizer.stats().values()]
         results.append([*log, *net.state_dict().values(), *z, *stats, torch.get_rng_state()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("curvature", AUTO)
+@pytest.mark.parametrize("options", [{}, dict(preconditioner="kronecker")])
+@pytest.mark.parametrize("weight", [0.0, torch.tensor(0.0)])
+def test_a_part_without_weight_may_be_no_number(
+    weight: float | Tensor, options: dict[str, Any], curvature: str
+) -> None:
+    results = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        net = nn.Linear(6, 3)
+        optimizer = CurveBall(net.parameters(), curvature=curvature, debug=flag, **options)
+        parts: Any = [(lambda net=net: net(X.float()), square), (lambda net=net: net(X.float()) + math.nan, square)]
+        losses = [optimizer.step(parts, weights=[1.0, weight])[0] for _ in range(3)]
+        results.append([*losses, *net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and results[0][2] < results[0][0]
 
 
 def test_dual_numbers_are_left_as_they_were() -> None:

@@ -278,3 +278,13 @@ def test_bad_input_gets_the_errors_of_a_step(model_fn: Any, loss_fn: Any, params
         explain(lambda: model_fn(net), loss_fn, params(net))
     assert str(got.value) == str(expected.value)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_functions_in_the_wrong_order_get_the_error_of_a_step() -> None:
+    net = nn.Linear(6, 3)
+    model_fn, loss_fn = lambda: net(X), lambda out: squares(out)
+    with pytest.raises(TypeError, match="The model's function comes first") as expected:
+        CurveBall(net.parameters()).step(loss_fn, model_fn)
+    with pytest.raises(TypeError) as got:
+        explain(loss_fn, model_fn, net.parameters())  # type: ignore[arg-type]
+    assert str(got.value) == str(expected.value)

@@ -504,6 +504,22 @@ PARTS = [
         "published and samples",
     ),
     PythonMutant(
+        "a_negative_weight_is_taken",
+        "batch.py",
+        "torch.where(wide < 0, math.nan, wide)",
+        "wide",
+        "optimizer/test_parts.py::test_a_tensor_that_is_no_weight_skips_the_step",
+        "published and 3",
+    ),
+    PythonMutant(
+        "the_loss_of_parts_stays_in_float64",
+        "step.py",
+        "return terms.loss.to(terms.loss_dtype)",
+        "return terms.loss",
+        "optimizer/test_parts.py::test_the_loss_of_parts_has_the_dtype_of_one",
+        "published and dtype0 and of_loss1",
+    ),
+    PythonMutant(
         "products_are_those_of_a_sum",
         "quadratic_model/measure.py",
         "torch.cat((loss[None], products_i)), share)",

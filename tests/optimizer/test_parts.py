@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -418,6 +419,47 @@ def test_a_method_that_cannot_follow_one_part_follows_none(recwarn: pytest.Warni
                 optimizer.step(one, lambda out: F.cross_entropy(out, y))
         found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("weight", [-1.0, -math.inf, math.nan, math.inf, -3])
+def test_a_tensor_that_is_no_weight_skips_the_step(weight: float, options: str) -> None:
+    net = nn.Linear(5, 3).double()
+    optimizer = CurveBall(net.parameters(), **OPTIONS[options])
+    for step in range(8):
+        optimizer.step(parts_of(net, *batch(step), [4, 7], cross_entropy))
+    before = [t.clone() for t in weights_and_z(net, optimizer)]
+    lambd = optimizer.stats()["lambd"]
+    for step in range(5):
+        weights = [torch.tensor(4.0), torch.tensor(weight)]
+        loss, _ = optimizer.step(parts_of(net, *batch(step), [4, 7], cross_entropy), weights=weights)
+        assert loss.isnan()
+    assert_equal(before, weights_and_z(net, optimizer))
+    assert optimizer.stats()["skipped_steps"] == 5 and optimizer.stats()["lambd"] == lambd
+
+
+def weights_and_z(net: nn.Module, optimizer: CurveBall) -> list[Tensor]:
+    return [t for p in net.parameters() for t in (p.detach(), optimizer.state[p]["z"])]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_loss", [torch.float16, torch.float32, torch.float64])
+def test_the_loss_of_parts_has_the_dtype_of_one(of_loss: torch.dtype, dtype: torch.dtype, options: str) -> None:
+    for fraction in (False, True):  # a curvature batch too
+        found = []
+        for split in (True, False):
+            torch.manual_seed(0)
+            net = nn.Linear(5, 3).to(dtype)
+            optimizer = CurveBall(net.parameters(), **OPTIONS[options])
+            loss = lambda out, y: F.cross_entropy(out, y).to(of_loss)  # noqa: E731
+            for step in range(4):
+                (given,) = parts_of(net, *batch(step, dtype), [11], loss)
+                more: dict[str, Any] = dict(curvature_batch=given) if fraction else {}
+                parts = parts_of(net, *batch(step, dtype), [4, 7], loss)
+                found.append(optimizer.step(parts, **more)[0] if split else optimizer.step(*given, **more)[0])
+        assert {each.dtype for each in found} == {of_loss}
+        torch.testing.assert_close(found[:4], found[4:], rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize(
