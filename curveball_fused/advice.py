@@ -174,7 +174,7 @@ def _rate(taken: Tensor, settings: Settings) -> str:
 
 def _momentum(taken: Tensor, settings: Settings) -> str:
     """Return what to say of ρ, where it stays at its limit while the loss falls slowly."""
-    if settings.rho is not None or not _is_slow(taken) or not _is_at_limit(taken):
+    if settings.rho is not None or settings.iterations > 1 or not _is_slow(taken) or not _is_at_limit(taken):
         return ""
     ratio, lambd = float(taken[-1, RATIO]), float(taken[-1, LAMBD])
     said = f"In the last {len(taken)} steps ρ was at its limit, 1, on the median, and the loss fell slowly"

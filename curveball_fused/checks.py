@@ -42,9 +42,10 @@ def hyper_parameters(given: dict[str, Any]) -> None:
     if given["auto_lambda"]:
         hint = ", between lambda_min and lambda_max, since auto_lambda is on"
         _number("lambd", given["lambd"], given["lambda_min"], given["lambda_max"], hint)
-    for name, unit in (("lambda_interval", "solves"), ("solve_interval", "steps")):
-        if not isinstance(given[name], int) or isinstance(given[name], bool) or given[name] < 1:
-            raise ValueError(f"{name} must be a whole number of {unit}, at least 1; got {given[name]!r}.")
+    for name in ("lambda_interval", "solve_interval"):
+        whole_number(name, given[name])
+    if given["iterations"] > 1:
+        _combinable_with_iterations(given)
     solve_interval(given["solve_interval"], given["direction"])
     _number("average", given["average"], 0.0, 1.0 - 1e-6, ", the part of the old value that is kept")
     for name, allowed in (("curvature", CURVATURES), ("backend", BACKENDS), ("direction", DIRECTIONS)):
@@ -66,12 +67,61 @@ def solve_interval(steps: int, direction: str) -> None:
         )
 
 
-def unchanged_metric(states: Sequence[dict[str, Any]], given: str | None) -> None:
-    """Raise RuntimeError for a preconditioner that is not the one by which the state came about."""
-    if any("z" in own and (SQUARE_AVERAGE in own) != (given is not None) for own in states):
+def whole_number(name: str, given: Any) -> None:
+    """Raise ValueError for something else than a whole number of at least 1."""
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1; got {given!r}.")
+
+
+def _combinable_with_iterations(given: dict[str, Any]) -> None:
+    """Raise ValueError for an option that says of a step what several iterations make of it."""
+    needed = dict(preconditioner=None, direction="residual", beta=None, rho=None, average=0, compile=False)
+    wrong = [f"{name}={given[name]!r}" for name, value in needed.items() if given[name] != value]
+    if wrong:
+        raise ValueError(
+            f"iterations={given['iterations']} are conjugate gradients in the Euclidean metric, with a preconditioner "
+            f"of their own: leave out {', '.join(wrong)}."
+        )
+
+
+def one_whole_batch(
+    iterations: int, count: int, has_curvature_batch: bool, has_processes: bool, has_scaler: bool
+) -> None:
+    """Raise RuntimeError for a step of several iterations in which these would need more than one linearization."""
+    wrong = [
+        name
+        for name, there in (
+            ("a batch in parts", count > 1),
+            ("curvature_batch", has_curvature_batch),
+            ("several processes", has_processes),
+            ("a scaler", has_scaler),
+        )
+        if there
+    ]
+    if iterations > 1 and wrong:
         raise RuntimeError(
-            f"preconditioner={given!r} is not what the steps so far were taken with, and β and ρ belong to the metric: "
-            "to change it in training construct a new CurveBall over the parameters."
+            f"iterations={iterations} keep one linearization of the whole batch in one process, in float32 or float64: "
+            f"they cannot be combined with {' and '.join(wrong)}. Take iterations=1 there."
+        )
+
+
+def full_precision(iterations: int, compute_dtype: torch.dtype | None) -> None:
+    """Raise RuntimeError for a model that computes in half precision, which conjugate gradients do not survive."""
+    if compute_dtype is not None:
+        raise RuntimeError(
+            f"iterations={iterations} need a model that computes in float32 or float64, and this one does in "
+            f"{compute_dtype}: leave autocast off, or take iterations=1."
+        )
+
+
+def unchanged_metric(states: Sequence[dict[str, Any]], preconditioner: str | None, iterations: int) -> None:
+    """Raise RuntimeError for a preconditioner that is not the one by which the state came about."""
+    has_blocks = preconditioner is not None or iterations > 1
+    if any("z" in own and (SQUARE_AVERAGE in own) != has_blocks for own in states):
+        raise RuntimeError(
+            f"preconditioner={preconditioner!r} with iterations={iterations} is not what the steps so far were taken "
+            "with, and what is remembered of them belongs to it: to change it in training construct a new CurveBall "
+            "over the parameters."
         )
 
 

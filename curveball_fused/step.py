@@ -22,6 +22,8 @@ from curveball_fused.backends.scalars import (
     AVERAGE_BETA,
     AVERAGE_RHO,
     BETA,
+    DIRECTION_DAMPING,
+    LAMBD,
     LINEAR_TERM,
     PREDICTED_CHANGE,
     QUADRATIC_TERM,
@@ -34,9 +36,16 @@ from curveball_fused.between_solves import gradient
 from curveball_fused.curvature import METHODS
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.data_parallel import are_there_processes, processes_of
+from curveball_fused.inner_iterations import CurvatureFactors, Trial, improved
 from curveball_fused.losses import checked_loss
 from curveball_fused.preconditioners import EARLY_REFRESHES, Direction, Preconditioner, gathers, refresh
-from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure, measure_with_curvature_batch
+from curveball_fused.quadratic_model import (
+    Linearization,
+    QuadraticTerms,
+    StepContext,
+    measure,
+    measure_with_curvature_batch,
+)
 from curveball_fused.replay import Replays
 from curveball_fused.settings import Settings
 
@@ -99,6 +108,13 @@ def take_step(optimizer: Any, inputs: StepInputs, settings: Settings) -> tuple[T
     """Take a step, count it and note it in the history; return loss and outputs of the parts."""
     shared = prepared(optimizer, settings)
     before, processes = shared["scalars"], optimizer._processes
+    checks.one_whole_batch(
+        settings.iterations,
+        len(inputs.parts),
+        inputs.curvature_parts is not None,
+        processes is not None,
+        inputs.scaler is not None,
+    )
     if processes is not None:
         processes.sent_bytes = 0
     try:
@@ -125,7 +141,8 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
         raise RuntimeError("no parameter of this optimizer requires a gradient: nothing to train.")
     checks.solve_interval(settings.solve_interval, settings.direction)
     if optimizer._shared is not None and optimizer._shared["step"] > 0:
-        checks.unchanged_metric([optimizer.state.get(p, {}) for p in everything], settings.preconditioner)
+        former_state = [optimizer.state.get(p, {}) for p in everything]
+        checks.unchanged_metric(former_state, settings.preconditioner, settings.iterations)
     active = state.checksum(trained)
     known = active, are_there_processes()
     if optimizer._checked != known:  # in the first step, and where others are trained
@@ -176,9 +193,16 @@ def _run_with_solve(
             terms = _measure(context, inputs, replays)  # (1-4)  u = P⁻¹Jᵀ(g + θ H Jz)
             scalars = _solve(terms, inputs, shared, settings)  # (5-7)  [β, -ρ] = A⁺ b
             scalars = _bounded(scalars, shared["scalars"], terms.loss_size, settings)
+            more = None
+            if terms.linearization is not None:
+                more = _iterated(optimizer, context, terms, terms.linearization, scalars, shared)
             replays.finish()  # before the update, which is of the weights that the model has left
-            is_scaled = terms.overflow is not None and terms.direction is None
-            scalars = _update(context, groups, terms.u, is_scaled, terms.direction, scalars)  # (8)
+            trial = Trial(context.params, context.z) if more is not None and kind.adapt_damping else None
+            if more is None:
+                is_scaled = terms.overflow is not None and terms.direction is None
+                scalars = _update(context, groups, terms.u, is_scaled, terms.direction, scalars)  # (8)
+            else:
+                scalars = _update_by_iterations(context, groups, more)
             _remember(optimizer, context, inputs, shared, scalars, terms.overflow)
             shared |= {"method": terms.method, "compute_dtype": terms.compute_dtype}
             if terms.comparison is not None:
@@ -189,7 +213,7 @@ def _run_with_solve(
             raise
         torch.clear_autocast_cache()  # for the run at the new weights, and for whatever follows in the same autocast
         if kind.adapt_damping:
-            shared["scalars"] = _adapt_damping(inputs, terms, scalars, replays, settings)  # (9-10)  λ by γ
+            shared["scalars"] = _adapt_damping(inputs, terms, scalars, replays, settings, trial)  # (9-10)  λ by γ
         if processes is not None:
             processes.note_modules(replays.modules())
             processes.broadcast_buffers()
@@ -344,6 +368,44 @@ def _update(
     return context.preconditioner.learn(direction, scalars)
 
 
+class _Iterated(NamedTuple):
+    """What the other iterations have made: z after the step, the scalars for it, and their preconditioner."""
+
+    z: list[Tensor]
+    scalars: Tensor
+    factors: CurvatureFactors
+
+
+def _iterated(
+    optimizer: Optimizer,
+    context: StepContext,
+    terms: QuadraticTerms,
+    linearization: Linearization,
+    scalars: Tensor,
+    shared: dict[str, Any],
+) -> _Iterated:
+    settings = context.settings
+    checks.full_precision(settings.iterations, terms.compute_dtype)
+    factors = CurvatureFactors([optimizer.state[p] for p in context.params], scalars)
+    z, scalars = improved(
+        linearization, context.z, terms.u, scalars, factors,
+        is_safe=scalars[SAFE_STEPS] > shared["scalars"][SAFE_STEPS],
+        iterations=settings.iterations, lr=settings.lr[0], step=shared["step"],
+    )  # fmt: skip
+    return _Iterated(z, scalars, factors)
+
+
+def _update_by_iterations(context: StepContext, groups: Sequence[list[Tensor]], more: _Iterated) -> Tensor:
+    """Move z and w by the pass of a single iteration: z ← 0·z - (-1) z'; return the scalars."""
+    folded = more.scalars.clone()
+    folded[BETA].mul_(0).sub_(1)  # no number in a step to be skipped
+    folded[RHO].mul_(0)
+    folded[DIRECTION_DAMPING].fill_(0)
+    updated = _update(context, groups, more.z, False, None, folded)
+    kept = more.scalars[: LAMBD + 1], updated[LAMBD + 1 : DIRECTION_DAMPING], more.scalars[DIRECTION_DAMPING:]
+    return more.factors.write(torch.cat(kept))
+
+
 def _remember(
     optimizer: Optimizer,
     context: StepContext,
@@ -362,7 +424,12 @@ def _remember(
 
 
 def _adapt_damping(
-    inputs: StepInputs, terms: QuadraticTerms, scalars: Tensor, replays: Replays, settings: Settings
+    inputs: StepInputs,
+    terms: QuadraticTerms,
+    scalars: Tensor,
+    replays: Replays,
+    settings: Settings,
+    trial: Trial | None,
 ) -> Tensor:
     """Compare the loss at the new weights, on the same batch, with the predicted one; return scalars with the new λ."""
     evaluate = METHODS[terms.method].evaluate
@@ -372,13 +439,15 @@ def _adapt_damping(
 
     again = replays.again_at_new_weights([partial(loss_of, part) for part in inputs.parts])
     losses = [checked_loss(loss).detach() for loss in again]
-    return ops.adapt_damping(
+    new_loss, factor = settings.sign * terms.mean.of_losses(losses), settings.lambda_factor**settings.lambda_interval
+    scalars = ops.adapt_damping(
         scalars,
-        settings.sign * terms.mean.of_losses(losses),
+        new_loss,
         low=settings.lambda_low,
         high=settings.lambda_high,
-        factor=settings.lambda_factor**settings.lambda_interval,
+        factor=factor,
         minimum=settings.lambda_min,
         maximum=settings.lambda_max,
         backend=settings.backend,
     )
+    return scalars if trial is None else trial.judge(scalars, new_loss, factor=factor, maximum=settings.lambda_max)
