@@ -58,9 +58,9 @@ class CurveBall(Optimizer):
             0 to below 1 (default: 0.0; 0.5 with a preconditioner).
         iterations: in a step, on one linearization: the first is the solve for β and ρ, the others are conjugate
             gradients on (G + λ) z = -Jᵀg, preconditioned by Kronecker factors of G = JᵀHJ; a step that raises the loss
-            of its own batch is taken back. For high accuracy on small problems, with 10 to 30: an iteration costs about
-            a step of SGD, and the state is as large as with a preconditioner. Whole batches in one process, in float32
-            or float64, in the Euclidean metric (default: 1).
+            of its own batch is taken back, where λ adapts. For high accuracy on small problems, with 10 to 30: an
+            iteration costs about a step of SGD, and the state is as large as with a preconditioner. Whole batches in
+            one process, in float32 or float64, in the Euclidean metric (default: 1).
         solve_interval: steps from one solve to the next; those between take the last β and ρ and cost a step of SGD.
             At least 1; above 1 only with the direction "gradient" (default: 1; 20 with a preconditioner).
         weight_decay: decoupled: w shrinks by lr·weight_decay per step; at least 0; per group. As lr is 1, AdamW's 0.1
