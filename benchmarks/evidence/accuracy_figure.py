@@ -17,7 +17,7 @@ from benchmarks.evidence.records import Record
 # Of Okabe and Ito, who chose colors that people with any color vision tell apart.
 PALETTE = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#999999"
 COLORS = dict(zip(METHODS, PALETTE, strict=False))
-DECADES = 2.5  # of the time that are drawn
+DECADES = 2.0  # of the time that are drawn
 
 
 def draw() -> Figure:
