@@ -23,8 +23,8 @@ DECADES = 2.0  # of the time that are drawn
 def draw() -> Figure:
     """Draw the error by seconds, a panel for each problem."""
     records, seconds = accuracy.RECORDS.read(), accuracy_seconds.RECORDS.read()
-    figure = Figure(figsize=(9, 7.2), layout="constrained")
-    for ax, problem in zip(figure.subplots(2, 2).flat, TASKS, strict=True):
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    for ax, problem in zip(figure.subplots(3, 2).flat, TASKS, strict=True):
         _draw_problem(ax, records, seconds, problem)
     handles = [Line2D([], [], color=color, linewidth=3, label=method) for method, color in COLORS.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=10)

@@ -21,6 +21,7 @@ JACOBIAN_BYTES = 500e6  # that a method with a dense Jacobian may take for it
 
 OMEGA = 30.0  # of the sine layers
 INTERIOR, BOUNDARY, TEST_POINTS = 30**2, 120, 4000  # of Poisson's equation
+KAPPA = 0.1  # of the heat equation
 IMAGE = 80, 120  # pixels: more than the net has weights, so that it cannot fit them all
 
 
@@ -95,6 +96,59 @@ def solution(x: Tensor) -> Tensor:
     return (math.pi * x).sin().prod(1)
 
 
+def heat(seed: int) -> Problem:
+    """A net u(x, t) with u_t = κ u_xx on the unit square, zero at both ends, for a start of two sines."""
+    net = perceptron(seed, nn.Tanh, 2, 32, 32, 32, 1)
+    side = torch.linspace(0, 1, 32, dtype=torch.float64)[1:-1]
+    inside = torch.cartesian_prod(side, side).requires_grad_()
+    edge = _boundary(BOUNDARY // 4)
+    edge = edge[edge[:, 1] < 1]  # but for the last moment
+    values = temperature(edge)
+    total = len(inside) + len(edge)
+    by_interior, by_edge = (total / len(inside)) ** 0.5, (total / len(edge)) ** 0.5
+    points = torch.rand(TEST_POINTS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def residuals(u: Model) -> Tensor:
+        (slope,) = torch.autograd.grad(u(inside).sum(), inside, create_graph=True)
+        (second,) = torch.autograd.grad(slope[:, 0].sum(), inside, create_graph=True)
+        return torch.cat([by_interior * (slope[:, 1] - KAPPA * second[:, 0]), by_edge * (u(edge)[:, 0] - values)])
+
+    @torch.no_grad()
+    def error(u: Model) -> float:
+        return float((u(points)[:, 0] - temperature(points)).square().mean().sqrt())
+
+    def jacobian(net: nn.Module) -> Tensor:
+        def of_point(u: Model, x: Tensor) -> Tensor:
+            return jacrev(lambda x: u(x)[0])(x)[1] - KAPPA * hessian(lambda x: u(x)[0])(x)[0, 0]
+
+        interior = by_interior * _rows(net, of_point, inside.detach())
+        return torch.cat([interior, by_edge * _rows(net, lambda u, x: u(x)[0], edge)])
+
+    return Problem(net, residuals, error, jacobian)
+
+
+def temperature(x: Tensor) -> Tensor:
+    """The solution of the heat equation for rows of x and t."""
+    modes = ((1, 1.0), (3, 0.5))
+    return sum(  # type: ignore[return-value]
+        size * (-KAPPA * (n * math.pi) ** 2 * x[:, 1]).exp() * (n * math.pi * x[:, 0]).sin() for n, size in modes
+    )
+
+
+def franke(seed: int) -> Problem:
+    """Regression of Franke's function, two hills and a hollow, on 30 x 30 points of the unit square."""
+    side = torch.linspace(0, 1, 30, dtype=torch.float64)
+    x = torch.cartesian_prod(side, side)
+    return _regression(perceptron(seed, nn.Tanh, 2, 40, 40, 1), x, franke_of(x)[:, None])
+
+
+def franke_of(x: Tensor) -> Tensor:
+    a, b = 9 * x[:, 0], 9 * x[:, 1]
+    hills = 0.75 * (-((a - 2) ** 2 + (b - 2) ** 2) / 4).exp() + 0.75 * (-((a + 1) ** 2) / 49 - (b + 1) / 10).exp()
+    hills = hills + 0.5 * (-((a - 7) ** 2 + (b - 3) ** 2) / 4).exp()
+    return hills - 0.2 * (-((a - 4) ** 2) - (b - 7) ** 2).exp()
+
+
 def sinc(seed: int) -> Problem:
     """Regression of sin(10 x) / 10 x on 200 points of [-1, 1]."""
     x = torch.linspace(-1, 1, 200, dtype=torch.float64)[:, None]
@@ -124,6 +178,9 @@ TASKS = {
     "sinc": Task("Regression of sinc", "mean squared error", 5.0, sinc),
     "autoencoder": Task("Autoencoder", "mean squared error", 10.0, autoencoder),
     "siren": Task("Image as a SIREN", "mean squared error", 15.0, siren),
+    # On these nothing was chosen.
+    "heat": Task("Heat equation", "L2 error", 12.0, heat),
+    "franke": Task("Franke's function", "mean squared error", 6.0, franke),
 }
 
 

@@ -17,16 +17,25 @@ from benchmarks.evidence.accuracy_problems import (
     JACOBIAN_BYTES,
     TASKS,
     Problem,
+    franke_of,
     loss,
     perceptron,
     solution,
+    temperature,
 )
 from benchmarks.evidence.accuracy_tables import Curve, tables_of
 from benchmarks.evidence.levenberg_marquardt import LevenbergMarquardt, damped_step
 from benchmarks.evidence.records import Record, Records
 
-SHAPES = {"poisson": (1020,), "sinc": (200, 1), "autoencoder": (1000, 64), "siren": (80 * 120, 1)}
-WEIGHTS = {"poisson": 9873, "sinc": 61, "autoencoder": 9048, "siren": 8577}
+SHAPES = {
+    "poisson": (1020,),
+    "sinc": (200, 1),
+    "autoencoder": (1000, 64),
+    "siren": (80 * 120, 1),
+    "heat": (989,),
+    "franke": (900, 1),
+}
+WEIGHTS = {"poisson": 9873, "sinc": 61, "autoencoder": 9048, "siren": 8577, "heat": 2241, "franke": 1801}
 
 
 def test_no_run_is_missing() -> None:
@@ -66,12 +75,19 @@ def test_the_exact_solution_of_poissons_equation_has_no_error() -> None:
     assert float(loss(constant)) == pytest.approx((2 * math.pi**2) ** 2 / 4 * (31 / 30) ** 2 + 1)
 
 
+def test_the_exact_solution_of_the_heat_equation_has_no_error() -> None:
+    problem = TASKS["heat"].make(0)
+    assert problem.error(lambda x: temperature(x)[:, None]) == 0
+    assert problem.residuals(lambda x: temperature(x)[:, None]).abs().max() < 1e-12
+
+
 def test_exact_fits_have_no_error() -> None:
+    assert TASKS["franke"].make(0).error(lambda x: franke_of(x)[:, None]) == 0
     assert TASKS["sinc"].make(0).error(lambda x: (10 * x).sin() / (10 * x)) < 1e-30
     assert TASKS["autoencoder"].make(0).error(lambda x: x) == 0
 
 
-@pytest.mark.parametrize("name", ["poisson", "sinc"])
+@pytest.mark.parametrize("name", ["poisson", "sinc", "heat", "franke"])
 def test_the_jacobian_is_autograds(name: str) -> None:
     problem = TASKS[name].make(0)
     assert problem.jacobian is not None
