@@ -44,8 +44,7 @@ def hyper_parameters(given: dict[str, Any]) -> None:
         _number("lambd", given["lambd"], given["lambda_min"], given["lambda_max"], hint)
     for name in ("lambda_interval", "solve_interval"):
         whole_number(name, given[name])
-    if given["iterations"] > 1:
-        _combinable_with_iterations(given)
+    iterations(given)
     solve_interval(given["solve_interval"], given["direction"])
     _number("average", given["average"], 0.0, 1.0 - 1e-6, ", the part of the old value that is kept")
     for name, allowed in (("curvature", CURVATURES), ("backend", BACKENDS), ("direction", DIRECTIONS)):
@@ -73,9 +72,12 @@ def whole_number(name: str, given: Any) -> None:
         raise ValueError(f"{name} must be a whole number, at least 1; got {given!r}.")
 
 
-def _combinable_with_iterations(given: dict[str, Any]) -> None:
-    """Raise ValueError for an option that says of a step what several iterations make of it."""
-    needed = dict(preconditioner=None, direction="residual", beta=None, rho=None, average=0, compile=False)
+def iterations(given: dict[str, Any]) -> None:
+    """Raise ValueError for what is no number of iterations, and for an option that several of them have no use for."""
+    whole_number("iterations", given["iterations"])
+    if given["iterations"] == 1:
+        return
+    needed = dict(preconditioner=None, direction="residual", beta=None, rho=None, average=0, compile=False, debug=False)
     wrong = [f"{name}={given[name]!r}" for name, value in needed.items() if given[name] != value]
     if wrong:
         raise ValueError(
@@ -84,24 +86,12 @@ def _combinable_with_iterations(given: dict[str, Any]) -> None:
         )
 
 
-def one_whole_batch(
-    iterations: int, count: int, has_curvature_batch: bool, has_processes: bool, has_scaler: bool
-) -> None:
-    """Raise RuntimeError for a step of several iterations in which these would need more than one linearization."""
-    wrong = [
-        name
-        for name, there in (
-            ("a batch in parts", count > 1),
-            ("curvature_batch", has_curvature_batch),
-            ("several processes", has_processes),
-            ("a scaler", has_scaler),
-        )
-        if there
-    ]
-    if iterations > 1 and wrong:
+def one_linearization(iterations: int, beside: Sequence[str]) -> None:
+    """Raise RuntimeError where there is something beside several iterations that one linearization does not cover."""
+    if beside:
         raise RuntimeError(
             f"iterations={iterations} keep one linearization of the whole batch in one process, in float32 or float64: "
-            f"they cannot be combined with {' and '.join(wrong)}. Take iterations=1 there."
+            f"they cannot be combined with {' and '.join(beside)}. Take iterations=1 there."
         )
 
 
@@ -114,10 +104,24 @@ def full_precision(iterations: int, compute_dtype: torch.dtype | None) -> None:
         )
 
 
-def unchanged_metric(states: Sequence[dict[str, Any]], preconditioner: str | None, iterations: int) -> None:
-    """Raise RuntimeError for a preconditioner that is not the one by which the state came about."""
+def unchanged_metric(
+    states: Sequence[dict[str, Any]], preconditioner: str | None, iterations: int, iterated: bool | None
+) -> None:
+    """Compare the preconditioner with the one by which the state came about.
+
+    Args:
+        states: of the parameters.
+        preconditioner: the option.
+        iterations: likewise.
+        iterated: whether the last step was of several; None where there was none in this process.
+
+    Raises:
+        RuntimeError: it is another one.
+    """
     has_blocks = preconditioner is not None or iterations > 1
-    if any("z" in own and (SQUARE_AVERAGE in own) != has_blocks for own in states):
+    if iterated not in (None, iterations > 1) or any(
+        "z" in own and (SQUARE_AVERAGE in own) != has_blocks for own in states
+    ):
         raise RuntimeError(
             f"preconditioner={preconditioner!r} with iterations={iterations} is not what the steps so far were taken "
             "with, and what is remembered of them belongs to it: to change it in training construct a new CurveBall "
@@ -356,13 +360,15 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
 
 def _metric_of(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError for a checkpoint of a training in a metric that has lost it."""
-    metric = groups[0].get("preconditioner") if groups else None
+    options = groups[0] if groups else {}
+    iterations, name = options.get("iterations", 1), options.get("preconditioner")
+    metric = f"preconditioner={name!r}" if name is not None else f"{iterations=}" if iterations > 1 else None
     learned = any(float(entry["scalars"][GATHERED]) > 0 for entry in entries if _has_numbers_of_all(entry))
     if metric is not None and learned and any("z" in entry and SQUARE_AVERAGE not in entry for entry in entries):
         raise ValueError(
-            f"the checkpoint's options have preconditioner={metric!r}, and its state has lost the metric. (As "
+            f"the checkpoint's options have {metric}, and its state has lost what belongs to it. (As "
             "torch.distributed.checkpoint does with a flattened state where the optimizer was made without it: give "
-            f"preconditioner={metric!r} to the constructor.)"
+            f"{metric} to the constructor.)"
         )
 
 

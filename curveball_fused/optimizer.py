@@ -59,8 +59,9 @@ class CurveBall(Optimizer):
         iterations: in a step, on one linearization: the first is the solve for β and ρ, the others are conjugate
             gradients on (G + λ) z = -Jᵀg, preconditioned by Kronecker factors of G = JᵀHJ; a step that raises the loss
             of its own batch is taken back, where λ adapts. For high accuracy on small problems, with 10 to 30: an
-            iteration costs about a step of SGD, and the state is as large as with a preconditioner. Whole batches in
-            one process, in float32 or float64, in the Euclidean metric (default: 1).
+            iteration costs one to four steps of SGD in a small net, more in a wide one, and the state is as large as
+            with a preconditioner. Whole batches in one process, in float32 or float64, in the Euclidean metric
+            (default: 1).
         solve_interval: steps from one solve to the next; those between take the last β and ρ and cost a step of SGD.
             At least 1; above 1 only with the direction "gradient" (default: 1; 20 with a preconditioner).
         weight_decay: decoupled: w shrinks by lr·weight_decay per step; at least 0; per group. As lr is 1, AdamW's 0.1
@@ -107,6 +108,7 @@ class CurveBall(Optimizer):
     _step_supports_amp_scaling = True  # by which GradScaler.step gets as far as to the error that says what to do
     _shared: dict[str, Any] | None = None  # the numbers of all parameters as they were last in use, see `state`
     _checked: tuple[int, bool] | None = None  # as what the parameters and processes were last checked before a step
+    _iterated: bool | None = None  # whether the last step was one of several iterations, as far as known
     _process_group: torch.distributed.ProcessGroup | None = None
     _processes: data_parallel.Processes | None = None  # that train the parameters together, as far as known
     _may_share: bool = True  # whether to look for them
@@ -380,6 +382,7 @@ class CurveBall(Optimizer):
 
         def restore(_: Optimizer) -> None:
             state.restore(self.state, saved, params)
+            self._iterated = None
             self._make_state()
 
         # After the user's own hooks that change a state_dict, and before those that look at what was loaded.

@@ -95,7 +95,7 @@ class Settings:
 
 def defaults_of(preconditioner: str | None, direction: str | None, iterations: int) -> dict[str, Any]:
     """Return the defaults of the options whose default depends on others; a residual is solved for in each step."""
-    defaults = _OF_ONE | _DEFAULTS[preconditioner] | (_OF_ITERATIONS if iterations != 1 else {})
+    defaults = _OF_ONE | _DEFAULTS[preconditioner] | (_OF_ITERATIONS if iterations > 1 else {})
     return defaults | {"solve_interval": 1} if direction == "residual" else defaults
 
 

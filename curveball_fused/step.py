@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,14 +17,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curveball_fused import checks, guard, loss_scale, ops, state
-from curveball_fused._torch_private import disable_dynamo
+from curveball_fused._torch_private import disable_dynamo, has_gradient_hooks
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.backends.scalars import (
     AVERAGE_BETA,
     AVERAGE_RHO,
     BETA,
-    DIRECTION_DAMPING,
-    LAMBD,
     LINEAR_TERM,
     PREDICTED_CHANGE,
     QUADRATIC_TERM,
@@ -36,11 +35,10 @@ from curveball_fused.between_solves import gradient
 from curveball_fused.curvature import METHODS
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.data_parallel import are_there_processes, processes_of
-from curveball_fused.inner_iterations import CurvatureFactors, Trial, improved
+from curveball_fused.inner_iterations import Trial, iterated
 from curveball_fused.losses import checked_loss
 from curveball_fused.preconditioners import EARLY_REFRESHES, Direction, Preconditioner, gathers, refresh
 from curveball_fused.quadratic_model import (
-    Linearization,
     QuadraticTerms,
     StepContext,
     measure,
@@ -108,13 +106,15 @@ def take_step(optimizer: Any, inputs: StepInputs, settings: Settings) -> tuple[T
     """Take a step, count it and note it in the history; return loss and outputs of the parts."""
     shared = prepared(optimizer, settings)
     before, processes = shared["scalars"], optimizer._processes
-    checks.one_whole_batch(
-        settings.iterations,
-        len(inputs.parts),
-        inputs.curvature_parts is not None,
-        processes is not None,
-        inputs.scaler is not None,
-    )
+    if settings.iterations > 1:
+        beside = {
+            "a batch in parts": len(inputs.parts) > 1,
+            "curvature_batch": inputs.curvature_parts is not None,
+            "several processes": processes is not None,
+            "a scaler": inputs.scaler is not None,
+            "hooks that alter gradients": any(has_gradient_hooks(p) for p in _parameters(optimizer)),
+        }
+        checks.one_linearization(settings.iterations, [name for name, there in beside.items() if there])
     if processes is not None:
         processes.sent_bytes = 0
     try:
@@ -140,9 +140,11 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
     if not any(trained):
         raise RuntimeError("no parameter of this optimizer requires a gradient: nothing to train.")
     checks.solve_interval(settings.solve_interval, settings.direction)
+    checks.iterations(vars(settings))
     if optimizer._shared is not None and optimizer._shared["step"] > 0:
-        former_state = [optimizer.state.get(p, {}) for p in everything]
-        checks.unchanged_metric(former_state, settings.preconditioner, settings.iterations)
+        states = [optimizer.state.get(p, {}) for p in everything]
+        checks.unchanged_metric(states, settings.preconditioner, settings.iterations, optimizer._iterated)
+    optimizer._iterated = settings.iterations > 1
     active = state.checksum(trained)
     known = active, are_there_processes()
     if optimizer._checked != known:  # in the first step, and where others are trained
@@ -193,16 +195,18 @@ def _run_with_solve(
             terms = _measure(context, inputs, replays)  # (1-4)  u = P⁻¹Jᵀ(g + θ H Jz)
             scalars = _solve(terms, inputs, shared, settings)  # (5-7)  [β, -ρ] = A⁺ b
             scalars = _bounded(scalars, shared["scalars"], terms.loss_size, settings)
-            more = None
-            if terms.linearization is not None:
-                more = _iterated(optimizer, context, terms, terms.linearization, scalars, shared)
+            more = trial = None
+            if settings.iterations > 1:
+                states = [optimizer.state[p] for p in context.params]
+                more = iterated(context, terms, scalars, shared["scalars"], states, shared["step"])
+                terms = terms._replace(linearization=None)  # whose memory a run at the new weights would add to
             replays.finish()  # before the update, which is of the weights that the model has left
-            trial = Trial(context.params, context.z) if more is not None and kind.adapt_damping else None
             if more is None:
                 is_scaled = terms.overflow is not None and terms.direction is None
                 scalars = _update(context, groups, terms.u, is_scaled, terms.direction, scalars)  # (8)
             else:
-                scalars = _update_by_iterations(context, groups, more)
+                trial = _trial(context, groups) if kind.adapt_damping else None
+                scalars = more.moved_by(partial(_update_by_z, context, groups, decays=trial is None))
             _remember(optimizer, context, inputs, shared, scalars, terms.overflow)
             shared |= {"method": terms.method, "compute_dtype": terms.compute_dtype}
             if terms.comparison is not None:
@@ -368,42 +372,21 @@ def _update(
     return context.preconditioner.learn(direction, scalars)
 
 
-class _Iterated(NamedTuple):
-    """What the other iterations have made: z after the step, the scalars for it, and their preconditioner."""
+def _update_by_z(
+    context: StepContext, groups: Sequence[list[Tensor]], z: Sequence[Tensor], scalars: Tensor, decays: bool
+) -> Tensor:
+    """Do `_update` for a direction without loss scale and metric; without weight decay unless `decays`."""
+    if not decays:
+        settings = context.settings
+        context = replace(context, settings=replace(settings, weight_decay=(0.0,) * len(settings.weight_decay)))
+    return _update(context, groups, z, False, None, scalars)
 
-    z: list[Tensor]
-    scalars: Tensor
-    factors: CurvatureFactors
 
-
-def _iterated(
-    optimizer: Optimizer,
-    context: StepContext,
-    terms: QuadraticTerms,
-    linearization: Linearization,
-    scalars: Tensor,
-    shared: dict[str, Any],
-) -> _Iterated:
+def _trial(context: StepContext, groups: Sequence[list[Tensor]]) -> Trial:
     settings = context.settings
-    checks.full_precision(settings.iterations, terms.compute_dtype)
-    factors = CurvatureFactors([optimizer.state[p] for p in context.params], scalars)
-    z, scalars = improved(
-        linearization, context.z, terms.u, scalars, factors,
-        is_safe=scalars[SAFE_STEPS] > shared["scalars"][SAFE_STEPS],
-        iterations=settings.iterations, lr=settings.lr[0], step=shared["step"],
-    )  # fmt: skip
-    return _Iterated(z, scalars, factors)
-
-
-def _update_by_iterations(context: StepContext, groups: Sequence[list[Tensor]], more: _Iterated) -> Tensor:
-    """Move z and w by the pass of a single iteration: z ← 0·z - (-1) z'; return the scalars."""
-    folded = more.scalars.clone()
-    folded[BETA].mul_(0).sub_(1)  # no number in a step to be skipped
-    folded[RHO].mul_(0)
-    folded[DIRECTION_DAMPING].fill_(0)
-    updated = _update(context, groups, more.z, False, None, folded)
-    kept = more.scalars[: LAMBD + 1], updated[LAMBD + 1 : DIRECTION_DAMPING], more.scalars[DIRECTION_DAMPING:]
-    return more.factors.write(torch.cat(kept))
+    by_group = zip(groups, settings.lr, settings.weight_decay, strict=True)
+    decays = [lr * decay if decay else 0.0 for group, lr, decay in by_group for _ in group]
+    return Trial(context.params, context.z, decays)
 
 
 def _remember(
@@ -450,4 +433,4 @@ def _adapt_damping(
         maximum=settings.lambda_max,
         backend=settings.backend,
     )
-    return scalars if trial is None else trial.judge(scalars, new_loss, factor=factor, maximum=settings.lambda_max)
+    return scalars if trial is None else trial.end(scalars, new_loss, factor=factor, maximum=settings.lambda_max)

@@ -1,7 +1,6 @@
 """More iterations on one linearization: conjugate gradients, for steps that are nearer to Newton's."""
 
-from .conjugate_gradients import improved
-from .curvature_factors import CurvatureFactors
+from .iterated import Iterated, iterated
 from .trial import Trial
 
-__all__ = ["CurvatureFactors", "Trial", "improved"]
+__all__ = ["Iterated", "Trial", "iterated"]

@@ -36,17 +36,14 @@ def improved(
 ) -> tuple[list[Tensor], Tensor]:
     """Do the other iterations of a step, of which the solve for β and ρ was the first.
 
-    Each takes one product with J and one with Jᵀ. They end early, on the device, where the curvature along a direction
-    is not positive, or missing, or where an iteration takes no more off the model of the loss than rounding does:
-    beyond that it would grow.
-
     Args:
         model: what the first iteration has measured.
         z: before the step.
         u: Jᵀ(g + HJz).
         scalars: with the β and ρ of the solve.
         factors: the preconditioner, which sees probes of this step.
-        is_safe: whether the curvature has turned out not to be trusted, 0-dim bool: then there are no others.
+        is_safe: whether the curvature has turned out not to be trusted, 0-dim bool: then z stays where the first
+            iteration has led.
         iterations: all of them, the first included.
         lr: of the first group.
         step: its number, counted from zero.
@@ -54,16 +51,37 @@ def improved(
     Returns:
         z after the step; and scalars with the terms of the quadratic model for it.
     """
-    beta, rho, lambd = scalars[BETA], scalars[RHO], scalars[LAMBD]
-    keep = rho - beta * scalars[DIRECTION_DAMPING]
+    beta = scalars[BETA]
+    keep = scalars[RHO] - beta * scalars[DIRECTION_DAMPING]
     z = [_times(keep, a) - _times(beta, b.to(a.dtype)) for a, b in zip(z, u, strict=True)]  # ρz - βΔ
     jz = _times(keep, model.jz) - _times(beta, model.ju)
     factors.see(probes(model.curvature_times, model.linear.vjp, model.jz, step))
     going = ~is_safe if model.missing is None else ~(is_safe | model.missing)
+    z, jz = _conjugate_gradients(model, z, jz, scalars, factors, going, iterations - 1)
+    return z, _with_terms(scalars, model.products(jz), ops.dots(z, z)[0], lr)
+
+
+def _conjugate_gradients(
+    model: Linearization,
+    z: list[Tensor],
+    jz: Tensor,
+    scalars: Tensor,
+    factors: CurvatureFactors,
+    going: Tensor,
+    iterations: int,
+) -> tuple[list[Tensor], Tensor]:
+    """Return z and Jz after so many iterations, each of which takes one product with J and one with Jᵀ.
+
+    z stays where it is from the first iteration on in which the curvature along the direction is not positive, or which
+    takes no more off the model of the loss than rounding does: beyond that the iterations would grow. All of them are
+    computed all the same, as the host does not know.
+    """
+    lambd = scalars[LAMBD]
+    gained = scalars[LINEAR_TERM] - 0.5 * scalars[QUADRATIC_TERM]
+    rounding = max(torch.finfo(t.dtype).eps for t in (jz, *z))
     p: list[Tensor] = []
     slope = torch.zeros_like(lambd)
-    gained, least = scalars[LINEAR_TERM] - 0.5 * scalars[QUADRATIC_TERM], torch.finfo(jz.dtype).eps
-    for _ in range(iterations - 1):
+    for _ in range(iterations):
         r = [a.to(b.dtype) + _times(lambd, b) for a, b in zip(model.residual(jz), z, strict=True)]
         y = factors.solve(r, scalars)
         before, slope = slope, ops.dots(y, r)[1]
@@ -72,12 +90,11 @@ def improved(
         jp = model.linear.jvp(p)
         curvature = model.products(jp)[1] + lambd * ops.dots(p, p)[0]
         gain = 0.5 * slope * slope / curvature
-        going = going & (curvature > 0) & (gain > least * gained)
-        alpha = torch.where(going, slope / curvature, 0.0)
-        gained = gained + torch.where(going, gain, 0.0)
-        z = [a + _times(alpha, b) for a, b in zip(z, p, strict=True)]
-        jz = jz + _times(alpha, jp)
-    return z, _with_terms(scalars, model.products(jz), ops.dots(z, z)[0], lr)
+        going = going & (curvature > 0) & (gain > rounding * gained)
+        alpha, gained = slope / curvature, gained + torch.where(going, gain, 0.0)
+        z = [torch.where(going, a + _times(alpha, b), a) for a, b in zip(z, p, strict=True)]
+        jz = torch.where(going, jz + _times(alpha, jp), jz)
+    return z, jz
 
 
 def _with_terms(scalars: Tensor, products: Tensor, z_dot_z: Tensor, lr: float | Tensor) -> Tensor:

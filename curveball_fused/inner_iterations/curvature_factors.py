@@ -43,6 +43,10 @@ class CurvatureFactors:
 
     def see(self, probes: Sequence[Sequence[Tensor]]) -> None:
         """Let the factors see x of some probes, bring the bases up to date, and let the diagonals see them there."""
+        with torch.autocast(self._weight.device.type, enabled=False):  # in whose precision no basis is orthogonal
+            self._see(probes)
+
+    def _see(self, probes: Sequence[Sequence[Tensor]]) -> None:
         left, right = ([copy.get(factor) for copy in self._copies] for factor, _ in SIDES)
         always = torch.ones_like(self._weight, dtype=torch.bool)
         for x in probes:
@@ -61,11 +65,13 @@ class CurvatureFactors:
         count = sum(block.square_average.numel() for block in self._blocks)
         total = torch.stack([block.square_average.sum(dtype=torch.float64) for block in self._blocks]).sum()
         shift = scalars[LAMBD] + FLOOR * total / (count * self._weight)
+        shift = torch.where(shift > 0, shift, 1.0)  # of no damping, and probes that have seen no curvature
         found = []
-        for block, r_i in zip(self._blocks, r, strict=True):
-            v = block.square_average
-            curvature = v / self._weight.to(v.dtype) + shift.to(v.dtype)
-            found.append(block.from_bases(block.to_bases(r_i.to(v.dtype)) / curvature))
+        with torch.autocast(shift.device.type, enabled=False):
+            for block, r_i in zip(self._blocks, r, strict=True):
+                v = block.square_average
+                curvature = v / self._weight.to(v.dtype) + shift.to(v.dtype)
+                found.append(block.from_bases(block.to_bases(r_i.to(v.dtype)) / curvature))
         return found
 
     def write(self, scalars: Tensor) -> Tensor:

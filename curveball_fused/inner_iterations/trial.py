@@ -7,26 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from curveball_fused.backends.scalars import BETA, LAMBD, LOSS, Z_DOT_Z
+from curveball_fused.backends.reference.preconditioners import is_taken
+from curveball_fused.backends.scalars import LAMBD, LOSS, Z_DOT_Z
 
 PENALTY = 2  # how many times more λ grows by its factor after a step that was taken back
 
 
 class Trial:
-    """The weights before a step.
+    """The weights before a step, which is taken without weight decay, as that has no part in the model of the loss.
 
     Args:
         params: w.
         z: the state.
+        decays: by what share of itself each parameter shrinks in the step.
     """
 
-    def __init__(self, params: Sequence[Tensor], z: Sequence[Tensor]) -> None:
-        self._params, self._z = params, z
+    def __init__(self, params: Sequence[Tensor], z: Sequence[Tensor], decays: Sequence[float | Tensor]) -> None:
+        self._params, self._z, self._decays = params, z, decays
         self._before = [p.detach().clone() for p in params]
 
     @torch.no_grad()
-    def judge(self, scalars: Tensor, new_loss: Tensor, *, factor: float, maximum: float) -> Tensor:
-        """Put back the weights where the loss has become larger, and z to zero, and let λ grow more.
+    def end(self, scalars: Tensor, new_loss: Tensor, *, factor: float, maximum: float) -> Tensor:
+        """Put back the weights, with z = 0 and a larger λ, where the loss has become larger; then let them decay.
 
         Args:
             scalars: after the adaptation of λ.
@@ -37,9 +39,11 @@ class Trial:
         Returns:
             The scalars for that.
         """
-        worse = torch.isfinite(scalars[BETA]) & ~(new_loss.to(scalars) <= scalars[LOSS])
-        for p, before, z in zip(self._params, self._before, self._z, strict=True):
-            p.copy_(torch.where(worse, before, p))
+        taken = is_taken(scalars)
+        worse = taken & ~(new_loss.to(scalars) <= scalars[LOSS])
+        for p, before, z, decay in zip(self._params, self._before, self._z, self._decays, strict=True):
+            share = torch.where(taken, scalars.new_ones(()) * decay, 0.0).to(p.dtype)
+            p.copy_(torch.where(worse, before, p) - share * before)
             z.copy_(torch.where(worse, 0, z))
         scalars = scalars.clone()
         scalars[Z_DOT_Z] = torch.where(worse, 0.0, scalars[Z_DOT_Z])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curveball_fused import CurveBall
+from curveball_fused import CurveBall, TrainingWarning
 from curveball_fused.cuda_graphs import make_graphed_step
 
 
@@ -98,6 +98,82 @@ def test_buffers_move_once_and_masks_are_the_same() -> None:
         assert int(net[1].num_batches_tracked) == step + 1
 
 
+def test_weights_decay_and_have_no_part_in_the_judgement() -> None:
+    net, x, y = problem()
+    optimizer = CurveBall(net.parameters(), iterations=8)
+    for _ in range(60):
+        optimizer.step(lambda: net(x), lambda out: F.mse_loss(out, y))
+    optimizer.param_groups[0].update(weight_decay=0.05, lr=0.5)
+    length = sum(float(w.square().sum()) for w in weights(net))
+    for _ in range(20):
+        optimizer.step(lambda: net(x), lambda out: F.mse_loss(out, y))
+    assert sum(float(w.square().sum()) for w in weights(net)) < 0.9 * length
+    assert float(optimizer.stats()["lambd"]) < 1
+    before = weights(net)
+    calls = iter((0.0, 100.0))
+    optimizer.step(lambda: net(x), lambda out: F.mse_loss(out, y) + next(calls))  # taken back, but for the decay
+    for p, was in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), 0.975 * was)
+
+
+@pytest.mark.filterwarnings("ignore:curveball_fused. loss_fn has no curvature")
+def test_without_damping_and_curvature_nothing_explodes() -> None:
+    for loss_fn in (lambda out: (out - 5).abs().mean(), lambda out: -torch.exp(-(out - 9).square() / 50).mean()):
+        net, x, _ = problem()
+        optimizer = CurveBall(net.parameters(), iterations=3, lambd=0.0, auto_lambda=False)
+        for _ in range(3):
+            optimizer.step(lambda: net(x), loss_fn)
+        assert all(w.isfinite().all() for w in weights(net))
+
+
+def test_outputs_more_precise_than_the_weights_do_not_keep_it_going() -> None:
+    net, x, y = problem()
+    optimizer = CurveBall(net.parameters(), iterations=100, auto_lambda=False)
+    losses = [
+        float(optimizer.step(lambda: net(x).double(), lambda out: F.mse_loss(out, y.double()))[0]) for _ in range(6)
+    ]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_autocast_around_a_model_in_full_precision_is_no_matter() -> None:
+    found = []
+    for enabled in (False, True):
+        net, x, y = problem()
+
+        def model_fn(net: nn.Module = net, x: Tensor = x) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return net(x)
+
+        optimizer = CurveBall(net.parameters(), iterations=5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for _ in range(3):
+                optimizer.step(model_fn, lambda out, y=y: F.mse_loss(out, y))
+        found.append(weights(net))
+    assert all(map(torch.equal, *found))
+
+
+def test_steps_that_are_all_taken_back_are_told_of() -> None:
+    net, x, y = problem()
+    optimizer = CurveBall(net.parameters(), iterations=5, lambd=0.1, lambda_max=0.1)
+    optimizer.step(lambda: net(x), lambda out: F.mse_loss(out, y))
+    assert optimizer.history()["step"].tolist() == [1]
+    counter = iter(range(1000))
+    for _ in range(60):
+        optimizer.step(lambda: net(x), lambda out: F.mse_loss(out, y) + next(counter))
+    with pytest.warns(TrainingWarning, match="were taken back, as they raised the loss"):
+        optimizer.history()
+
+
+def test_a_checkpoint_that_has_lost_the_factors_is_refused() -> None:
+    net, x, y = problem()
+    optimizer = CurveBall(net.parameters(), iterations=3)
+    optimizer.step(lambda: net(x), lambda out: F.mse_loss(out, y))
+    saved = optimizer.state_dict()
+    lost = {k: {n: t for n, t in e.items() if "_" not in n or n == "compute_dtype"} for k, e in saved["state"].items()}
+    with pytest.raises(ValueError, match="options have iterations=3, and its state has lost"):
+        CurveBall(net.parameters(), iterations=3).load_state_dict(saved | {"state": lost})
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "zero": (dict(iterations=0), "whole number"),
     "a fraction": (dict(iterations=2.5), "whole number"),
@@ -106,6 +182,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "the gradient": (dict(iterations=2, direction="gradient"), "leave out direction='gradient'"),
     "β and ρ": (dict(iterations=2, beta=0.1, rho=0.9), "leave out beta=0.1, rho=0.9"),
     "averages": (dict(iterations=2, average=0.5), "leave out average=0.5"),
+    "debug mode": (dict(iterations=2, debug=True), "leave out debug=True"),
     "the compiler": (dict(iterations=2, compile=True), "leave out compile=True"),
 }
 
@@ -134,8 +211,25 @@ def test_refused_steps() -> None:
         optimizer.step(*part)
     assert all(map(torch.equal, before, weights(net)))
     optimizer.step(*part)
+    learned = CurveBall(net.parameters(), preconditioner="kronecker")
+    learned.step(*part)
+    learned.param_groups[0].update(iterations=2, preconditioner=None, direction="residual", solve_interval=1, average=0)
+    with pytest.raises(RuntimeError, match="iterations=2 is not what the steps so far were taken with"):
+        learned.step(*part)
     optimizer.param_groups[0]["iterations"] = 1
     with pytest.raises(RuntimeError, match="iterations=1 is not what the steps so far were taken with"):
         optimizer.step(*part)
+    optimizer.param_groups[0]["iterations"] = 2.5
+    with pytest.raises(ValueError, match=r"iterations must be a whole number, at least 1; got 2.5"):
+        optimizer.step(*part)
+    optimizer.param_groups[0].update(iterations=2, average=0.5)
+    with pytest.raises(ValueError, match=r"leave out average=0\.5"):
+        optimizer.step(*part)
+    optimizer.param_groups[0]["average"] = 0.0
+    hook = net[0].weight.register_hook(lambda g: g * 0)
+    with pytest.raises(RuntimeError, match="cannot be combined with hooks that alter gradients"):
+        optimizer.step(*part)
+    hook.remove()
+    optimizer.step(*part)
     with pytest.raises(ValueError, match="iterations=2 cannot be captured"):
         make_graphed_step(CurveBall(net.parameters(), iterations=2), net, F.mse_loss, (x, y))
