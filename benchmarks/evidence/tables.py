@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.evidence import accuracy_tables, kept, published, robustness_tables
+from benchmarks.evidence import accuracy_tables, kept, published, robustness_tables, throughput_tables
 
 _ROOT = Path(__file__).resolve().parents[2]
 PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
@@ -20,6 +20,7 @@ PARTS: tuple[Callable[[], dict[str, str]], ...] = (
     published.tables,
     robustness_tables.tables,
     accuracy_tables.tables,
+    throughput_tables.tables,
 )
 
 _PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
