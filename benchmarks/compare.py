@@ -50,20 +50,26 @@ class Timing:
 
 
 def compare(
-    calls: Mapping[str, Callable[[], object]], baseline: str, rounds: int, turns: int = 1, units: int = 1
+    calls: Mapping[str, Callable[[], object]],
+    baseline: str,
+    rounds: int,
+    turns: int = 1,
+    units: int | Mapping[str, int] = 1,
 ) -> dict[str, Timing]:
     """Times `calls` in turn; they should have run before, so that nothing is slow for being the first.
 
     Args:
-        calls: alternatives by name; each call does `units` units of work.
+        calls: alternatives by name.
         baseline: the name that ratios refer to.
         rounds: how many values the percentiles are taken over.
         turns: calls of each alternative in a round, whose times are added.
+        units: of work that a call does, if need be by name.
 
     Returns:
         A timing for each name, in the order of `calls`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    units_of = units if isinstance(units, Mapping) else dict.fromkeys(calls, units)
     for _ in range(rounds):
         spent = dict.fromkeys(calls, 0.0)
         for _ in range(turns):
@@ -72,7 +78,7 @@ def compare(
                 call()
                 spent[name] += time.perf_counter() - start
         for name, total in spent.items():
-            seconds[name].append(total / (turns * units))
+            seconds[name].append(total / (turns * units_of[name]))
     return {
         name: Timing(own, Spread.of([a / b for a, b in zip(own, seconds[baseline], strict=True)]))
         for name, own in seconds.items()

@@ -1,19 +1,23 @@
-"""A few training steps in a process of their own; prints the peak of its resident memory in MiB.
+"""A few training steps in a process of their own: the peaks of its resident memory in MiB, without and with them.
 
     python -m benchmarks.memory_worker <case> <method> <batch> <steps>
 
-No steps: what importing everything takes.
+The first is what importing everything takes.
 """
 
 from __future__ import annotations
 
 import resource
+import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from benchmarks.nets import CASES
+from benchmarks.optimizers import FROM_PACKAGE, OPTIMIZERS, PACKAGE
 from benchmarks.steps import STEPS
 
 
@@ -31,15 +35,24 @@ def peak_mib() -> float:
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM"))
 
 
+def peaks(name: str, method: str, batch: int, steps: int) -> tuple[float, float]:
+    """What this program prints of `CASES[name]`."""
+    command = [sys.executable, "-m", "benchmarks.memory_worker", name, method, str(batch), str(steps)]
+    imports, peak = map(float, subprocess.check_output(command, text=True).split())
+    return imports, peak
+
+
 def main() -> None:
-    case, method, batch, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    if steps:
-        step = STEPS[method](CASES[case], batch)
-        for _ in range(steps):
-            loss = step()
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"{method} diverged on {case}")
-    print(peak_mib())
+    name, method, batch, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    if method in FROM_PACKAGE and find_spec(PACKAGE) is not None:
+        import_module(PACKAGE)
+    imports = peak_mib()
+    step = (STEPS | OPTIMIZERS)[method](CASES[name], batch)
+    for _ in range(steps):
+        loss = step()
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"{method} diverged on {name}")
+    print(imports, peak_mib())
 
 
 if __name__ == "__main__":

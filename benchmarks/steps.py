@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.nets import Case
 from benchmarks.plain import PlainCurveBall
@@ -19,28 +19,36 @@ INTERVAL = 5  # CurveBall adapts λ once in so many steps, so only a multiple of
 
 def sgd(case: Case, batch: int | None = None) -> Step:
     """Momentum SGD, the fused one; each step returns the loss before it."""
-    return first_order(case, partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True), batch)
+    return first_order(case, lambda net: [torch.optim.SGD(net.parameters(), 1e-3, 0.9, fused=True)], batch)
 
 
-def first_order(case: Case, make: Callable[..., torch.optim.Optimizer], batch: int | None = None) -> Step:
-    """An optimizer that reads gradients, made of the parameters; each step returns the loss before it."""
+def adamw(case: Case, batch: int | None = None) -> Step:
+    """AdamW, the fused one."""
+    return first_order(case, lambda net: [torch.optim.AdamW(net.parameters(), fused=True)], batch)
+
+
+def first_order(
+    case: Case, make: Callable[[nn.Module], Sequence[torch.optim.Optimizer]], batch: int | None = None
+) -> Step:
+    """Optimizers that read gradients, made of the net; each step returns the loss before it."""
     model, x, y = case.make(batch)
-    optimizer = make(model.parameters())
+    optimizers = make(model)
 
     def step() -> Tensor:
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         return loss.detach()
 
     return step
 
 
-def curveball(case: Case, batch: int | None = None, curvature: str = "auto") -> Step:
+def curveball(case: Case, batch: int | None = None, curvature: str = "auto", preconditioner: str | None = None) -> Step:
     """CurveBall with its defaults, on the native kernels."""
     model, x, y = case.make(batch)
-    optimizer = CurveBall(model.parameters(), backend="cpu", curvature=curvature)
+    optimizer = CurveBall(model.parameters(), backend="cpu", curvature=curvature, preconditioner=preconditioner)
     return lambda: optimizer.step(lambda: model(x), lambda out: F.cross_entropy(out, y))[0]
 
 

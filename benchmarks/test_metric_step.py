@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from benchmarks.compare import Spread, compare
 from benchmarks.nets import CASES as NETS
 from benchmarks.nets import Case
 from benchmarks.report import Report, bar
-from benchmarks.steps import first_order
+from benchmarks.steps import adamw
 from curveball_fused import CurveBall
 
 LARGE = 10**6  # parameters: from here on the bar is that of large nets
@@ -70,7 +69,7 @@ def test_metric_step(
 ) -> None:
     set_threads(1)
     case = CASES[name]
-    steps = {"AdamW": first_order(case, partial(torch.optim.AdamW, fused=True)), "Kronecker": kronecker(case)}
+    steps = {"AdamW": adamw(case), "Kronecker": kronecker(case)}
     for step in steps.values():
         for _ in range(WARM_UP):
             step()

@@ -17,12 +17,20 @@ from torch import Tensor, nn
 
 from benchmarks.compare import Spread, Timing, compare
 from benchmarks.nets import Case
+from benchmarks.optimizers import KRONECKER, STEPS_OF_A_TURN, WARM_UP, installed
 from benchmarks.report import Report, bar
-from benchmarks.steps import INTERVAL, curveball, repeated, sgd
+from benchmarks.steps import PLAIN, repeated
 
-ROUNDS = 5
+ROUNDS = 3
 SLOPE_BAR = 1.1  # not faster than linearly; below 1 where something that does not grow still counts
-COLORS = {"SGD": "#0072b2", "CurveBall": "#d55e00"}  # told apart by color-blind readers too
+COLORS = {  # told apart by color-blind readers too
+    "SGD": "#0072b2",
+    "AdamW": "#56b4e9",
+    "Muon": "#009e73",
+    "SOAP": "#cc79a7",
+    "CurveBall": "#d55e00",
+    KRONECKER: "#e69f00",
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,7 @@ def test_scaling(report: Report, set_threads: Callable[[int], None]) -> None:
         {
             "": f"{name} {getattr(size, name)}",
             "parameters": size.parameters,
-            "SGD, ms": 1e3 * statistics.median(timings["SGD"].rounds),
-            "CurveBall, ms": 1e3 * statistics.median(timings["CurveBall"].rounds),
+            **{f"{method}, ms": 1e3 * statistics.median(timing.rounds) for method, timing in timings.items()},
             **timings["CurveBall"].ratio.columns("ratio"),
         }
         for name, axis in AXES.items()
@@ -81,10 +88,14 @@ def test_scaling(report: Report, set_threads: Callable[[int], None]) -> None:
     base = Size()
     note = (
         f"One step of a perceptron of square layers; batch {base.batch}, width {base.width}, depth {base.depth} "
-        f"but for what is named; 1 thread, {ROUNDS} rounds of {INTERVAL} steps."
+        f"but for what is named; 1 thread, {ROUNDS} rounds of as many steps as have the average cost. Ratio: of "
+        "CurveBall over SGD."
     )
     report.add("scaling", note, rows)
-    slopes = {name: {method: _slope(axis, measured[name], method) for method in COLORS} for name, axis in AXES.items()}
+    slopes = {
+        name: {method: _slope(axis, measured[name], method) for method in measured[name][0]}
+        for name, axis in AXES.items()
+    }
     rows = [
         {"": f"{name}, over {AXES[name].measure}"}
         | {method: round(slope, 2) for method, slope in by_method.items()}
@@ -97,11 +108,12 @@ def test_scaling(report: Report, set_threads: Callable[[int], None]) -> None:
 
 
 def _measure(size: Size) -> dict[str, Timing]:
-    case = Case("", size.build, size.data, size.batch)
-    calls = {"SGD": repeated(sgd(case), INTERVAL), "CurveBall": repeated(curveball(case), INTERVAL)}
-    for call in calls.values():
-        call()
-    return compare(calls, "SGD", ROUNDS, units=INTERVAL)
+    steps = installed(Case("", size.build, size.data, size.batch))
+    del steps[PLAIN]
+    calls = {method: repeated(step, STEPS_OF_A_TURN[method]) for method, step in steps.items()}
+    for method, step in steps.items():
+        repeated(step, WARM_UP[method])()
+    return compare(calls, "SGD", ROUNDS, units=STEPS_OF_A_TURN)
 
 
 def _slope(axis: Axis, timings: Timings, method: str) -> float:
@@ -119,14 +131,15 @@ def _picture(measured: Mapping[str, Timings], slopes: Mapping[str, Mapping[str, 
     panels = figure.subplots(1, len(AXES), sharey=True)
     for axes, (name, axis) in zip(panels, AXES.items(), strict=True):
         sizes = axis.measures()
-        for method, color in COLORS.items():
+        for method in measured[name][0]:
+            color = COLORS[method]
             times = [1e3 * statistics.median(timings[method].rounds) for timings in measured[name]]
             axes.plot(sizes, times, "o-", color=color, label=f"{method}, exponent {slopes[name][method]:.2f}")
             linear = [times[-1] * size / sizes[-1] for size in sizes]
             axes.plot(sizes, linear, ":", color=color, alpha=0.6)
         title = axis.measure if axis.measure == name else f"{axis.measure}, by {name}"
         axes.set(xlabel=title, xscale="log", yscale="log")
-        axes.legend()
+        axes.legend(fontsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("milliseconds per step")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.optimizers import muon_and_adamw
 from benchmarks.study.methods import Method, Training, scheduler
 from benchmarks.study.tasks import Task
 
@@ -80,25 +81,8 @@ def _schedule_free(task: Task, net: nn.Module, **options: Any) -> Training:
 
 def _muon(task: Task, net: nn.Module, schedule: str, lr: float, **options: Any) -> Training:
     """Muon for hidden matrices and convolutions, AdamW for the others; one rate serves both, as Moonlight scales it."""
-    hidden = _hidden(net)
-    ours = {id(p) for p in hidden}
-    groups: list[dict[str, Any]] = [{"params": [p for p in net.parameters() if id(p) not in ours], "use_muon": False}]
-    if hidden:
-        groups.append({"params": hidden, "use_muon": True})
-    muon = import_module("pytorch_optimizer").Muon
-    return FirstOrder(task, net, muon(groups, lr=lr, adamw_lr=lr, use_adjusted_lr=True, **options), schedule)
-
-
-def _hidden(net: nn.Module) -> list[nn.Parameter]:
-    """Weights of linear, convolutional and recurrent layers but the last, which makes the outputs."""
-    weights = [
-        weight
-        for module in net.modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.RNNBase))
-        for weight in module.parameters(recurse=False)
-        if weight.ndim >= 2
-    ]
-    return weights[:-1]
+    optimizer = muon_and_adamw(net, lr=lr, adamw_lr=lr, use_adjusted_lr=True, **options)
+    return FirstOrder(task, net, optimizer, schedule)
 
 
 def _grid(
