@@ -66,7 +66,7 @@ class Axis:
 
 AXES = {
     "batch": Axis([replace(Size(), batch=n) for n in (64, 128, 256, 512)], "batch"),
-    "width": Axis([replace(Size(), width=n) for n in (256, 512, 1024, 2048)], "parameters"),
+    "width": Axis([replace(Size(), width=n) for n in (256, 512, 768, 1024)], "parameters"),
     "depth": Axis([replace(Size(), depth=n) for n in (2, 4, 8, 16)], "depth"),
 }
 Timings = list[dict[str, Timing]]  # by size, by method

@@ -60,8 +60,6 @@ def sentences() -> dict[str, list[str]]:
     by_half = [_short(summary(half)[5]) for half in ("chosen", "reported")]
     memory = {net: _row("cpu", f"memory, {net}", OURS) for net in NETS}
     ratios = {net: f"{row['ratio']:.2f}" for net, row in memory.items() if row}
-    exponents = {row[""]: row for row in _rows("cpu", "scaling, exponents") or []}
-    ours, sgd = ([f"{row[name]:.2f}" for row in exponents.values()] for name in (OURS, "SGD"))
     lower = report.finals(results.FOLDER)[-1]
     soap, muon, free, prodigy = (lower[2 + report.FAMILIES.index(f)].split()[0] for f in _OTHERS)
     return {
@@ -77,7 +75,6 @@ def sentences() -> dict[str, list[str]]:
             f"Schedule-Free AdamW and on {prodigy} with Prodigy.",
             f"{ratios['Basic+BN']} CIFAR net, {ratios['ResNet-18']} ResNet-18, {ratios['small GPT']} GPT, "
             f"{ratios['small ViT']} (",
-            f"exponents {ours[0]}, {ours[1]} and {ours[2]} (SGD {', '.join(sgd)})",
         ],
         "docs/trust.md": [_fuzzed(), _soaked()],
     }
