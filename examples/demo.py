@@ -8,12 +8,13 @@ cores; Fashion-MNIST takes some minutes per epoch and seed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
 import torch
 from demo_data import FASHION_DIR, DataError, digits, fashion_mnist
-from demo_report import count, picture, table
+from demo_report import as_json, count, picture, table
 from demo_training import MEASURED_IMAGES, OPTIMIZERS, Run, steps_per_epoch, train, warm_up
 from tqdm import tqdm
 
@@ -60,6 +61,8 @@ def main() -> None:
         'Neither CurveBall was given a number: CurveBall(params, preconditioner="kronecker"), and CurveBall(params)\n'
         "as published. The rates of the others are usual ones."
     )
+    if options.runs:
+        options.runs.write_text(json.dumps({"epochs": options.epochs, "runs": as_json(runs)}), encoding="utf-8")
     picture(runs, f"A small convolutional net with batch norm on {setting}", options.output)
     print(f"\nPicture: {options.output}")
 
@@ -75,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=_positive, default=128, help="images per step")
     parser.add_argument("--threads", type=_threads, default=1, help="of torch; more pay off on idle cores alone")
     parser.add_argument("--output", type=_png, default=Path("demo.png"), help="where to save the picture")
+    parser.add_argument("--runs", type=Path, help="where to save what is measured of each run, as JSON")
     return parser
 
 

@@ -1,9 +1,10 @@
-"""What the demo shows in the end: a table in Markdown, and a picture."""
+"""What the demo shows in the end: a table in Markdown, a picture, and the numbers behind the table."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def table(runs: Runs, epochs: int) -> str:
         cells.append(_spread([1000 * run.seconds[-1] / run.steps[-1] for run in group], 1, " ms"))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def as_json(runs: Runs) -> dict[str, list[dict[str, Any]]]:
+    """Return what the table is made of."""
+    return {name: [asdict(run) | {"stats": {}} for run in group] for name, group in runs.items()}
 
 
 def picture(runs: Runs, title: str, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +53,15 @@ def test_table_reads_slower_runs_at_the_time_of_the_shortest(demo):
         assert line.endswith(f" | {ends} | 2.0000 ± 0.0000 | 90.00 ± 0.00 % | {milliseconds}.0 ± 0.0 ms |")
 
 
+def test_numbers_as_json_give_the_same_table(demo):
+    runs, report = runs_of(demo, final=0.1), sys.modules["demo_report"]
+    run = sys.modules["demo_training"].Run
+    again = {
+        name: [run(**each) for each in group] for name, group in json.loads(json.dumps(report.as_json(runs))).items()
+    }
+    assert report.table(again, epochs=1) == report.table(runs, epochs=1)
+
+
 @pytest.mark.parametrize("final", [0.1, 1e-6])
 def test_names_in_the_picture_do_not_overlap(demo, tmp_path, monkeypatch, final):
     from matplotlib.figure import Figure
@@ -70,8 +80,10 @@ def test_names_in_the_picture_do_not_overlap(demo, tmp_path, monkeypatch, final)
 
 @pytest.mark.slow
 def test_one_epoch_of_all_methods(demo, tmp_path, monkeypatch, capsys):
-    picture = tmp_path / "demo.png"
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--epochs", "1", "--seeds", "1", "--output", str(picture)])
+    picture, runs = tmp_path / "demo.png", tmp_path / "runs.json"
+    monkeypatch.setattr(
+        sys, "argv", ["demo.py", "--epochs", "1", "--seeds", "1", "--output", str(picture), "--runs", str(runs)]
+    )
     threads = torch.get_num_threads()
     demo.main()
     torch.set_num_threads(threads)
@@ -80,3 +92,6 @@ def test_one_epoch_of_all_methods(demo, tmp_path, monkeypatch, capsys):
         assert f"\n| {name} | " in printed
     assert "nan" not in printed
     assert picture.stat().st_size > 10_000
+    assert {name: len(group) for name, group in json.loads(runs.read_text())["runs"].items()} == dict.fromkeys(
+        demo.OPTIMIZERS, 1
+    )

@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.evidence import kept, published, robustness_tables, throughput_tables
+from benchmarks.evidence import demo, kept, published, robustness_tables, throughput_tables
 
 _ROOT = Path(__file__).resolve().parents[2]
 PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
 PARTS: tuple[Callable[[], dict[str, str]], ...] = (
+    demo.tables,
     kept.tables,
     published.tables,
     robustness_tables.tables,
