@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 
 from benchmarks.compare import Spread, Timing, compare
@@ -139,8 +140,11 @@ def _picture(measured: Mapping[str, Timings], slopes: Mapping[str, Mapping[str, 
             axes.plot(sizes, linear, ":", color=color, alpha=0.6)
         title = axis.measure if axis.measure == name else f"{axis.measure}, by {name}"
         axes.set(xlabel=title, xscale="log", yscale="log")
-        axes.legend(fontsize=8)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.legend(fontsize=8, loc="upper left")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("milliseconds per step")
+    panels[0].set_ylim(top=20 * panels[0].get_ylim()[1])  # room for the legends; the axes are shared
     return figure

@@ -19,7 +19,7 @@ from benchmarks.optimizers import ADAMW, OPTIMIZERS, STEPS_OF_A_TURN, WARM_UP, i
 from benchmarks.report import Report, cores, threads_text
 from benchmarks.steps import repeated
 
-ROUNDS = {"mlp": 9, "resnet18": 1}  # of a turn of each; three of the others
+ROUNDS = {"mlp": 9, "gpt": 3, "vit": 3, "basic_bn": 2, "resnet18": 1}  # of a turn of each optimizer
 THREADS = [count for count in (1, 2) if count <= cores()]
 
 
@@ -33,7 +33,7 @@ def test_step(name: str, method: str, benchmark: BenchmarkFixture, set_threads: 
     except ModuleNotFoundError as missing:
         pytest.skip(str(missing))
     benchmark.group = f"step, {case.name}, batch {case.batch}, 1 thread"
-    benchmark.pedantic(step, rounds=ROUNDS.get(name, 3), iterations=steps, warmup_rounds=1)
+    benchmark.pedantic(step, rounds=ROUNDS[name], iterations=steps, warmup_rounds=1)
     if benchmark.stats is not None:
         benchmark.extra_info["samples / s"] = round(case.batch / benchmark.stats.stats.median, 1)
     assert step().isfinite()
@@ -43,7 +43,7 @@ def test_step(name: str, method: str, benchmark: BenchmarkFixture, set_threads: 
 @pytest.mark.parametrize("name", CASES)
 def test_in_turns(name: str, threads: int, report: Report, set_threads: Callable[[int], None]) -> None:
     set_threads(threads)
-    case, steps, rounds = CASES[name], installed(CASES[name]), ROUNDS.get(name, 3)
+    case, steps, rounds = CASES[name], installed(CASES[name]), ROUNDS[name]
     for method, step in steps.items():
         repeated(step, WARM_UP[method])()
     calls = {method: repeated(step, STEPS_OF_A_TURN[method]) for method, step in steps.items()}
