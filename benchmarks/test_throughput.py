@@ -54,7 +54,7 @@ def test_in_turns(name: str, threads: int, report: Report, set_threads: Callable
     ]
     note = (
         f"Batch {case.batch}, {threads_text(threads)}; ratio: of the time of a step over AdamW's, in turns of as many "
-        f"steps as have the average cost, {rounds} rounds. SGD, AdamW: fused. Muon: torch's for hidden matrices, "
+        f"steps as have the average cost; rounds: {rounds}. SGD, AdamW: fused. Muon: torch's for hidden matrices, "
         "pytorch_optimizer's where all are filters, beside AdamW. SOAP: of pytorch_optimizer."
     )
     report.add(f"throughput, {case.name}, {threads_text(threads)}", note, rows)
