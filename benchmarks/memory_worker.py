@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory_worker <case> <method> <batch> <steps>
 
-The first is what importing everything takes.
+The first is after a step of a tiny net, which imports everything.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from benchmarks.nets import CASES
+from benchmarks.nets import CASES, Case
 from benchmarks.optimizers import FROM_PACKAGE, OPTIMIZERS, PACKAGE
 from benchmarks.steps import STEPS
+
+_TINY = Case(
+    "", lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), lambda n: (torch.randn(n, 2), torch.ones(n).long()), 1
+)
 
 
 def peak_mib() -> float:
@@ -46,8 +51,10 @@ def main() -> None:
     name, method, batch, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     if method in FROM_PACKAGE and find_spec(PACKAGE) is not None:
         import_module(PACKAGE)
+    make = (STEPS | OPTIMIZERS)[method]
+    make(_TINY, 1)()  # imports what is imported at the first step
     imports = peak_mib()
-    step = (STEPS | OPTIMIZERS)[method](CASES[name], batch)
+    step = make(CASES[name], batch)
     for _ in range(steps):
         loss = step()
     if not torch.isfinite(loss):
