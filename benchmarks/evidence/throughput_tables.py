@@ -1,4 +1,4 @@
-"""Tables of the documentation of what benchmarks/test_throughput.py, test_memory.py and test_scaling.py have measured."""
+"""Tables of the documentation from what test_throughput.py, test_memory.py and test_scaling.py have measured."""
 
 from __future__ import annotations
 
