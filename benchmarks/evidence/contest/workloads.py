@@ -76,15 +76,15 @@ def _of_the_study(name: str, about: str, **changed: int) -> Task:
 
 
 WORKLOADS: dict[str, Workload] = {
-    "conv_bn": Workload(_of_the_study("conv_bn", "Conv net, batch norm", batch=32, epochs=2), 500),
-    "lenet": Workload(_of_the_study("lenet_32", "LeNet", epochs=3), 500),
-    "mlp": Workload(_of_the_study("mlp", "Perceptron", epochs=6), 2000),
-    "lstm": Workload(_of_the_study("lstm", "LSTM", epochs=6), 128),
+    "conv_bn": Workload(_of_the_study("conv_bn", "Conv net, batch norm", batch=32, epochs=1), 500),
+    "lenet": Workload(_of_the_study("lenet_32", "LeNet", epochs=2), 500),
+    "mlp": Workload(_of_the_study("mlp", "Perceptron", epochs=4), 2000),
+    "lstm": Workload(_of_the_study("lstm", "LSTM", epochs=5), 128),
     "gpt": Workload(
-        Task("GPT", "reported", lambda: GPT(48, 3, 3), data.text, nets.cross_entropy, batch=16, epochs=4), 128
+        Task("GPT", "reported", lambda: GPT(32, 2, 2), data.text, nets.cross_entropy, batch=16, epochs=4), 128
     ),
-    "teacher": Workload(_of_the_study("teacher", "Regression", epochs=48), 1000),
-    "burgers": Workload(_of_the_study("burgers", "PINN, full batch", epochs=800), 1024),
+    "teacher": Workload(_of_the_study("teacher", "Regression", epochs=24), 1000),
+    "burgers": Workload(_of_the_study("burgers", "PINN, full batch", epochs=500), 1024),
     "friedman": Workload(
         Task(
             "Regression, full batch",
@@ -93,7 +93,7 @@ WORKLOADS: dict[str, Workload] = {
             friedman,
             F.mse_loss,
             batch=None,
-            epochs=3000,
+            epochs=2000,
         ),
         1000,
     ),
