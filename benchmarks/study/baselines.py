@@ -80,7 +80,7 @@ def _schedule_free(task: Task, net: nn.Module, **options: Any) -> Training:
 
 def _muon(task: Task, net: nn.Module, schedule: str, lr: float, **options: Any) -> Training:
     """Muon for hidden matrices and convolutions, AdamW for the others; one rate serves both, as Moonlight scales it."""
-    hidden = _hidden(net)
+    hidden = hidden_weights(net)
     ours = {id(p) for p in hidden}
     groups: list[dict[str, Any]] = [{"params": [p for p in net.parameters() if id(p) not in ours], "use_muon": False}]
     if hidden:
@@ -89,7 +89,7 @@ def _muon(task: Task, net: nn.Module, schedule: str, lr: float, **options: Any) 
     return FirstOrder(task, net, muon(groups, lr=lr, adamw_lr=lr, use_adjusted_lr=True, **options), schedule)
 
 
-def _hidden(net: nn.Module) -> list[nn.Parameter]:
+def hidden_weights(net: nn.Module) -> list[nn.Parameter]:
     """Weights of linear, convolutional and recurrent layers but the last, which makes the outputs."""
     weights = [
         weight
