@@ -1,7 +1,7 @@
 """A contest without tuning in miniature, after AlgoPerf's rules: `python -m benchmarks.evidence.contest`.
 
 Trials of tuned optimizers make the targets, seconds of a step say how many steps a contestant has, and then all
-contestants train towards the targets. It takes about one and a half hours on one core, and goes on where it was stopped.
+contestants train towards the targets. It takes one to two hours on one core, and goes on where it was stopped.
 """
 
 from __future__ import annotations

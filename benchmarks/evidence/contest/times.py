@@ -1,7 +1,7 @@
 """Measure what the contestants' steps cost, on an idle machine: `python -m benchmarks.evidence.contest.times`.
 
-Processor time of one thread. All contestants of a workload take turns, so that whatever slows the machine down slows all
-of them. It takes about six minutes; what was measured last counts.
+Processor time of one thread. All contestants of a workload take turns, so that whatever slows the machine down slows
+all of them. It takes about six minutes; what was measured last counts.
 """
 
 from __future__ import annotations
@@ -73,6 +73,12 @@ def share_of_budget(times: Times, workload: str, contestant: str, steps: int) ->
     """What so many steps take, over AdamW's step budget."""
     whole = seconds(times, workload, ADAMW, WORKLOADS[workload].budget)
     return seconds(times, workload, contestant, steps) / whole
+
+
+def relative_cost(times: Times, workload: str, contestant: str) -> float:
+    """What a later step costs, over AdamW's."""
+    own, adamw = (times[workload, name]["later_median_seconds_per_step"] for name in (contestant, ADAMW))
+    return float(own / adamw)
 
 
 def steps_within(times: Times, workload: str, contestant: str, share: float) -> int:

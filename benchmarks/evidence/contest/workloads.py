@@ -27,16 +27,16 @@ class Workload:
     """A task with a step budget.
 
     Attributes:
+        title: as in tables.
+        about: net and data.
         task: whose epochs are the budget.
         rows: of its validation set that are evaluated, the first ones.
     """
 
+    title: str
+    about: str
     task: Task
     rows: int
-
-    @property
-    def about(self) -> str:
-        return self.task.about
 
     @property
     def deterministic(self) -> bool:
@@ -71,30 +71,36 @@ def friedman() -> Data:
     return Data(x[:1000], y[:1000], x[1000:], y[1000:])
 
 
-def _of_the_study(name: str, about: str, **changed: int) -> Task:
-    return replace(TASKS[name], about=about, **changed)  # type: ignore[arg-type]
+def _small_net() -> nn.Module:
+    """One that is small enough for dense matrices."""
+    return nets.perceptron(10, 16, 16, 1, activation=nn.Tanh)
 
 
 WORKLOADS: dict[str, Workload] = {
-    "conv_bn": Workload(_of_the_study("conv_bn", "Conv net, batch norm", batch=32, epochs=1), 500),
-    "lenet": Workload(_of_the_study("lenet_32", "LeNet", epochs=2), 500),
-    "mlp": Workload(_of_the_study("mlp", "Perceptron", epochs=4), 2000),
-    "lstm": Workload(_of_the_study("lstm", "LSTM", epochs=5), 128),
-    "gpt": Workload(
-        Task("GPT", "reported", lambda: GPT(32, 2, 2), data.text, nets.cross_entropy, batch=16, epochs=4), 128
+    "conv_bn": Workload(
+        "Conv net, batch norm", "Fashion-MNIST 6,000, batch 32", replace(TASKS["conv_bn"], batch=32, epochs=1), 500
     ),
-    "teacher": Workload(_of_the_study("teacher", "Regression", epochs=24), 1000),
-    "burgers": Workload(_of_the_study("burgers", "PINN, full batch", epochs=500), 1024),
+    "lenet": Workload("LeNet", "Fashion-MNIST 8,000, batch 32", replace(TASKS["lenet_32"], epochs=2), 500),
+    "mlp": Workload(
+        "Perceptron", "784-256-256-10, Fashion-MNIST 20,000, batch 128", replace(TASKS["mlp"], epochs=4), 2000
+    ),
+    "lstm": Workload("LSTM", "characters, batch 32", replace(TASKS["lstm"], epochs=5), 128),
+    "gpt": Workload(
+        "GPT",
+        "characters, d 32, 2 layers, batch 16",
+        Task("", "reported", lambda: GPT(32, 2, 2), data.text, nets.cross_entropy, batch=16, epochs=4),
+        128,
+    ),
+    "teacher": Workload(
+        "Regression", "32-96-96-4, badly scaled inputs, batch 64", replace(TASKS["teacher"], epochs=24), 1000
+    ),
+    "burgers": Workload(
+        "PINN", "Burgers, 2-32-32-32-1, 1,024 points, full batch", replace(TASKS["burgers"], epochs=500), 1024
+    ),
     "friedman": Workload(
-        Task(
-            "Regression, full batch",
-            "reported",
-            lambda: nets.perceptron(10, 16, 16, 1, activation=nn.Tanh),
-            friedman,
-            F.mse_loss,
-            batch=None,
-            epochs=2000,
-        ),
+        "Full-batch regression",
+        "10-16-16-1, tanh, Friedman's function at 1,000 points",
+        Task("", "reported", _small_net, friedman, F.mse_loss, batch=None, epochs=2000),
         1000,
     ),
 }
