@@ -34,7 +34,8 @@ def train(workload: str, contestant: str, seed: int, steps: int, target: float) 
     """Train until the validation loss is at the target, is not finite, or no steps are left."""
     own = WORKLOADS[workload]
     training = CONTESTANTS[contestant].start(own, own.task.make(seed), steps)
-    taken, losses = 0, []
+    taken = 0
+    losses: list[list[float]] = []
     for x, y in own.batches(seed, steps):
         before = taken
         try:
