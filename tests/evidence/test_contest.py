@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.evidence.contest import __main__ as contest
 from benchmarks.evidence.contest import times, trials
-from benchmarks.evidence.contest.contestants import CONTESTANTS
+from benchmarks.evidence.contest.contestants import ADAMW, CONTESTANTS, KRONECKER, KRONECKER_COSINE, PUBLISHED
 from benchmarks.evidence.contest.figure import draw
 from benchmarks.evidence.contest.score import RECORDS, SEEDS, median_times, profile, ratios, score, time_to_target
 from benchmarks.evidence.contest.workloads import WORKLOADS, Workload
@@ -170,6 +170,25 @@ def test_all_runs_had_the_targets_of_the_trials() -> None:
     made = trials.RECORDS.read()
     targets = {workload: trials.target(made, workload) for workload in WORKLOADS}
     assert all(run["target"] == targets[run["workload"]] for run in RECORDS.read())
+
+
+def test_the_best_rates_are_larger_than_the_contestant_s() -> None:
+    """As the page says."""
+    made = trials.RECORDS.read()
+    assert all(trials.best_trial(made, name, "AdamW")["setting"]["lr"] > 1e-3 for name in WORKLOADS)
+
+
+def test_who_reaches_what() -> None:
+    """As the page says."""
+    medians = median_times(RECORDS.read(), times.read())
+    reached = {name: {w for w, own in medians.items() if own.get(name, math.inf) < math.inf} for name in CONTESTANTS}
+    assert max(reached, key=lambda name: len(reached[name])) == KRONECKER
+    assert len(reached[KRONECKER_COSINE]) == len(reached[KRONECKER]) - 1
+    assert not reached[PUBLISHED] and not reached[ADAMW]
+    assert set().union(*reached.values()) == set(WORKLOADS) - {"teacher", "burgers"}
+    assert {name for name in CONTESTANTS if "mlp" in reached[name]} == {"Muon + AdamW", "Schedule-Free AdamW"}
+    assert min(medians["friedman"], key=lambda name: medians["friedman"][name]) == "Levenberg-Marquardt"
+    assert 2.5 < times.relative_cost(times.read(), "mlp", KRONECKER) < 3.5
 
 
 def test_a_run_ends_at_its_target() -> None:

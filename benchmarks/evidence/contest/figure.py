@@ -21,8 +21,8 @@ STYLES = _OURS | {
 
 def draw() -> Figure:
     found = ranking()
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
     _profiles(left, found)
     _bars(right, found)
     return figure
@@ -55,5 +55,5 @@ def _bars(axes: Axes, found: dict[str, list[float]]) -> None:
     axes.set_yticks(places, names, fontsize=8.5)
     axes.tick_params(axis="y", length=0, pad=30)
     axes.set(xlim=(0, 1.08), ylim=(len(names) - 0.4, -0.6), xlabel="score")
-    axes.set_title("Score: the profile's mean for τ from 1 to 4", fontsize=10)
+    axes.set_title("Score: mean of the profile", fontsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)

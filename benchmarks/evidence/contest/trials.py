@@ -102,7 +102,7 @@ def make_trials() -> None:
 def best_trial(records: list[Record], workload: str, optimizer: str) -> Record:
     """The trial with the lowest final validation loss."""
     of_it = [run for run in _of(records, workload, optimizer) if run["seed"] == TRIAL_SEED]
-    return min(of_it, key=_loss)
+    return min(of_it, key=final_loss)
 
 
 def medians(records: list[Record], workload: str) -> dict[str, float]:
@@ -113,7 +113,7 @@ def medians(records: list[Record], workload: str) -> dict[str, float]:
         fresh = [
             run for run in _of(records, workload, optimizer) if run["trial"] == best and run["seed"] in FRESH_SEEDS
         ]
-        found[optimizer] = statistics.median(map(_loss, fresh))
+        found[optimizer] = statistics.median(map(final_loss, fresh))
     return found
 
 
@@ -144,7 +144,7 @@ def _of(records: list[Record], workload: str, optimizer: str) -> list[Record]:
     return [run for run in records if (run["workload"], run["optimizer"]) == (workload, optimizer)]
 
 
-def _loss(run: Record) -> float:
+def final_loss(run: Record) -> float:
     """The raw data have None where it was not finite."""
     return math.inf if run["validation_loss"] is None else float(run["validation_loss"])
 
