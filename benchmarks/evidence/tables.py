@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.evidence import accuracy_tables, demo, kept, published, robustness_tables, throughput_tables
+from benchmarks.evidence.contest import tables as contest_tables
 
 _ROOT = Path(__file__).resolve().parents[2]
 PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
@@ -22,6 +23,7 @@ PARTS: tuple[Callable[[], dict[str, str]], ...] = (
     robustness_tables.tables,
     accuracy_tables.tables,
     throughput_tables.tables,
+    contest_tables.tables,
 )
 
 _PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
