@@ -29,10 +29,12 @@ class Network:
     Attributes:
         task: net, data, batch size and epochs.
         lambd: the first λ of CurveBall as published: 1 with batch norm and 10 without, as in the method's experiments.
+        like: the network that it takes the other methods' rates from; None: rates are chosen on this one.
     """
 
     task: Task
     lambd: float
+    like: str | None = None
 
 
 @functools.cache
@@ -46,35 +48,37 @@ def digits() -> Data:
     return Data(x[kept], y[kept], x[held_out], y[held_out])
 
 
-def _network(
-    about: str, lambd: float, build: Callable[[], nn.Module], load: Callable[[], Data], batch: int, epochs: int
-) -> Network:
-    return Network(Task(about, "reported", build, load, cross_entropy, batch, epochs), lambd)
+def _task(about: str, build: Callable[[], nn.Module], load: Callable[[], Data], batch: int, epochs: int) -> Task:
+    return Task(about, "reported", build, load, cross_entropy, batch, epochs)
 
 
-def _fashion(about: str, lambd: float, build: Callable[[], nn.Module]) -> Network:
-    return _network(f"{about}, Fashion-MNIST {FEWER:,}", lambd, build, lambda: data.fashion(FEWER), 128, 6)
+def _fashion(about: str, build: Callable[[], nn.Module], number: int = FEWER, epochs: int = 6) -> Task:
+    return _task(f"{about}, Fashion-MNIST {number:,}", build, lambda: data.fashion(number), 128, epochs)
+
+
+def _basic_bn() -> nn.Module:
+    return method_nets.basic(norms=True)
 
 
 NETWORKS: dict[str, Network] = {
-    "mlp": _network("MLP, MNIST 4,000", 10, method_nets.mlp, digits, 64, 10),
-    "basic": _fashion("Basic", 10, lambda: method_nets.basic(norms=False)),
-    "basic_bn": _fashion("Basic + BN", 1, lambda: method_nets.basic(norms=True)),
-    "resnet18": _fashion("ResNet-18", 1, method_nets.resnet18),
-    "vgg_f": _network("VGG-f + BN, photographs", 1, lambda: method_nets.vgg_f(len(NAMES)), photographs, 128, 10),
-    "whole": _network(
-        "Basic + BN, Fashion-MNIST whole",
-        1,
-        lambda: method_nets.basic(norms=True),
-        lambda: data.fashion(60_000),
-        128,
-        1,
+    "mlp": Network(_task("MLP, MNIST 4,000", method_nets.mlp, digits, 64, 10), 10),
+    "basic": Network(_fashion("Basic", lambda: method_nets.basic(norms=False)), 10),
+    "basic_bn": Network(_fashion("Basic + BN", _basic_bn), 1),
+    "resnet18": Network(_fashion("ResNet-18", method_nets.resnet18), 1),
+    "vgg_f": Network(_task("VGG-f + BN, photographs", lambda: method_nets.vgg_f(len(NAMES)), photographs, 128, 10), 1),
+    "whole": Network(_fashion("Basic + BN", _basic_bn, number=60_000, epochs=1), 1, like="basic_bn"),
+    "basic_dropout": Network(
+        _fashion("Basic, dropout", lambda: method_nets.basic(norms=False, dropout=DROPOUT)), 10, like="basic"
     ),
-    "basic_dropout": _fashion("Basic + dropout", 10, lambda: method_nets.basic(norms=False, dropout=DROPOUT)),
-    "basic_bn_dropout": _fashion("Basic + BN + dropout", 1, lambda: method_nets.basic(norms=True, dropout=DROPOUT)),
-    "resnet18_dropout": _fashion("ResNet-18 + dropout", 1, lambda: method_nets.resnet18(dropout=DROPOUT)),
+    "basic_bn_dropout": Network(
+        _fashion("Basic + BN, dropout", lambda: method_nets.basic(norms=True, dropout=DROPOUT)), 1, like="basic_bn"
+    ),
+    "resnet18_dropout": Network(
+        _fashion("ResNet-18, dropout", lambda: method_nets.resnet18(dropout=DROPOUT)), 1, like="resnet18"
+    ),
 }
 WITHOUT_DROPOUT = [name for name in NETWORKS if not name.endswith("dropout")]
+CHOOSING = [name for name, network in NETWORKS.items() if network.like is None]
 
 
 @torch.no_grad()

@@ -11,11 +11,16 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.evidence import kept, published, robustness_tables
+from benchmarks.evidence import kept, network_tables, published, robustness_tables
 
 _ROOT = Path(__file__).resolve().parents[2]
 PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
-PARTS: tuple[Callable[[], dict[str, str]], ...] = (kept.tables, published.tables, robustness_tables.tables)
+PARTS: tuple[Callable[[], dict[str, str]], ...] = (
+    kept.tables,
+    network_tables.tables,
+    published.tables,
+    robustness_tables.tables,
+)
 
 _PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
