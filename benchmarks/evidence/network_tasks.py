@@ -52,21 +52,19 @@ def _task(about: str, build: Callable[[], nn.Module], load: Callable[[], Data], 
     return Task(about, "reported", build, load, cross_entropy, batch, epochs)
 
 
-def _fashion(about: str, build: Callable[[], nn.Module], number: int = FEWER, epochs: int = 6) -> Task:
-    return _task(f"{about}, Fashion-MNIST {number:,}", build, lambda: data.fashion(number), 128, epochs)
-
-
-def _basic_bn() -> nn.Module:
-    return method_nets.basic(norms=True)
+def _fashion(about: str, build: Callable[[], nn.Module]) -> Task:
+    return _task(f"{about}, Fashion-MNIST {FEWER:,}", build, lambda: data.fashion(FEWER), 128, 6)
 
 
 NETWORKS: dict[str, Network] = {
     "mlp": Network(_task("MLP, MNIST 4,000", method_nets.mlp, digits, 64, 10), 10),
+    "whole": Network(
+        _task("MLP, Fashion-MNIST whole", method_nets.mlp, lambda: data.fashion(60_000, flat=True), 64, 2), 10
+    ),
     "basic": Network(_fashion("Basic", lambda: method_nets.basic(norms=False)), 10),
-    "basic_bn": Network(_fashion("Basic + BN", _basic_bn), 1),
+    "basic_bn": Network(_fashion("Basic + BN", lambda: method_nets.basic(norms=True)), 1),
     "resnet18": Network(_fashion("ResNet-18", method_nets.resnet18), 1),
     "vgg_f": Network(_task("VGG-f + BN, photographs", lambda: method_nets.vgg_f(len(NAMES)), photographs, 128, 10), 1),
-    "whole": Network(_fashion("Basic + BN", _basic_bn, number=60_000, epochs=1), 1, like="basic_bn"),
     "basic_dropout": Network(
         _fashion("Basic, dropout", lambda: method_nets.basic(norms=False, dropout=DROPOUT)), 10, like="basic"
     ),

@@ -4,9 +4,9 @@
     python -m benchmarks.evidence.networks --only mlp
 
 SGD, Adam and AdamW run at every rate of their grids with one seed; at the best they run with two others, as CurveBall
-does with nothing to choose. Nets with dropout, and that on the whole of Fashion-MNIST, take the rates of those without,
-and of that on a part. Losses by step do not depend on how busy the machine is; seconds are measured by
-`benchmarks.evidence.network_times`. It takes an hour on one core, and goes on where it was stopped.
+does with nothing to choose. Nets with dropout take the rates of those without. Losses by step do not depend on how busy
+the machine is; seconds are measured by `benchmarks.evidence.network_times`. It takes most of an hour on one core, and
+goes on where it was stopped.
 """
 
 from __future__ import annotations
