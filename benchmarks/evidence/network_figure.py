@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.evidence.network_tables import ends, mean_losses, seconds_until
 from benchmarks.evidence.network_tasks import NETWORKS, WITHOUT_DROPOUT
@@ -23,7 +24,7 @@ STYLES = {
     "AdamW": ("#56B4E9", "--"),  # over Adam's, from which it hardly differs
 }
 _COLUMNS = 3
-_LOWEST = 1e-3  # of the losses shown: what is below is no matter of training any more
+_LOWEST = 1e-3  # of the losses shown
 
 
 def draw() -> Figure:
@@ -36,6 +37,8 @@ def draw() -> Figure:
         for method in METHODS:
             _curve(above, ends(runs, name), runs, name, method)
             _curve(below, seconds_until(runs, times, name, method), runs, name, method)
+        for ax in (above, below):
+            _finish(ax)
         above.set_title(NETWORKS[name].task.about, fontsize=9.5)
         above.set_xlabel("steps")
         below.set_xlabel("seconds of one core")
@@ -51,6 +54,13 @@ def _curve(ax: Axes, x: Sequence[float], runs: Sequence[Record], network: str, m
     color, style = STYLES[method]
     losses = mean_losses(runs, network, method)
     ax.plot(x, losses, style, color=color, marker="o", markersize=2.5, linewidth=1.4, label=method)
+
+
+def _finish(ax: Axes) -> None:
     ax.set_yscale("log")
+    ax.set_xlim(left=0)
     ax.set_ylim(bottom=max(_LOWEST, ax.get_ylim()[0]))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.spines[["top", "right"]].set_visible(False)
