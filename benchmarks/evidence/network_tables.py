@@ -18,8 +18,8 @@ from benchmarks.evidence.networks import (
     METHODS,
     PARTS,
     RECORDS,
-    SEEDS,
     final_loss,
+    seeds_of,
     select,
     setting_of,
 )
@@ -146,7 +146,7 @@ def grid_table(runs: Sequence[Record]) -> str:
 
 def _reported(runs: Sequence[Record], network: str, method: str) -> list[Record]:
     setting = setting_of(runs, network, method)
-    return [run for run in select(runs, network, method, SEEDS) if run["setting"] == setting]
+    return [run for run in select(runs, network, method, seeds_of(network)) if run["setting"] == setting]
 
 
 def _number(value: float | None) -> float:
