@@ -64,7 +64,7 @@ NETWORKS: dict[str, Network] = {
     "basic": Network(_fashion("Basic", lambda: method_nets.basic(norms=False)), 10),
     "basic_bn": Network(_fashion("Basic + BN", lambda: method_nets.basic(norms=True)), 1),
     "resnet18": Network(_fashion("ResNet-18", method_nets.resnet18), 1),
-    "vgg_f": Network(_task("VGG-f + BN, photographs", lambda: method_nets.vgg_f(len(NAMES)), photographs, 128, 10), 1),
+    "vgg_f": Network(_task("VGG-f + BN, photographs", lambda: method_nets.vgg_f(len(NAMES)), photographs, 128, 7), 1),
     "basic_dropout": Network(
         _fashion("Basic, dropout", lambda: method_nets.basic(norms=False, dropout=DROPOUT)), 10, like="basic"
     ),
