@@ -46,7 +46,7 @@ METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 CURVEBALLS = KRONECKER, ADAPTING, FIXED
 GRIDS: dict[str, tuple[float, ...]] = {
-    "SGD": (0.1, 0.03, 0.01),
+    "SGD": (0.1, 0.03, 0.01, 0.003),
     "Adam": (1e-2, 3e-3, 1e-3, 3e-4),
     "AdamW": (1e-2, 3e-3, 1e-3, 3e-4),
 }
