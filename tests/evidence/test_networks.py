@@ -118,8 +118,8 @@ def run(method: str, seed: int, final: float | None, setting: Setting, wrong: fl
 def test_the_rate_with_the_lowest_final_loss_is_taken_by_the_network_and_those_like_it() -> None:
     runs = [run("SGD", 0, loss, {"lr": lr}) for lr, loss in ((0.1, None), (0.03, 0.2), (0.01, 0.3))]
     assert setting_of(runs, "mlp", "SGD") == {"lr": 0.03}
-    runs = [each | {"network": "basic_bn"} for each in runs]
-    assert setting_of(runs, "basic_bn_dropout", "SGD") == {"lr": 0.03}
+    runs = [each | {"network": "basic"} for each in runs]
+    assert setting_of(runs, "basic_dropout", "SGD") == {"lr": 0.03}
     assert setting_of([], "basic", FIXED) == {"lambd": 10} and setting_of([], "vgg_f", FIXED) == {"lambd": 1}
 
 
