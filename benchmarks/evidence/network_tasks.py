@@ -68,6 +68,12 @@ NETWORKS: dict[str, Network] = {
     "basic_dropout": Network(
         _fashion("Basic, dropout", lambda: method_nets.basic(norms=False, dropout=DROPOUT)), 10, like="basic"
     ),
+    "basic_bn_dropout": Network(
+        _fashion("Basic + BN, dropout", lambda: method_nets.basic(norms=True, dropout=DROPOUT)), 1, like="basic_bn"
+    ),
+    "resnet18_dropout": Network(
+        _fashion("ResNet-18, dropout", lambda: method_nets.resnet18(dropout=DROPOUT)), 1, like="resnet18"
+    ),
 }
 WITHOUT_DROPOUT = [name for name in NETWORKS if not name.endswith("dropout")]
 CHOOSING = [name for name, network in NETWORKS.items() if network.like is None]
