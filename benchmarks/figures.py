@@ -8,11 +8,12 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.evidence import accuracy_figure, published_figure, robustness_figure
+from benchmarks.evidence import accuracy_figure, network_figure, published_figure, robustness_figure
 from benchmarks.evidence.contest import figure as contest_figure
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "figures"
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "networks": network_figure.draw,
     "published": published_figure.draw,
     "robustness": robustness_figure.draw,
     "accuracy": accuracy_figure.draw,

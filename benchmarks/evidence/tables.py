@@ -11,7 +11,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.evidence import accuracy_tables, demo, kept, published, robustness_tables, throughput_tables
+from benchmarks.evidence import (
+    accuracy_tables,
+    demo,
+    kept,
+    network_tables,
+    published,
+    robustness_tables,
+    throughput_tables,
+)
 from benchmarks.evidence.contest import tables as contest_tables
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +32,7 @@ PARTS: tuple[Callable[[], dict[str, str]], ...] = (
     accuracy_tables.tables,
     throughput_tables.tables,
     contest_tables.tables,
+    network_tables.tables,
 )
 
 _PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
