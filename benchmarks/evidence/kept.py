@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import fuzz, robustness, robustness_tables, soak
+from benchmarks.evidence.contest import tables as contest_tables
+from benchmarks.evidence.contest.contestants import KRONECKER as KRONECKER_ENTRY
+from benchmarks.evidence.contest.score import score
 from benchmarks.evidence.markdown import table
 from benchmarks.study import report, results
 from benchmarks.study.tasks import TASKS, Task
@@ -67,6 +71,7 @@ def sentences() -> dict[str, list[str]]:
             f"in {shares} of the steps",
             f"({_short(seconds)} on the median of all seventeen)",
             *_on_random_nets(),
+            *_in_the_contest(),
         ],
         "docs/performance.md": [
             f"It was there sooner on {sooner} tasks, with {by_half[0]} of the seconds on the median task of the first "
@@ -92,6 +97,17 @@ def _on_random_nets() -> list[str]:
         f"{'no' if diverged == 0 else diverged} run of it diverged.",
         f"its loss was below untuned Adam's on {ahead[0]} and below untuned SGD's on {ahead[1]}; "
         f"after equal seconds on {ahead[2]} and {ahead[3]}.",
+    ]
+
+
+def _in_the_contest() -> list[str]:
+    found = contest_tables.ranking()
+    ours, targets = found[KRONECKER_ENTRY], len(found[KRONECKER_ENTRY])
+    other = next(name for name in found if "CurveBall" not in name)
+    reached = {name: sum(map(math.isfinite, found[name])) for name in (KRONECKER_ENTRY, other)}
+    return [
+        f"It had a score of {score(ours):.2f} and reached {reached[KRONECKER_ENTRY]} of the {targets} targets;",
+        f"was {other}, with {score(found[other]):.2f} and {reached[other]}.",
     ]
 
 
