@@ -59,8 +59,8 @@ class CurveBall(Optimizer):
         iterations: in a step, on one linearization: the first is the solve for β and ρ, the others are conjugate
             gradients on (G + λ) z = -Jᵀg, preconditioned by Kronecker factors of G = JᵀHJ; a step that raises the loss
             of its own batch is taken back, where λ adapts. For high accuracy on small problems, with 10 to 30: an
-            iteration costs one to four steps of SGD in a small net, more in a wide one, and the state is as large as
-            with a preconditioner. Whole batches in one process, in float32 or float64, in the Euclidean metric
+            iteration costs a forward and a backward pass, and more in a wide net at a small batch, and the state is as
+            large as with a preconditioner. Whole batches in one process, in float32 or float64, in the Euclidean metric
             (default: 1).
         solve_interval: steps from one solve to the next; those between take the last β and ρ and cost a step of SGD.
             At least 1; above 1 only with the direction "gradient" (default: 1; 20 with a preconditioner).

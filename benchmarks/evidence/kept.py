@@ -113,9 +113,13 @@ def _in_the_contest() -> list[str]:
 
 def _fuzzed() -> str:
     runs = fuzz.RECORDS.read()
-    cases, worked, faults = (sum(run[name] for run in runs) for name in ("cases", "worked", "fault"))
-    refused = cases - worked - faults
-    return f"{cases:,} cases: no crash and no wait; {worked:,} computed as plain torch does, {refused:,} refused"
+    cases, worked, refused, by_one = (
+        sum(run[name] for run in runs) for name in ("cases", "worked", "refused", "refused by one backend")
+    )
+    return (
+        f"{cases:,} cases: no crash and no wait; {worked:,} computed as plain torch does, {refused:,} refused with a "
+        f"message, {by_one:,} refused by one backend and computed as plain torch does by the other"
+    )
 
 
 def _soaked() -> str:
