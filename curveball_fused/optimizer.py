@@ -58,7 +58,7 @@ class CurveBall(Optimizer):
             0 to below 1 (default: 0.0; 0.5 with a preconditioner).
         iterations: in a step, on one linearization: the first is the solve for β and ρ, the others are conjugate
             gradients on (G + λ) z = -Jᵀg, preconditioned by Kronecker factors of G = JᵀHJ; a step that raises the loss
-            of its own batch is taken back, where λ adapts. For high accuracy on small problems, with 10 to 30: an
+            of its own batch is taken back, where λ adapts. For full batches and small nets, with 10 to 30: an
             iteration costs a forward and a backward pass, and more in a wide net at a small batch, and the state is as
             large as with a preconditioner. Whole batches in one process, in float32 or float64, in the Euclidean metric
             (default: 1).
