@@ -19,7 +19,7 @@ from curveball_fused.curvature import AUTO
 from curveball_fused.loss_scale import awaits_update
 from curveball_fused.preconditioners import SQUARE_AVERAGE
 from curveball_fused.replay.memory import span
-from curveball_fused.settings import DIRECTIONS, PER_GROUP, PRECONDITIONERS
+from curveball_fused.settings import DIRECTIONS, PER_GROUP, PRECONDITIONERS, Settings
 from curveball_fused.state import HISTORY, ON_HOST, SHAPES
 from curveball_fused.user_warnings import announce
 
@@ -104,28 +104,23 @@ def full_precision(iterations: int, compute_dtype: torch.dtype | None) -> None:
         )
 
 
-def unchanged_metric(
-    states: Sequence[dict[str, Any]], preconditioner: str | None, iterations: int, iterated: bool | None
-) -> None:
+def unchanged_metric(states: Sequence[dict[str, Any]], settings: Settings, iterated: bool | None) -> None:
     """Compare the preconditioner with the one by which the state came about.
 
     Args:
         states: of the parameters.
-        preconditioner: the option.
-        iterations: likewise.
-        iterated: whether the last step was of several; None where there was none in this process.
+        settings: the optimizer's options.
+        iterated: whether the last step was of several iterations; None where there was none in this process.
 
     Raises:
         RuntimeError: it is another one.
     """
-    has_blocks = preconditioner is not None or iterations > 1
-    if iterated not in (None, iterations > 1) or any(
-        "z" in own and (SQUARE_AVERAGE in own) != has_blocks for own in states
-    ):
+    changed = iterated not in (None, settings.iterations > 1)
+    if changed or any("z" in own and (SQUARE_AVERAGE in own) != settings.has_blocks for own in states):
         raise RuntimeError(
-            f"preconditioner={preconditioner!r} with iterations={iterations} is not what the steps so far were taken "
-            "with, and what is remembered of them belongs to it: to change it in training construct a new CurveBall "
-            "over the parameters."
+            f"preconditioner={settings.preconditioner!r} with iterations={settings.iterations} is not what the steps "
+            "so far were taken with, and what is remembered of them belongs to it: to change it in training construct "
+            "a new CurveBall over the parameters."
         )
 
 

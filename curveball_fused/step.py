@@ -107,14 +107,7 @@ def take_step(optimizer: Any, inputs: StepInputs, settings: Settings) -> tuple[T
     shared = prepared(optimizer, settings)
     before, processes = shared["scalars"], optimizer._processes
     if settings.iterations > 1:
-        beside = {
-            "a batch in parts": len(inputs.parts) > 1,
-            "curvature_batch": inputs.curvature_parts is not None,
-            "several processes": processes is not None,
-            "a scaler": inputs.scaler is not None,
-            "hooks that alter gradients": any(has_gradient_hooks(p) for p in _parameters(optimizer)),
-        }
-        checks.one_linearization(settings.iterations, [name for name, there in beside.items() if there])
+        checks.one_linearization(settings.iterations, _beside_one_linearization(optimizer, inputs))
     if processes is not None:
         processes.sent_bytes = 0
     try:
@@ -123,6 +116,18 @@ def take_step(optimizer: Any, inputs: StepInputs, settings: Settings) -> tuple[T
     finally:
         if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too
             finish(optimizer, shared, settings)
+
+
+def _beside_one_linearization(optimizer: Any, inputs: StepInputs) -> list[str]:
+    """Return what a step has that one linearization of the whole batch does not cover."""
+    found = {
+        "a batch in parts": len(inputs.parts) > 1,
+        "curvature_batch": inputs.curvature_parts is not None,
+        "several processes": optimizer._processes is not None,
+        "a scaler": inputs.scaler is not None,
+        "hooks that alter gradients": any(has_gradient_hooks(p) for p in _parameters(optimizer)),
+    }
+    return [name for name, there in found.items() if there]
 
 
 def finish(optimizer: Optimizer, shared: dict[str, Any], settings: Settings) -> None:
@@ -143,7 +148,7 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
     checks.iterations(vars(settings))
     if optimizer._shared is not None and optimizer._shared["step"] > 0:
         states = [optimizer.state.get(p, {}) for p in everything]
-        checks.unchanged_metric(states, settings.preconditioner, settings.iterations, optimizer._iterated)
+        checks.unchanged_metric(states, settings, optimizer._iterated)
     optimizer._iterated = settings.iterations > 1
     active = state.checksum(trained)
     known = active, are_there_processes()
@@ -383,6 +388,7 @@ def _update_by_z(
 
 
 def _trial(context: StepContext, groups: Sequence[list[Tensor]]) -> Trial:
+    """Keep the weights as they are before the update, with what each is to decay by after it."""
     settings = context.settings
     by_group = zip(groups, settings.lr, settings.weight_decay, strict=True)
     decays = [lr * decay if decay else 0.0 for group, lr, decay in by_group for _ in group]

@@ -1,4 +1,4 @@
-"""The fast tests can fail: each mistake of helpers/python_mutants.py is noticed by the test that it names."""
+"""The fast tests can fail: each mistake of helpers/python_mutants/ is noticed by the test that it names."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curveball_fused import ops
+from curveball_fused.backends.reference.solve import predicted_change
 from curveball_fused.backends.scalars import (
     BETA,
     DIRECTION_DAMPING,
@@ -107,9 +108,8 @@ def _with_terms(scalars: Tensor, products: Tensor, z_dot_z: Tensor, lr: float | 
         lr: of the first group.
     """
     scalars = scalars.clone()
-    linear, quadratic = -products[0], products[1] + scalars[LAMBD] * z_dot_z
-    scalars[LINEAR_TERM], scalars[QUADRATIC_TERM] = linear, quadratic
-    scalars[PREDICTED_CHANGE] = lr * (0.5 * lr * quadratic - linear)
+    scalars[LINEAR_TERM], scalars[QUADRATIC_TERM] = -products[0], products[1] + scalars[LAMBD] * z_dot_z
+    scalars[PREDICTED_CHANGE] = predicted_change(scalars, lr)
     return scalars
 
 

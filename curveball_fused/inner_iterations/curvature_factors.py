@@ -20,7 +20,7 @@ from torch import Tensor
 from curveball_fused.backends.reference.bases import gather_
 from curveball_fused.backends.reference.preconditioners import is_taken
 from curveball_fused.backends.scalars import GATHERED, LAMBD
-from curveball_fused.preconditioners import NAMES, SIDES, Block, refresh_alike
+from curveball_fused.preconditioners import NAMES, SIDES, Block, refresh_sides
 
 DECAY = 0.95  # of factors and squares, a probe
 PROBES, FIRST_PROBES = 2, 6  # a step; in the first one
@@ -43,7 +43,7 @@ class CurvatureFactors:
 
     def see(self, probes: Sequence[Sequence[Tensor]]) -> None:
         """Let the factors see x of some probes, bring the bases up to date, and let the diagonals see them there."""
-        with torch.autocast(self._weight.device.type, enabled=False):  # in whose precision no basis is orthogonal
+        with torch.autocast(self._weight.device.type, enabled=False):
             self._see(probes)
 
     def _see(self, probes: Sequence[Sequence[Tensor]]) -> None:
@@ -51,9 +51,7 @@ class CurvatureFactors:
         always = torch.ones_like(self._weight, dtype=torch.bool)
         for x in probes:
             gather_(x, left, right, DECAY, always)
-        for block in self._blocks:
-            for side in block.sides:
-                refresh_alike([side], always)
+        refresh_sides([side for block in self._blocks for side in block.sides], always)
         for x in probes:
             self._weight = DECAY * self._weight + (1 - DECAY)
             for block, x_i in zip(self._blocks, x, strict=True):

@@ -42,8 +42,10 @@ class Trial:
         taken = is_taken(scalars)
         worse = taken & ~(new_loss.to(scalars) <= scalars[LOSS])
         for p, before, z, decay in zip(self._params, self._before, self._z, self._decays, strict=True):
-            share = torch.where(taken, scalars.new_ones(()) * decay, 0.0).to(p.dtype)
-            p.copy_(torch.where(worse, before, p) - share * before)
+            kept = torch.where(worse, before, p)
+            if isinstance(decay, Tensor) or decay:
+                kept = kept - torch.where(taken, scalars.new_ones(()) * decay, 0.0).to(p.dtype) * before
+            p.copy_(kept)
             z.copy_(torch.where(worse, 0, z))
         scalars = scalars.clone()
         scalars[Z_DOT_Z] = torch.where(worse, 0.0, scalars[Z_DOT_Z])

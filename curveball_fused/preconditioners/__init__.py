@@ -1,6 +1,6 @@
 """The metric P in which a step measures lengths: how a parameter's r = Jᵀc becomes the direction u = P⁻¹r."""
 
-from .bases import EARLY_REFRESHES, EARLY_STEPS, gathers, refresh, refresh_alike
+from .bases import EARLY_REFRESHES, EARLY_STEPS, gathers, refresh, refresh_sides
 from .blocks import NAMES, SIDES, SQUARE_AVERAGE, Block, fresh_state, has_block, multiply_adds, shapes
 from .preconditioner import Direction, Preconditioner
 
@@ -18,6 +18,6 @@ __all__ = [
     "has_block",
     "multiply_adds",
     "refresh",
-    "refresh_alike",
+    "refresh_sides",
     "shapes",
 ]

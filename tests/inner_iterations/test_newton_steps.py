@@ -82,7 +82,6 @@ def test_what_is_promised_is_the_model_at_the_step() -> None:
     before = copy.deepcopy(net)
     optimizer = CurveBall(net.parameters(), iterations=4, lambd=LAMBD, lr=LR, auto_lambda=False)
     optimizer.step(lambda: net(x), loss_fn)
-    z = optimizer.state[net.hidden.weight]["z"], optimizer.state[net.hidden.bias]["z"]  # of some
     d = {name: LR * optimizer.state[p]["z"] for name, p in net.named_parameters()}
     weights = {name: p.detach() for name, p in before.named_parameters()}
     out, jd = torch.func.jvp(lambda w: torch.func.functional_call(before, w, x), (weights,), (d,))
@@ -91,7 +90,6 @@ def test_what_is_promised_is_the_model_at_the_step() -> None:
     damped = 0.5 * LAMBD * sum(float(t.square().sum()) for t in d.values())
     promised = float(optimizer.stats()["predicted_change"])
     assert promised == pytest.approx(float(slope + curved) + damped, rel=1e-9)
-    assert all(t.any() for t in z)
 
 
 def test_two_groups_and_maximizing() -> None:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,110 +14,27 @@ from torch import Tensor
 
 from curveball_fused import backends, ops
 from curveball_fused.backends.reference import bases as reference
-from curveball_fused.backends.scalars import BETA, GATHERED, RHO, SCALARS
+from curveball_fused.backends.scalars import GATHERED
+from tests.helpers.bases_cases import (
+    CASES,
+    INF,
+    NAN,
+    Case,
+    Problem,
+    dense,
+    every_backend,
+    every_dtype,
+    every_list,
+    factors_of,
+    lengths,
+    make,
+    native_only,
+    number,
+    scalars,
+    turned,
+)
 
 ROOT = Path(__file__).parents[2]
-NATIVE = backends.has_operators()
-BACKENDS = ["torch"] + (["cpu"] if NATIVE else [])
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-native_only = pytest.mark.skipif(not NATIVE, reason="needs the native kernels")
-NAN, INF = float("nan"), float("inf")
-
-
-class Case(NamedTuple):
-    """A tensor, and for each of its sides: None, "whole", or the length of its pieces."""
-
-    shape: tuple[int, ...]
-    left: str | int | None
-    right: str | int | None
-
-
-# Below, at and above a register, the columns that are summed at once, and what is packed at once; pieces that divide
-# their side and that reach beyond it.
-CASES = [
-    Case((3, 4), "whole", "whole"),
-    Case((1, 5), None, "whole"),
-    Case((5, 1), "whole", None),
-    Case((7,), None, None),
-    Case((), None, None),
-    Case((0, 4), None, None),
-    Case((2, 3, 2, 2), "whole", "whole"),
-    Case((6, 16), "whole", "whole"),
-    Case((13, 17), "whole", "whole"),
-    Case((12, 32), None, "whole"),
-    Case((33, 31), "whole", None),
-    Case((300, 40), "whole", "whole"),  # as states of earlier versions have it
-    Case((40, 300), 20, 100),
-    Case((41, 300), 14, 101),
-    Case((100, 65), 7, "whole"),
-    Case((2000, 6), None, "whole"),
-    Case((6, 2000), "whole", None),
-    Case((130, 270), None, 90),
-    Case((50_000,), None, None),
-]
-# For all but CPUs, tensors that are alike go through one product: here each has a fellow, and none is its neighbor.
-LISTS = [*([case] for case in CASES), CASES, [*CASES, *CASES]]
-every_list = pytest.mark.parametrize("cases", LISTS, ids=lambda c: f"{len(c)} {c[0].shape}")
-
-
-class Problem(NamedTuple):
-    v: list[Tensor]
-    r: list[Tensor]
-    z: list[Tensor]
-    left: list[Tensor | None]
-    right: list[Tensor | None]
-
-
-def number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def lengths(shape: tuple[int, ...]) -> tuple[int, int]:
-    rows = shape[0] if len(shape) > 1 else 1
-    return rows, torch.Size(shape).numel() // max(rows, 1)
-
-
-def orthogonal(length: int, how: str | int | None, dtype: torch.dtype) -> Tensor | None:
-    """A basis; beyond a side that its pieces do not divide it is the identity, as it is in training."""
-    if how is None:
-        return None
-    if how == "whole":
-        return torch.linalg.qr(torch.randn(length, length, dtype=torch.float64))[0].to(dtype)
-    pieces = -(-length // how)
-    basis = torch.zeros(pieces, how, how, dtype=torch.float64)
-    for i in range(pieces):
-        n = min(how, length - i * how)
-        basis[i] = torch.eye(how)
-        basis[i, :n, :n] = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
-    return basis.to(dtype)
-
-
-def dense(square: Tensor, length: int) -> Tensor:
-    """A basis or factor as one matrix, in float64."""
-    pieces = square.double() if square.dim() == 3 else square.double()[None]
-    return torch.block_diag(*pieces)[:length, :length]
-
-
-def make(cases: list[Case], dtype: torch.dtype) -> Problem:
-    torch.manual_seed(0)
-    v = [torch.rand(case.shape, dtype=torch.float64).to(dtype) for case in cases]
-    r, z = ([torch.randn(case.shape, dtype=torch.float64).to(dtype) for case in cases] for _ in "rz")
-    sides = [[orthogonal(n, how, dtype) for n, how in zip(lengths(case.shape), case[1:])] for case in cases]
-    return Problem(v, r, z, [side[0] for side in sides], [side[1] for side in sides])
-
-
-def turned(p: Problem, tensors: list[Tensor]) -> list[Tensor]:
-    result = []
-    for t, left, right in zip(tensors, p.left, p.right):
-        rows, columns = lengths(t.shape)
-        m = t.double().reshape(rows, columns)
-        if left is not None:
-            m = dense(left, rows).T @ m
-        if right is not None:
-            m = m @ dense(right, columns)
-        result.append(m.reshape(t.shape))
-    return result
 
 
 def precondition(p: Problem, backend: str, z: list[Tensor] | None, **options: Any) -> tuple[list[Tensor], ...]:
@@ -149,30 +66,6 @@ def test_against_dense_matrices(backend: str, dtype: torch.dtype, with_z: bool, 
     scale = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(dots, expected, rtol=scale, atol=scale * sum(t.numel() for t in p.r))
     assert all(torch.equal(a, b) for a, b in zip(p.v, before))
-
-
-def scalars(beta: float = 0.3, rho: float = 0.8) -> Tensor:
-    result = torch.arange(len(SCALARS), dtype=torch.float64)
-    result[BETA], result[RHO] = beta, rho
-    return result
-
-
-def factor(q: Tensor | None, length: int) -> Tensor | None:
-    """A symmetric one, and zero beyond its side."""
-    if q is None:
-        return None
-    result = q * torch.linspace(0.5, 2, q.shape[-1], dtype=q.dtype) @ q.mT
-    result = (result + result.mT) / 2
-    if q.dim() == 3 and (beyond := q.shape[0] * q.shape[1] - length):
-        result[-1, -beyond:] = 0
-    return result
-
-
-def factors_of(p: Problem) -> tuple[list[Tensor | None], ...]:
-    return tuple(
-        [factor(q, lengths(t.shape)[i]) for q, t in zip(side, p.r, strict=True)]
-        for i, side in enumerate((p.left, p.right))
-    )
 
 
 @every_backend
@@ -441,59 +334,6 @@ def test_a_graph_that_needs_the_old_statistics_says_so(backend: str) -> None:
             y.backward()
 
 
-@every_backend
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (dict(decay=1.0), "decay must be at least 0"),
-        (dict(decay=NAN), "decay must be at least 0"),
-        (dict(left=[]), r"left must have an entry for each of 1 tensors; it has 0"),
-        (dict(right=[None, None]), r"right must have an entry"),
-        (dict(left=[torch.eye(4)]), r"left\[0\] is \[4, 4\]; for the side of 3"),
-        (dict(right=[torch.eye(3)]), r"right\[0\] is \[3, 3\]; for the side of 4"),
-        (dict(left=[torch.ones(3)]), r"left\[0\] is \[3\]"),
-        (dict(left=[torch.ones(3, 3, 3, 3)]), r"left\[0\] is"),
-        (dict(left=[torch.ones(2, 1, 1)]), r"left\[0\] is"),
-        (dict(left=[torch.ones(3, 2, 2)]), r"left\[0\] is"),
-        (dict(left=[torch.ones(1, 3, 4)]), r"left\[0\] is"),
-        (dict(left=[torch.ones(2, 0, 0)]), r"left\[0\] is"),
-        (dict(r=[torch.ones(4, 3)]), r"\(3, 4\).*\(4, 3\)"),
-        (dict(r=[]), "same length"),
-    ],
-    ids=str,
-)
-def test_bad_arguments(backend: str, changes: dict[str, Any], words: str) -> None:
-    v, r, weight = [torch.ones(3, 4)], [torch.ones(3, 4)], number(0.1)
-    sides: dict[str, Any] = dict(left=[torch.eye(3)], right=[torch.eye(4)], decay=0.9, backend=backend)
-    sides |= {name: value for name, value in changes.items() if name != "r"}
-    r = changes.get("r", r)
-    with pytest.raises(ValueError, match=words):
-        ops.precondition_in_bases(v, r, None, weight, eps=1e-8, **sides)
-    with pytest.raises(ValueError, match=words):
-        ops.update_statistics_(v, r, r, scalars(), weight, gather=True, **sides)
-
-
-@every_backend
-@pytest.mark.parametrize("shape", [(4,), (), (0, 4), (4, 0)], ids=str)
-@pytest.mark.parametrize("basis", [torch.eye(1), torch.eye(4), torch.ones(0, 4, 4), torch.ones(1, 4, 4)])
-def test_what_is_no_matrix_or_empty_has_no_sides(backend: str, shape: tuple[int, ...], basis: Tensor) -> None:
-    for sides in (dict(left=[basis], right=[None]), dict(left=[None], right=[basis])):
-        with pytest.raises(ValueError, match=r"\[0\] is .* for the side of 0"):
-            ops.precondition_in_bases(
-                [torch.ones(shape)], [torch.ones(shape)], None, number(0.1), decay=0.9, eps=1e-8, backend=backend,
-                **sides,
-            )  # fmt: skip
-
-
-@every_backend
-def test_a_basis_of_another_dtype_is_refused(backend: str) -> None:
-    with pytest.raises(RuntimeError):
-        ops.precondition_in_bases(
-            [torch.ones(4, 4)], [torch.ones(4, 4)], None, number(0.1), left=[torch.eye(4).double()], right=[None],
-            decay=0.9, eps=1e-8, backend=backend,
-        )  # fmt: skip
-
-
 @native_only
 @every_dtype
 def test_opcheck(dtype: torch.dtype) -> None:
@@ -505,44 +345,3 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(operators.precondition_in_bases.default, arguments)
     arguments = p.v, in_bases, bases, p.r, sides, number(0.1), 0.9, scalars(), True
     torch.library.opcheck(operators.update_statistics_.default, arguments)
-
-
-@native_only
-def test_bad_arguments_of_the_native_operators() -> None:
-    """Called directly they refuse what would read or write beyond a tensor."""
-    t, q, w = [torch.ones(3, 4)], [torch.eye(3), torch.eye(4)], number(0.1)
-    direction, statistics = (
-        torch.ops.curveball_fused.precondition_in_bases,
-        torch.ops.curveball_fused.update_statistics_,
-    )
-    wide = [torch.ones(3, 8)[:, ::2]]
-    for arguments, words in (
-        ((t, t, t, t, [], q[:1], [3], w, 0.9, 1e-8), "bases has 1 tensors but sides asks for 2"),
-        ((t, t, t, t, [], q, [4], w, 0.9, 1e-8), "sides has an entry of 4"),
-        ((t, t, t, t, [], q, [-1], w, 0.9, 1e-8), "sides has an entry of -1"),
-        ((t, t, t, t, [], q, [1], w, 0.9, 1e-8), "bases has 2 tensors but sides asks for 1"),
-        ((t, t, t, t, [], q[::-1], [3], w, 0.9, 1e-8), r"bases\[0\] does not fit a side of 3"),
-        ((t, t, t, t, [], [torch.eye(3)[None], q[1]], [3, 0], w, 0.9, 1e-8), "v has 1 tensors but sides has 2"),
-        ((t, t, t, t, [], [torch.eye(2)[None], q[1]], [3], w, 0.9, 1e-8), r"bases\[0\] does not fit"),
-        ((t, t, t, t, [], [torch.eye(3)[None, None], q[1]], [3], w, 0.9, 1e-8), "two or three dimensions"),
-        ((t, t, t, t, [], [q[0].double(), q[1]], [3], w, 0.9, 1e-8), r"bases\[0\] must be contiguous float32"),
-        ((t, t, t, t, [], [torch.ones(3, 6)[:, ::2], q[1]], [3], w, 0.9, 1e-8), r"bases\[0\] must be contiguous"),
-        ((t, t, t, wide, [], q, [3], w, 0.9, 1e-8), "laid out differently"),
-        ((t, wide, t, t, [], q, [3], w, 0.9, 1e-8), "laid out differently"),
-        ((t, t, t, [torch.ones(3, 4).half()], [], q, [3], w, 0.9, 1e-8), r"r\[0\] must have the dtype of v"),
-        ((t, t, t, [torch.ones(3)], [], q, [3], w, 0.9, 1e-8), "different sizes"),
-        ((t, t, [torch.ones(3, 4).half()], t, [], q, [3], w, 0.9, 1e-8), "convert it to float32 or float64"),
-        ((t, t, t, t, t * 2, q, [3], w, 0.9, 1e-8), "z has 2"),
-        ((t, t, t, t, [], q, [3], w, 1.0, 1e-8), "decay"),
-    ):
-        with pytest.raises(RuntimeError, match=words):
-            direction(*arguments)
-    for arguments, words in (
-        ((t, t, q[:1], t, [3], w, 0.9, scalars(), True), "factors has 1 tensors but sides asks for 2"),
-        ((t, t, q[::-1], t, [3], w, 0.9, scalars(), True), r"factors\[0\] does not fit"),
-        ((t, t, q, wide, [3], w, 0.9, scalars(), True), "laid out differently"),
-        ((t, t, q, t, [3], w, 0.9, scalars()[:3], True), "scalars must be"),
-        ((t, t, q, t, [3], w.float(), 0.9, scalars(), True), "weight has dtype"),
-    ):
-        with pytest.raises(RuntimeError, match=words):
-            statistics(*arguments)

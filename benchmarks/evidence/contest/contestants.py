@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.evidence.contest.trials import WARM_UP, warm_up_and_cosine
 from benchmarks.evidence.contest.workloads import Workload
-from benchmarks.optimizers import hidden
+from benchmarks.optimizers import muon_and_adamw
 from benchmarks.study.nets import cross_entropy
 from curveball_fused import CurveBall
 
@@ -262,14 +262,6 @@ def _of(package: str, name: str, **options: Any) -> Callable[[nn.Module], Any]:
     return lambda net: getattr(import_module(package), name)(net.parameters(), **options)
 
 
-def _muon(net: nn.Module) -> Any:
-    matrices = hidden(net)
-    ours = {id(p) for p in matrices}
-    others = [p for p in net.parameters() if id(p) not in ours]
-    groups = [{"params": others, "use_muon": False}, {"params": matrices, "use_muon": True}]
-    return import_module("pytorch_optimizer").Muon(groups)
-
-
 def _dense(workload: Workload) -> bool:
     """Whether residuals have a dense Jacobian here: of all rows, and without derivatives inside the net."""
     return workload.deterministic and not workload.task.differentiates
@@ -284,7 +276,9 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "Schedule-Free AdamW": Contestant("lr 0.0025, warm-up", ScheduleFree, "schedulefree"),
     "Prodigy": Contestant("lr 1, cosine", _first_order(_of("prodigyopt", "Prodigy"), Prodigy), "prodigyopt"),
-    "Muon + AdamW": Contestant("lr 0.02, AdamW's 0.0003, warm-up and cosine", _first_order(_muon), PYTORCH_OPTIMIZER),
+    "Muon + AdamW": Contestant(
+        "lr 0.02, AdamW's 0.0003, warm-up and cosine", _first_order(muon_and_adamw), PYTORCH_OPTIMIZER
+    ),
     "SOAP": Contestant(
         "lr 0.003, weight decay 0.01, warm-up and cosine",
         _first_order(_of(PYTORCH_OPTIMIZER, "SOAP")),
