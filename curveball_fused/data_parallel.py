@@ -33,6 +33,11 @@ _ENDED = (
 )
 
 
+# gloo's threads let go of a tensor a little after the collective is over. Where theirs is the last reference they need
+# the interpreter for it, and abort a process that is about to end: so there is one here, which outlives them.
+_last_sent: list[Tensor] = []
+
+
 class CopiedGroup:
     """A process group in a copy of an optimizer, which is the same group; pickling it is refused.
 
@@ -86,10 +91,15 @@ class Processes:
 
     def all_reduce(self, t: Tensor) -> dist.Work | None:
         """Begin to sum over the processes, in place."""
-        self.sent_bytes += t.nbytes
+        self._note_sent(t)
         with _explained():
             work: dist.Work | None = dist.all_reduce(t, group=self._group, async_op=True)
         return work
+
+    def _note_sent(self, t: Tensor) -> None:
+        """Count what a collective is given, and keep it until the next one."""
+        _last_sent[:] = [t]
+        self.sent_bytes += t.nbytes
 
     def wait(self, work: dist.Work | None) -> None:
         """Wait for a collective, in the manner of the device."""
@@ -135,7 +145,7 @@ class Processes:
             by_kind.setdefault((buffer.dtype, buffer.device), []).append(buffer)
         for buffers in by_kind.values():
             flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-            self.sent_bytes += flat.nbytes
+            self._note_sent(flat)
             with _explained():
                 dist.broadcast(flat, group=self._group, group_src=0)
             for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
@@ -160,7 +170,7 @@ class Processes:
         own = torch.stack([torch.tensor(len(tensors)), *(_checksum(t).cpu() for t in tensors)]).sum()
         device = tensors[0].device if tensors else torch.device("cpu")
         extremes = torch.stack((own, -own)).to(device)
-        self.sent_bytes += extremes.nbytes
+        self._note_sent(extremes)
         with _explained():
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
         if int(extremes.sum()):

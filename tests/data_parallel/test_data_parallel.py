@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,6 +274,32 @@ def test_several_processes_without_a_word_are_warned(tmp_path: Path, monkeypatch
 def test_a_process_group_must_be_one() -> None:
     with pytest.raises(TypeError, match=r"torch.distributed.group.WORLD after init_process_group\(\); got str"):
         CurveBall(nn.Linear(2, 2).parameters(), process_group="world")  # type: ignore[arg-type]
+
+
+def test_what_was_sent_last_outlives_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's threads let go of it later, and must not be the last to do so in a process that ends."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    sent: list[weakref.ref[Tensor]] = []
+    for name in ("all_reduce", "broadcast"):
+        original = getattr(torch.distributed, name)
+
+        def watched(t: Tensor, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            sent.append(weakref.ref(t))
+            return original(t, *args, **kwargs)
+
+        monkeypatch.setattr(torch.distributed, name, watched)
+    try:
+        model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        optimizer = CurveBall(model.parameters(), process_group=torch.distributed.group.WORLD)
+        for _ in range(2):
+            optimizer.step(lambda: model(torch.randn(4, 3)), lambda out: out.square().sum())
+            assert sent[-1]() is not None  # the buffers
+        optimizer.check_replicas()
+        del optimizer
+        gc.collect()
+        assert sent[-1]() is not None and sum(each() is not None for each in sent) == 1
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_copy_has_the_same_process_group(tmp_path: Path) -> None:
