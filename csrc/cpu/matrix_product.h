@@ -6,6 +6,7 @@
 #pragma once
 
 #include "registers.h"
+#include "subnormals.h"
 #include "sums.h"
 
 namespace curveball::cpu {
@@ -110,9 +111,13 @@ void sum_rows_of(int64_t rows, const Strided<T>& a, const T* packed, int64_t dep
 
 // c <- keep c + scale a b, c being m x n with rows that are contiguous and `c_row` apart, and the inner dimension
 // `depth`. kUpper: what is left of the diagonal is computed only here and there.
+//
+// The gradient of a net that has learned its data is so small that its products with a basis or with itself are often
+// subnormal: all products took four times as long then.
 template <bool kUpper = false, typename T>
 void multiply(const Strided<T>& a, const Strided<T>& b, int64_t m, int64_t n, int64_t depth, T* c, int64_t c_row,
               Blend<T> blend = {0, 1}) {
+  const SubnormalsAreZero subnormals_are_zero;
   T packed[kPackedDepth * kProductColumns<T>];
   const int64_t strips = (m + kProductRows - 1) / kProductRows;  // of almost equal height
   for (int64_t k = 0; k < depth; k += kPackedDepth) {

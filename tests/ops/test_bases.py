@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +273,26 @@ def test_autocast_changes_nothing(backend: str) -> None:
                 gather=True, backend=backend,
             )  # fmt: skip
     torch.testing.assert_close(factors[0], factors[1], rtol=0, atol=0)
+
+
+@native_only
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors lose no time with them")
+@every_dtype
+def test_products_that_would_be_subnormal_are_zero(dtype: torch.dtype) -> None:
+    """Such ones took most of the time of a net that has learned its data; all that is not a product keeps them."""
+    p, tiny = make([Case((20, 30), "whole", None)], dtype), torch.finfo(dtype).tiny
+    p.r[0].fill_(tiny)
+    _, (found,), _ = precondition(p, "cpu", p.z)
+    assert turned(p, p.r)[0].abs().max() > tiny / 10 and not found.any()
+    assert (p.r[0] / 2).all()
+    p.r[0].fill_(tiny**0.5 / 2)
+    left, right = factors_of(p)
+    for factor in (*left, *right):
+        if factor is not None:
+            factor.zero_()
+    ops.update_statistics_(p.v, [found], p.r, scalars(), number(0.7), left=left, right=right, decay=0.8, gather=True)
+    assert left[0] is not None and not left[0].any()
+    assert (torch.full((20,), tiny, dtype=dtype) / 2).all()
 
 
 @native_only
