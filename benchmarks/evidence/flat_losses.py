@@ -91,7 +91,7 @@ def train(loss: str, method: str) -> list[float]:
         with torch.no_grad():
             for p in net.parameters():
                 assert p.grad is not None
-                p -= p.grad
+                p.sub_(p.grad)
         losses.append(float(value))
     return [losses[step - 1] for step in SHOWN]
 
@@ -105,7 +105,7 @@ def tables() -> dict[str, str]:
 
 
 def _text(loss: float | None) -> str:
-    return "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.2g}"
+    return "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.3g}"
 
 
 def main() -> None:
