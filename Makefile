@@ -85,7 +85,7 @@ bench-kept: install  ## the same, and replace the figures in benchmarks/results/
 	if test -e $(KEPT)/scaling.png; then mv $(KEPT)/scaling.png docs/scaling.png; fi
 
 # Each part goes on where it was stopped; one alone: `python -m benchmarks.evidence.<part>`.
-EVIDENCE := published robustness networks network_times accuracy contest fuzz soak
+EVIDENCE := published robustness networks network_times accuracy contest outliers flat_losses fuzz soak
 .PHONY: evidence
 evidence: install  ## make the raw data of the claims that is missing in benchmarks/results/evidence/
 	for part in $(EVIDENCE); do $(BIN)/python -m benchmarks.evidence.$$part || failed="$$failed $$part"; done; \

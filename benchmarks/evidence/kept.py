@@ -1,35 +1,31 @@
-"""Tables and sentences of the documentation of what benchmarks, the study, fuzzing and the soak have left behind."""
+"""Tables of the documentation of what benchmarks on a CPU and the study have left behind."""
 
 from __future__ import annotations
 
 import json
-import math
+import re
 import statistics
-from pathlib import Path
-from typing import Any
 
-from benchmarks.evidence import fuzz, robustness, robustness_tables, soak
-from benchmarks.evidence.contest import tables as contest_tables
-from benchmarks.evidence.contest.contestants import KRONECKER as KRONECKER_ENTRY
-from benchmarks.evidence.contest.score import score
 from benchmarks.evidence.markdown import table
+from benchmarks.evidence.measured import (
+    ADAMW,
+    FORWARD,
+    KRONECKER,
+    NETS,
+    OURS,
+    net_without_batch,
+    note_of,
+    row_of,
+    there,
+    titles,
+)
 from benchmarks.study import report, results
 from benchmarks.study.tasks import TASKS, Task
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-NETS = {
-    "MNIST MLP": "MLP 784-256-256-10, batch 128",
-    "small GPT": "small GPT, batch 32",
-    "small ViT": "small ViT, batch 16",
-    "Basic+BN": "CIFAR net with batch norm, batch 128",
-    "ResNet-18": "ResNet-18, batch 32",
-    "geometric mean": "geometric mean",
-}
-ADAMW, OURS, KRONECKER = "AdamW, fused", "CurveBall", 'CurveBall, "kronecker"'
-
-_OTHERS = "SOAP", "Muon", "Schedule-Free", "Prodigy"
-
-Rows = list[dict[str, Any]]
+METRIC_STEP = "step in the Kronecker metric, "
+METRIC_KERNELS = "operators of the Kronecker metric, "
+METRIC_ROWS = "Kronecker, median step", "Kronecker, mean step", "its slowest step over it"
+OVER_ADAMW = "over AdamW's"
 
 
 def tables() -> dict[str, str]:
@@ -37,132 +33,66 @@ def tables() -> dict[str, str]:
     return {
         "cost": _cost(),
         "step-cost": _step_cost(),
+        "metric-steps": _metric_steps(),
+        "metric-kernels": _metric_kernels(),
         "parts": _parts(),
         "processes": _processes(),
-        "gpu-metric": _gpu_metric(),
         "kernels": _kernels(),
         "compiled": _compiled(),
-        "gpu-eager": _gpu_steps("gpu-h100", "step, {}", "cuda", ["", "eager, ms", "over SGD"]),
-        "gpu-graphed": _gpu_steps(
-            "gpu-h200", "graphed step, {}", "CurveBall, graphed", ["", "graphed, ms", "over a graphed SGD step"]
-        ),
         "study-chosen": _study("chosen"),
         "study-reported": _study("reported"),
     }
 
 
-def sentences() -> dict[str, list[str]]:
-    """Return by page what its text says of these figures, as it must stand there, but for line breaks."""
-    times = json.loads((results.FOLDER / "times.json").read_text(encoding="utf-8"))["tasks"]
-
-    def summary(*halves: str) -> list[str]:
-        found = report.summary(halves, results.FOLDER, report.ADAM_AND_SGD, times)
-        return next(row for row in found if row[0] == report.DEFAULTS)
-
-    both = summary("chosen", "reported")
-    _, _, _, _, shares, seconds, sooner = both
-    by_half = [_short(summary(half)[5]) for half in ("chosen", "reported")]
-    memory = {net: _row("cpu", f"memory, {net}", OURS) for net in NETS}
-    ratios = {net: f"{row['ratio']:.2f}" for net, row in memory.items() if row}
-    lower = report.finals(results.FOLDER)[-1]
-    soap, muon, free, prodigy = (lower[2 + report.FAMILIES.index(f)].split()[0] for f in _OTHERS)
-    return {
-        "README.md": [
-            f"in {shares} of the steps",
-            f"({_short(seconds)} on the median of all seventeen)",
-            *_on_random_nets(),
-            *_in_the_contest(),
-        ],
-        "docs/performance.md": [
-            f"It was there sooner on {sooner} tasks, with {by_half[0]} of the seconds on the median task of the first "
-            f"half and {by_half[1]} on that of the second, {_short(seconds)} on that of all.",
-            f"higher than ours on {soap} of the 17 tasks with SOAP, on {muon} with Muon (beside AdamW), on {free} with "
-            f"Schedule-Free AdamW and on {prodigy} with Prodigy.",
-            f"{ratios['Basic+BN']} CIFAR net, {ratios['ResNet-18']} ResNet-18, {ratios['small GPT']} GPT, "
-            f"{ratios['small ViT']} (",
-        ],
-        "docs/trust.md": [_fuzzed(), _soaked()],
-    }
-
-
-def _on_random_nets() -> list[str]:
-    nets = robustness_tables.runs("nets").values()
-    diverged = sum(net[robustness.KRONECKER].diverged for net in nets)
-    ahead = [
-        sum(ratio < 1 for ratio in robustness_tables.ratios(robustness.KRONECKER, other, equal))
-        for equal in ("epochs", "seconds")
-        for other in (robustness.ADAM, robustness.SGD)
-    ]
-    return [
-        f"{'no' if diverged == 0 else diverged} run of it diverged.",
-        f"its loss was below untuned Adam's on {ahead[0]} and below untuned SGD's on {ahead[1]}; "
-        f"after equal seconds on {ahead[2]} and {ahead[3]}.",
-    ]
-
-
-def _in_the_contest() -> list[str]:
-    found = contest_tables.ranking()
-    ours, targets = found[KRONECKER_ENTRY], len(found[KRONECKER_ENTRY])
-    other = next(name for name in found if "CurveBall" not in name)
-    reached = {name: sum(map(math.isfinite, found[name])) for name in (KRONECKER_ENTRY, other)}
-    return [
-        f"It had a score of {score(ours):.2f} and reached {reached[KRONECKER_ENTRY]} of the {targets} targets;",
-        f"was {other}, with {score(found[other]):.2f} and {reached[other]}.",
-    ]
-
-
-def _fuzzed() -> str:
-    runs = fuzz.RECORDS.read()
-    cases, worked, refused, by_one = (
-        sum(run[name] for run in runs) for name in ("cases", "worked", "refused", "refused by one backend")
-    )
-    return (
-        f"{cases:,} cases: no crash and no wait; {worked:,} computed as plain torch does, {refused:,} refused with a "
-        f"message, {by_one:,} refused by one backend and computed as plain torch does by the other"
-    )
-
-
-def _soaked() -> str:
-    memory = {run["method"]: run["memory"] for run in soak.RECORDS.read()}
-    ours, metric = (f"{found[0]:g} to {found[-1]:g} MiB" for found in (memory["published"], memory["kronecker"]))
-    return f"resident memory from step 10,000 to the last: {ours}, and {metric}"
-
-
-def _rows(file: str, title: str) -> Rows | None:
-    text = (RESULTS / f"{file}.json").read_text(encoding="utf-8")
-    return next((table["rows"] for table in json.loads(text)["tables"] if table["title"] == title), None)
-
-
-def _row(file: str, title: str, name: str) -> dict[str, Any] | None:
-    rows = _rows(file, title)
-    return next((row for row in rows if row[""] == name), None) if rows else None
-
-
-def _there(file: str, title: str, name: str) -> dict[str, Any]:
-    row = _row(file, title, name)
-    if row is None:
-        raise KeyError(f"{file}.json has no row {name!r} of {title!r}")
-    return row
-
-
 def _cost() -> str:
     rows = []
-    for net, about in NETS.items():
-        time = _there("cpu", "step, overview, 1 thread", net)[OURS].split()[0]
-        memory = _row("cpu", f"memory, {net}", OURS)
-        rows.append([about.rpartition(", batch")[0] or about, time, f"{memory['ratio']:.2f}" if memory else ""])
+    for net in NETS:
+        time = there("cpu", "step, overview, 1 thread", net)[OURS].split()[0]
+        memory = row_of("cpu", f"memory, {net}", OURS)
+        rows.append([net_without_batch(net), time, f"{memory['ratio']:.2f}" if memory else ""])
     return table(["", "time", "memory"], rows)
 
 
 def _step_cost() -> str:
-    columns = [OURS, "floor", 'CurveBall, curvature="forward"', "plain PyTorch CurveBall", "plain / CurveBall"]
+    columns = [OURS, "floor", FORWARD, "plain PyTorch CurveBall", "plain / CurveBall"]
     rows = []
     for net, about in NETS.items():
-        row = _there("cpu", "step, overview, 1 thread", net)
+        row = there("cpu", "step, overview, 1 thread", net)
         first, *others = (row[column] for column in columns)
         rows.append([about, first, *(text.split()[0] for text in others)])
     heads = ["", "`CurveBall`", "multiply-adds", '`curvature="forward"`', "plain PyTorch", "plain / `CurveBall`"]
     return table(heads, rows)
+
+
+def _metric_steps() -> str:
+    rows = []
+    for title in titles("metric", METRIC_STEP):
+        net, _, batch = title.removeprefix(METRIC_STEP).rpartition(", batch ")
+        median, mean, slowest = (there("metric", title, name) for name in METRIC_ROWS)
+        ratios = [f"{row[OVER_ADAMW]:.2f}" for row in (median, mean, slowest)]
+        low, high = (f"{mean[f'{OVER_ADAMW} {end}']:.2f}" for end in ("p20", "p80"))
+        about = net_without_batch(net) if net in NETS else net
+        milliseconds = adamw_milliseconds(title)
+        rows.append(
+            [f"{about}, batch {int(batch):,}", milliseconds, ratios[0], f"{ratios[1]} ({low}-{high})", ratios[2]]
+        )
+    return table(["", "AdamW, ms", "median step", "mean step", "slowest over median"], rows)
+
+
+def adamw_milliseconds(title: str) -> str:
+    """Return AdamW's median step, which only the note of such a table has."""
+    found = re.search(r"AdamW takes ([\d.e+]+) ms", note_of("metric", title))
+    assert found is not None
+    return f"{float(found[1]):.3g}"
+
+
+def _metric_kernels() -> str:
+    rows = []
+    for title in titles("metric", METRIC_KERNELS):
+        ratios = [there("metric", title, "native")[f"ratio{end}"] for end in ("", " p20", " p80")]
+        middle, low, high = (f"{ratio:.2f}" for ratio in ratios)
+        rows.append([title.removeprefix(METRIC_KERNELS), f"{middle} ({low}-{high})"])
+    return table(["matrices", "over plain torch"], rows)
 
 
 def _parts() -> str:
@@ -172,7 +102,7 @@ def _parts() -> str:
         (OURS, OURS),
         (KRONECKER, KRONECKER),
     ):
-        gpt, mlp = (_there("parts", f"a batch in parts, {net}", name) for net in ("small GPT", "MNIST MLP"))
+        gpt, mlp = (there("parts", f"a batch in parts, {net}", name) for net in ("small GPT", "MNIST MLP"))
         memory = f"{gpt['whole, MiB']:.0f}, {gpt['4 parts, MiB']:.0f}"
         rows.append([about, f"{gpt['ratio']:.2f}", memory, f"{mlp['ratio']:.2f}"])
     heads = ["", "small GPT, batch 32: time", "MiB, whole and in parts", "MLP 784-256-256-10, batch 128: time"]
@@ -183,19 +113,9 @@ def _processes() -> str:
     rows = []
     for name, about in ((ADAMW, "AdamW in `DistributedDataParallel`"), (OURS, OURS), (KRONECKER, KRONECKER)):
         nets = "small GPT", "MNIST MLP"
-        found = [_there("parts", f"data parallel, {net}", name)["times as fast"] for net in nets]
+        found = [there("parts", f"data parallel, {net}", name)["times as fast"] for net in nets]
         rows.append([about, *(f"{ratio:.2f}" for ratio in found)])
     return table(["times as fast", "small GPT, batch 32", "MLP 784-256-256-10, batch 128"], rows)
-
-
-def _gpu_metric() -> str:
-    rows = []
-    for net, about in (("GPT-2 small", "8 x 1024 tokens"), ("ResNet-50", "64 images of 224 x 224")):
-        title = f"step in the Kronecker metric, {net}"
-        adamw, eager, graphed = (_there("gpu-h200", title, name) for name in (ADAMW, "cuda", "graphed"))
-        ratios = [row["mean step / AdamW's"] for row in (eager, graphed)]
-        rows.append([f"{net}, {about}", f"{adamw['ms']:.0f}", *(f"{ratio:.2f}" for ratio in ratios)])
-    return table(["", "AdamW, ms", "eager", "graphed"], rows)
 
 
 def _kernels() -> str:
@@ -205,7 +125,7 @@ def _kernels() -> str:
     }
     threads = "1 thread", "2 threads"
     rows = [
-        [about, *(f"{_there('cpu', title.format(count), name)['ratio']:.2f}" for count in threads)]
+        [about, *(f"{there('cpu', title.format(count), name)['ratio']:.2f}" for count in threads)]
         for name, (title, about) in operators.items()
     ]
     return table(["", *threads], rows)
@@ -215,7 +135,7 @@ def _compiled() -> str:
     rows = []
     means: list[tuple[float, float]] = []
     for net, about in NETS.items():
-        row = _row("cpu", f"compiled step, {net}", OURS)
+        row = row_of("cpu", f"compiled step, {net}", OURS)
         if row is None:
             continue
         ratio, over_eager = row["ratio"], row["over eager SGD"]
@@ -227,14 +147,6 @@ def _compiled() -> str:
     geometric = [f"{statistics.geometric_mean(values):.2f}" for values in zip(*means, strict=True)]
     heads = ["", "over compiled SGD", "over eager SGD", "first step", "first step, code on disk"]
     return table(heads, [*rows, ["geometric mean", *geometric, "", ""]])
-
-
-def _gpu_steps(file: str, title: str, name: str, heads: list[str]) -> str:
-    rows = []
-    for net, about in NETS.items():
-        if row := _row(file, title.format(net), name):
-            rows.append([about.rpartition(", batch")[0], f"{row['ms']:.2g}", f"{row['ratio']:.2g}"])
-    return table(heads, rows)
 
 
 def _study(half: str) -> str:
@@ -249,7 +161,7 @@ def _study(half: str) -> str:
         assert best is not None
         theirs, ours = by_method[best], by_method[report.DEFAULTS]
         finals = [_validation(task, row) for row in (theirs, ours)]
-        rows.append([task.about, best, theirs[4], ours[4], _short(ours[3]), _short(ours[8] or "never"), *finals])
+        rows.append([task.about, best, theirs[4], ours[4], short(ours[3]), short(ours[8] or "never"), *finals])
     heads = ["task", "best", "its loss", "ours at the end", "steps", "seconds", "its validation", "ours"]
     return table(heads, rows)
 
@@ -259,7 +171,7 @@ def _validation(task: Task, row: list[str]) -> str:
     return f"{100 * float(row[6]):.1f} %" if task.error else row[5]
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     """Return a share with two digits after the point; a word as it is."""
     try:
         return f"{float(text):.2f}"

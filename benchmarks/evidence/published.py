@@ -139,9 +139,9 @@ def _iterations_table(records: Sequence[Record]) -> str:
     rows = []
     for system in SYSTEMS:
         runs = [reported_runs(records, problem, system) for problem in PROBLEMS]
-        rows.append([system, *(_spread(each, "iterations") for each in runs)])
+        rows.append([system, *(spread(each, "iterations") for each in runs)])
         if "evaluations" in runs[0][0]:
-            rows.append([f"{system}, evaluations", *(_spread(each, "evaluations") for each in runs)])
+            rows.append([f"{system}, evaluations", *(spread(each, "evaluations") for each in runs)])
     return table(["iterations", *(problem.title for problem in PROBLEMS)], rows)
 
 
@@ -172,7 +172,7 @@ def _loss(run: Record) -> float:
     return math.inf if run["loss"] is None else float(run["loss"])
 
 
-def _spread(runs: Sequence[Record], name: str) -> str:
+def spread(runs: Sequence[Record], name: str) -> str:
     """Return mean ± standard deviation of the runs that converged, and how many did unless all have."""
     values = [run[name] for run in runs if run["converged"]]
     share = "" if len(values) == len(runs) else f"({len(values)} of {len(runs)})"

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.evidence.kept import NETS, RESULTS
 from benchmarks.evidence.markdown import table
+from benchmarks.evidence.measured import NETS, RESULTS
 from benchmarks.nets import CASES
 from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.report import threads_text

@@ -59,17 +59,26 @@ def _times(runs: Sequence[Record]) -> str:
     for name in ranking():
         row = [name]
         for workload in WORKLOADS:
-            own = [run for run in runs if (run["workload"], run["contestant"]) == (workload, name)]
+            own = of(runs, workload, name)
             time = medians[workload].get(name, math.inf)
             row.append(NOT_ENTERED if not own else f"{time:.2f}" if math.isfinite(time) else _missed(own))
         rows.append(row)
     return table(["", *(workload.title for workload in WORKLOADS.values())], rows)
 
 
-def _missed(runs: Sequence[Record]) -> str:
+def of(runs: Sequence[Record], workload: str, contestant: str) -> list[Record]:
+    """The runs of a contestant on a workload."""
+    return [run for run in runs if (run["workload"], run["contestant"]) == (workload, contestant)]
+
+
+def lowest_over_target(runs: Sequence[Record]) -> float:
     """The median run's lowest loss over the target."""
     lowest = [min((loss for _, loss in run["losses"] if loss is not None), default=math.inf) for run in runs]
-    ratio = statistics.median(lowest) / runs[0]["target"]
+    return float(statistics.median(lowest) / runs[0]["target"])
+
+
+def _missed(runs: Sequence[Record]) -> str:
+    ratio = lowest_over_target(runs)
     return f"not ({ratio:.2f})" if ratio < 10 else "not (> 10)"
 
 
@@ -126,7 +135,7 @@ def _errors(runs: Sequence[Record]) -> str:
     rows = []
     for name in CONTESTANTS:
         for key, workload in WORKLOADS.items():
-            own = [run for run in runs if (run["workload"], run["contestant"]) == (key, name)]
+            own = of(runs, key, name)
             ends = [run.get("error") or _not_finite(run) for run in own]
             if any(ends):
                 first = next(end for end in ends if end)

@@ -1,12 +1,13 @@
-"""What a bad batch does to a training, with and without clipping: `python -m benchmarks.outliers`.
+"""What a bad batch does to a training, with and without clipping: `python -m benchmarks.evidence.outliers`.
 
 A small net on scikit-learn's digits. Of every fifty batches one has a loss a hundred times as large: by a factor on the
-loss (right classes), or by that factor and classes that are drawn at random (wrong classes). Printed is the loss on all
-training images at the end, without any factor: mean ± standard deviation over the seeds.
+loss (right classes), or by that factor and classes that are drawn at random (wrong classes). Kept is the loss on all
+training images at the end, without any factor.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -17,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.evidence.markdown import table
+from benchmarks.evidence.records import Records
 from curveball_fused import CurveBall
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from demo_data import Data, digits
 
+RECORDS = Records("outliers", ("method", "outliers", "seed"))
 STEPS, BATCH, SEEDS, EVERY, FACTOR = 1000, 64, 3, 50, 100.0
 Step = Callable[[Tensor, Tensor, float], None]
 
@@ -87,16 +91,22 @@ def final_loss(method: str, data: Data, seed: int, outliers: str) -> float:
         return float(F.cross_entropy(net(data.train_images.flatten(1)), data.train_classes))
 
 
+def tables() -> dict[str, str]:
+    """Return the table of docs/habits.md: mean ± standard deviation over the seeds."""
+    losses = {(run["method"], run["outliers"], run["seed"]): run["loss"] for run in RECORDS.read()}
+    rows = []
+    for method in METHODS:
+        each = [[losses[method, outliers, seed] for seed in range(SEEDS)] for outliers in OUTLIERS]
+        rows.append([method, *(f"{statistics.mean(found):.2g} ± {statistics.stdev(found):.1g}" for found in each)])
+    return {"outliers": table(["", *OUTLIERS], rows)}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     data = digits()
-    print(f"| | {' | '.join(OUTLIERS)} |\n|---|{'---|' * len(OUTLIERS)}")
-    for method in METHODS:
-        cells = []
-        for outliers in OUTLIERS:
-            losses = [final_loss(method, data, seed, outliers) for seed in range(SEEDS)]
-            cells.append(f"{statistics.mean(losses):.2g} ± {statistics.stdev(losses):.1g}")
-        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+    keys = itertools.product(METHODS, OUTLIERS, range(SEEDS))
+    for run in RECORDS.missing(dict(zip(("method", "outliers", "seed"), key, strict=True)) for key in keys):
+        RECORDS.add(run | {"loss": final_loss(run["method"], data, run["seed"], run["outliers"])})
 
 
 if __name__ == "__main__":
