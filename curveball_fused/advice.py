@@ -61,8 +61,6 @@ def advise(rows: Tensor, shared: dict[str, Any], settings: Settings) -> dict[str
         adapted = rows[taken & told & (steps % intervals(settings)[1] == 0)]
         kind, text = _damping(adapted[-RECENT_ADAPTATIONS:], settings)
         found[kind] = text
-        if settings.iterations > 1 and (back := _taken_back(adapted)):
-            found[kind] = back
     return {kind: f"curveball_fused: {text}" for kind, text in found.items() if text}
 
 
@@ -107,18 +105,6 @@ def _skipped(rows: Tensor, compute_dtype: torch.dtype | None, mismatched: int, l
             "torch.autograd.detect_anomaly() tells where they become NaN."
         )
     return said
-
-
-def _taken_back(adapted: Tensor) -> str:
-    """Return what to say of steps of several iterations that were all taken back of late."""
-    last = adapted[-STUCK:, RATIO]
-    if len(last) < STUCK or (last > 0).any():
-        return ""
-    return (
-        f"The last {STUCK} steps were taken back, as they raised the loss of their batch: nothing moves any more. If λ "
-        "stays where it is, let it grow, by a larger lambda_max and lambda_factor=0.5; if it grows, model_fn and "
-        "loss_fn do not give the same loss twice on one batch: debug=True with iterations=1, for a few steps, tells."
-    )
 
 
 def _damping(adapted: Tensor, settings: Settings) -> tuple[str, str]:
@@ -188,7 +174,7 @@ def _rate(taken: Tensor, settings: Settings) -> str:
 
 def _momentum(taken: Tensor, settings: Settings) -> str:
     """Return what to say of ρ, where it stays at its limit while the loss falls slowly."""
-    if settings.rho is not None or settings.iterations > 1 or not _is_slow(taken) or not _is_at_limit(taken):
+    if settings.rho is not None or not _is_slow(taken) or not _is_at_limit(taken):
         return ""
     ratio, lambd = float(taken[-1, RATIO]), float(taken[-1, LAMBD])
     said = f"In the last {len(taken)} steps ρ was at its limit, 1, on the median, and the loss fell slowly"

@@ -19,7 +19,7 @@ from curveball_fused.curvature import AUTO
 from curveball_fused.loss_scale import awaits_update
 from curveball_fused.preconditioners import SQUARE_AVERAGE
 from curveball_fused.replay.memory import span
-from curveball_fused.settings import DIRECTIONS, PER_GROUP, PRECONDITIONERS, Settings
+from curveball_fused.settings import DIRECTIONS, PER_GROUP, PRECONDITIONERS
 from curveball_fused.state import HISTORY, ON_HOST, SHAPES
 from curveball_fused.user_warnings import announce
 
@@ -42,9 +42,9 @@ def hyper_parameters(given: dict[str, Any]) -> None:
     if given["auto_lambda"]:
         hint = ", between lambda_min and lambda_max, since auto_lambda is on"
         _number("lambd", given["lambd"], given["lambda_min"], given["lambda_max"], hint)
-    for name in ("lambda_interval", "solve_interval"):
-        whole_number(name, given[name])
-    iterations(given)
+    for name, unit in (("lambda_interval", "solves"), ("solve_interval", "steps")):
+        if not isinstance(given[name], int) or isinstance(given[name], bool) or given[name] < 1:
+            raise ValueError(f"{name} must be a whole number of {unit}, at least 1; got {given[name]!r}.")
     solve_interval(given["solve_interval"], given["direction"])
     _number("average", given["average"], 0.0, 1.0 - 1e-6, ", the part of the old value that is kept")
     for name, allowed in (("curvature", CURVATURES), ("backend", BACKENDS), ("direction", DIRECTIONS)):
@@ -66,61 +66,12 @@ def solve_interval(steps: int, direction: str) -> None:
         )
 
 
-def whole_number(name: str, given: Any) -> None:
-    """Raise ValueError for something else than a whole number of at least 1."""
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1; got {given!r}.")
-
-
-def iterations(given: dict[str, Any]) -> None:
-    """Raise ValueError for what is no number of iterations, and for an option that several of them have no use for."""
-    whole_number("iterations", given["iterations"])
-    if given["iterations"] == 1:
-        return
-    needed = dict(preconditioner=None, direction="residual", beta=None, rho=None, average=0, compile=False, debug=False)
-    wrong = [f"{name}={given[name]!r}" for name, value in needed.items() if given[name] != value]
-    if wrong:
-        raise ValueError(
-            f"iterations={given['iterations']} are conjugate gradients in the Euclidean metric, with a preconditioner "
-            f"of their own: leave out {', '.join(wrong)}."
-        )
-
-
-def one_linearization(iterations: int, beside: Sequence[str]) -> None:
-    """Raise RuntimeError where there is something beside several iterations that one linearization does not cover."""
-    if beside:
+def unchanged_metric(states: Sequence[dict[str, Any]], given: str | None) -> None:
+    """Raise RuntimeError for a preconditioner that is not the one by which the state came about."""
+    if any("z" in own and (SQUARE_AVERAGE in own) != (given is not None) for own in states):
         raise RuntimeError(
-            f"iterations={iterations} keep one linearization of the whole batch in one process, in float32 or float64: "
-            f"they cannot be combined with {' and '.join(beside)}. Take iterations=1 there."
-        )
-
-
-def full_precision(iterations: int, compute_dtype: torch.dtype | None) -> None:
-    """Raise RuntimeError for a model that computes in half precision, which conjugate gradients do not survive."""
-    if compute_dtype is not None:
-        raise RuntimeError(
-            f"iterations={iterations} need a model that computes in float32 or float64, and this one does in "
-            f"{compute_dtype}: leave autocast off, or take iterations=1."
-        )
-
-
-def unchanged_metric(states: Sequence[dict[str, Any]], settings: Settings, iterated: bool | None) -> None:
-    """Compare the preconditioner with the one by which the state came about.
-
-    Args:
-        states: of the parameters.
-        settings: the optimizer's options.
-        iterated: whether the last step was of several iterations; None where there was none in this process.
-
-    Raises:
-        RuntimeError: it is another one.
-    """
-    changed = iterated not in (None, settings.iterations > 1)
-    if changed or any("z" in own and (SQUARE_AVERAGE in own) != settings.has_blocks for own in states):
-        raise RuntimeError(
-            f"preconditioner={settings.preconditioner!r} with iterations={settings.iterations} is not what the steps "
-            "so far were taken with, and what is remembered of them belongs to it: to change it in training construct "
-            "a new CurveBall over the parameters."
+            f"preconditioner={given!r} is not what the steps so far were taken with, and β and ρ belong to the metric: "
+            "to change it in training construct a new CurveBall over the parameters."
         )
 
 
@@ -355,15 +306,13 @@ def checkpoint(state_dict: Any, param_groups: Sequence[dict[str, Any]]) -> None:
 
 def _metric_of(groups: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError for a checkpoint of a training in a metric that has lost it."""
-    options = groups[0] if groups else {}
-    iterations, name = options.get("iterations", 1), options.get("preconditioner")
-    metric = f"preconditioner={name!r}" if name is not None else f"{iterations=}" if iterations > 1 else None
+    metric = groups[0].get("preconditioner") if groups else None
     learned = any(float(entry["scalars"][GATHERED]) > 0 for entry in entries if _has_numbers_of_all(entry))
     if metric is not None and learned and any("z" in entry and SQUARE_AVERAGE not in entry for entry in entries):
         raise ValueError(
-            f"the checkpoint's options have {metric}, and its state has lost what belongs to it. (As "
+            f"the checkpoint's options have preconditioner={metric!r}, and its state has lost the metric. (As "
             "torch.distributed.checkpoint does with a flattened state where the optimizer was made without it: give "
-            f"{metric} to the constructor.)"
+            f"preconditioner={metric!r} to the constructor.)"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from curveball_fused import state
 from curveball_fused.advice import advise
 from curveball_fused.optimizer import CurveBall
-from curveball_fused.settings import Settings, defaults_of
+from curveball_fused.settings import Settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,7 +224,7 @@ def _draw_skipped(panel: Axes, skipped: Tensor, color: str, label: str | None) -
 
 def _draw_limits(panels: Mapping[str, Axes], history: Mapping[str, Tensor], source: Any) -> None:
     """Draw the limits of γ, of ρ, and of λ where it has come to one; scale the axes."""
-    defaults = (CurveBall.__init__.__kwdefaults__ or {}) | defaults_of(None, None, 1)
+    defaults: Any = CurveBall.__init__.__kwdefaults__
     options = source.param_groups[0] if isinstance(source, CurveBall) else defaults
     limits = {"ratio": (options["lambda_low"], options["lambda_high"]), "rho": (1.0,)}
     limits["lambd"] = tuple(b for b in (options["lambda_min"], options["lambda_max"]) if (history["lambd"] == b).any())

@@ -47,21 +47,15 @@ class CurveBall(Optimizer):
             suits nets without batch norm (default: 1.0; 30 with a preconditioner).
         auto_lambda: whether λ adapts (default: True).
         lambda_factor: factor per solve by which λ falls, or, inverted, grows; above 0, at most 1 (default: 0.999; 0.99
-            with a preconditioner; 0.5 with several iterations).
-        lambda_low: λ grows where γ is below this (default: 0.5; 0.25 with several iterations).
-        lambda_high: λ falls where γ is above this; at least `lambda_low` (default: 1.5; 0.75 with several iterations).
+            with a preconditioner).
+        lambda_low: λ grows where γ is below this (default: 0.5).
+        lambda_high: λ falls where γ is above this; at least `lambda_low` (default: 1.5).
         lambda_interval: solves from one adaptation of λ to the next, each of which costs one more forward pass; at
-            least 1 (default: 5; 1 with several iterations).
-        lambda_min: lower bound of an adapting λ, above 0 (default: 1e-6; 1e-12 with several iterations).
+            least 1 (default: 5).
+        lambda_min: lower bound of an adapting λ, above 0 (default: 1e-6).
         lambda_max: upper bound of an adapting λ (default: 1e6).
         average: how much of β and ρ is kept from solve to solve (exponential average, without bias at the start), from
             0 to below 1 (default: 0.0; 0.5 with a preconditioner).
-        iterations: in a step, on one linearization: the first is the solve for β and ρ, the others are conjugate
-            gradients on (G + λ) z = -Jᵀg, preconditioned by Kronecker factors of G = JᵀHJ; a step that raises the loss
-            of its own batch is taken back, where λ adapts. For full batches and small nets, with 10 to 30: an
-            iteration costs a forward and a backward pass, and more in a wide net at a small batch, and the state is as
-            large as with a preconditioner. Whole batches in one process, in float32 or float64, in the Euclidean metric
-            (default: 1).
         solve_interval: steps from one solve to the next; those between take the last β and ρ and cost a step of SGD.
             At least 1; above 1 only with the direction "gradient" (default: 1; 20 with a preconditioner).
         weight_decay: decoupled: w shrinks by lr·weight_decay per step; at least 0; per group. As lr is 1, AdamW's 0.1
@@ -102,13 +96,12 @@ class CurveBall(Optimizer):
         learning", ICCV 2019, arXiv 1805.08095: the method. Schraudolph, "Fast curvature matrix-vector products for
         second-order gradient descent", 2002: the Gauss-Newton products. Martens, "Deep learning via Hessian-free
         optimization", 2010: the damping. Martens and Grosse, "Optimizing neural networks with Kronecker-factored
-        approximate curvature", 2015: the solve for rate and momentum (section 7), the factors of G.
+        approximate curvature", 2015, section 7: the solve for rate and momentum.
     """
 
     _step_supports_amp_scaling = True  # by which GradScaler.step gets as far as to the error that says what to do
     _shared: dict[str, Any] | None = None  # the numbers of all parameters as they were last in use, see `state`
     _checked: tuple[int, bool] | None = None  # as what the parameters and processes were last checked before a step
-    _iterated: bool | None = None  # whether the last step was one of several iterations, as far as known
     _process_group: torch.distributed.ProcessGroup | None = None
     _processes: data_parallel.Processes | None = None  # that train the parameters together, as far as known
     _may_share: bool = True  # whether to look for them
@@ -125,13 +118,12 @@ class CurveBall(Optimizer):
         lambd: float | None = None,
         auto_lambda: bool = True,
         lambda_factor: float | None = None,
-        lambda_low: float | None = None,
-        lambda_high: float | None = None,
-        lambda_interval: int | None = None,
-        lambda_min: float | None = None,
+        lambda_low: float = 0.5,
+        lambda_high: float = 1.5,
+        lambda_interval: int = 5,
+        lambda_min: float = 1e-6,
         lambda_max: float = 1e6,
         average: float | None = None,
-        iterations: int = 1,
         solve_interval: int | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -156,7 +148,6 @@ class CurveBall(Optimizer):
             "lambda_min": lambda_min,
             "lambda_max": lambda_max,
             "average": average,
-            "iterations": iterations,
             "solve_interval": solve_interval,
             "weight_decay": weight_decay,
             "maximize": maximize,
@@ -166,8 +157,7 @@ class CurveBall(Optimizer):
             "debug": debug,
         }
         checks.preconditioner(preconditioner)
-        checks.whole_number("iterations", iterations)
-        chosen = defaults_of(preconditioner, direction, iterations)
+        chosen = defaults_of(preconditioner, direction)
         defaults = {name: chosen.get(name) if value is None else value for name, value in defaults.items()}
         checks.hyper_parameters(defaults)
         checks.process_group(process_group)
@@ -382,7 +372,6 @@ class CurveBall(Optimizer):
 
         def restore(_: Optimizer) -> None:
             state.restore(self.state, saved, params)
-            self._iterated = None
             self._make_state()
 
         # After the user's own hooks that change a state_dict, and before those that look at what was loaded.
@@ -412,7 +401,7 @@ class CurveBall(Optimizer):
         if self._parameters:
             options = self.param_groups[0]
             self._shared = state.make(
-                self.state, self._parameters, self._shared, options["lambd"], Settings.of(self).has_blocks
+                self.state, self._parameters, self._shared, options["lambd"], options["preconditioner"]
             )
 
     def _current(self) -> dict[str, Any]:

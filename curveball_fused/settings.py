@@ -13,11 +13,6 @@ from curveball_fused.curvature import AUTO
 
 PER_GROUP = ("lr", "weight_decay")
 DIRECTIONS = ("residual", "gradient")
-# What a step of several iterations is: nearer to Newton's, and so a bolder one, whose damping has to follow at once.
-_OF_ITERATIONS: dict[str, Any] = dict(
-    lambda_factor=0.5, lambda_low=0.25, lambda_high=0.75, lambda_interval=1, lambda_min=1e-12
-)
-_OF_ONE: dict[str, Any] = dict(lambda_low=0.5, lambda_high=1.5, lambda_interval=5, lambda_min=1e-6)
 # What the defaults depend on: in the metric P of a preconditioner a gradient has no scale of its own, so that one λ
 # suits all models, and the direction is good enough to be solved for now and then.
 _DEFAULTS: dict[str | None, dict[str, Any]] = {
@@ -49,7 +44,6 @@ class Settings:
     preconditioner: str | None
     direction: str
     average: float
-    iterations: int
     solve_interval: int
     maximize: bool
     curvature: str
@@ -77,11 +71,6 @@ class Settings:
         return 1.0 if self.direction == "residual" else 0.0
 
     @property
-    def has_blocks(self) -> bool:
-        """Whether the state of a parameter has a block of a preconditioner."""
-        return self.preconditioner is not None or self.iterations > 1
-
-    @property
     def tangent_backend(self) -> str:
         """The backend of the tangent operators: plain torch if it is named, else the best that has them."""
         return "torch" if self.backend == "torch" else "auto"
@@ -93,16 +82,16 @@ class Settings:
         return methods[methods.index(last) :] if last in methods else methods
 
 
-def defaults_of(preconditioner: str | None, direction: str | None, iterations: int) -> dict[str, Any]:
-    """Return the defaults of the options whose default depends on others; a residual is solved for in each step."""
-    defaults = _OF_ONE | _DEFAULTS[preconditioner] | (_OF_ITERATIONS if iterations > 1 else {})
+def defaults_of(preconditioner: str | None, direction: str | None) -> dict[str, Any]:
+    """Return the defaults of the options whose default depends on the metric; a residual is solved for in each step."""
+    defaults = _DEFAULTS[preconditioner]
     return defaults | {"solve_interval": 1} if direction == "residual" else defaults
 
 
 def with_former_options(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return parameter groups, those of earlier versions with what is now in the place of their options."""
-    former = {"preconditioner": None, "direction": "residual", "solve_interval": 1}
-    return [{"iterations": 1, **group, **({} if "direction" in group else former)} for group in groups]
+    former = {"preconditioner": None, "direction": "residual"}
+    return [group if "direction" in group else {**group, **former, "solve_interval": 1} for group in groups]
 
 
 _SHARED = [field.name for field in fields(Settings) if field.name not in (*PER_GROUP, *PER_PROCESS)]

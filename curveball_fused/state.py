@@ -85,7 +85,7 @@ def make(
     everything: Sequence[Tensor],
     shared: dict[str, Any] | None,
     lambd: float,
-    has_blocks: bool,
+    preconditioner: str | None,
 ) -> dict[str, Any]:
     """Make the state that is missing, bring the rest to where the parameters are, and return the numbers of all.
 
@@ -97,14 +97,14 @@ def make(
         everything: all its parameters, at least one.
         shared: the numbers of all parameters as they were last in use, if they were.
         lambd: the first λ.
-        has_blocks: whether each parameter has a block of a preconditioner.
+        preconditioner: the optimizer's option.
 
     Returns:
         `shared`, or what takes its place if the state is another one by now.
     """
     for p in everything:
         if p.requires_grad and not is_lazy(p):
-            _complete(state[p], p, has_blocks)
+            _complete(state[p], p, preconditioner)
     holder = _holder(everything)
     found = next((p for p in everything if "scalars" in state.get(p, {})), None)
     if found is None:
@@ -135,14 +135,14 @@ def prepare(
     """
     params = [p for p in everything if p.requires_grad]
     if not _is_ready(state, params[0], shared, active):
-        shared = make(state, everything, shared, settings.lambd, settings.has_blocks)
+        shared = make(state, everything, shared, settings.lambd, settings.preconditioner)
     assert shared is not None
     is_summed = shared["active"] == active
     for p in params:
         z = state[p].get("z")
         is_summed &= z is not None
-        if z is None or _is_elsewhere(z, p) or (settings.has_blocks and SQUARE_AVERAGE not in state[p]):
-            _complete(state[p], p, settings.has_blocks)
+        if z is None or _is_elsewhere(z, p) or (settings.preconditioner and SQUARE_AVERAGE not in state[p]):
+            _complete(state[p], p, settings.preconditioner)
     if not is_summed:
         z = [state[p]["z"] for p in params]
         scalars = shared["scalars"].clone()
@@ -205,14 +205,14 @@ def _is_ready(state: dict[Any, Any], holder: Tensor, shared: dict[str, Any] | No
     return state[holder].get("scalars") is shared["scalars"] and shared["scalars"].device == holder.device
 
 
-def _complete(entry: dict[str, Tensor], p: Tensor, has_blocks: bool) -> None:
+def _complete(entry: dict[str, Tensor], p: Tensor, preconditioner: str | None) -> None:
     """Make what the state of a parameter lacks, and bring the rest to where the parameter is."""
     z = entry.get("z")
     if z is None or z.shape != p.shape:
         entry["z"] = zeros_like(p)
     elif _is_elsewhere(z, p) or z.stride() != p.stride():
         entry["z"] = zeros_like(p).copy_(z)
-    if not has_blocks:
+    if preconditioner is None:
         return
     if not has_block(entry, p):
         entry.update(fresh_state(p))

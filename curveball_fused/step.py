@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curveball_fused import checks, guard, loss_scale, ops, state
-from curveball_fused._torch_private import disable_dynamo, has_gradient_hooks
+from curveball_fused._torch_private import disable_dynamo
 from curveball_fused.backends.dtypes import at_least_float32
 from curveball_fused.backends.scalars import (
     AVERAGE_BETA,
@@ -35,15 +34,9 @@ from curveball_fused.between_solves import gradient
 from curveball_fused.curvature import METHODS
 from curveball_fused.curvature.torch_modes import force_eager
 from curveball_fused.data_parallel import are_there_processes, processes_of
-from curveball_fused.inner_iterations import Trial, iterated
 from curveball_fused.losses import checked_loss
 from curveball_fused.preconditioners import EARLY_REFRESHES, Direction, Preconditioner, gathers, refresh
-from curveball_fused.quadratic_model import (
-    QuadraticTerms,
-    StepContext,
-    measure,
-    measure_with_curvature_batch,
-)
+from curveball_fused.quadratic_model import QuadraticTerms, StepContext, measure, measure_with_curvature_batch
 from curveball_fused.replay import Replays
 from curveball_fused.settings import Settings
 
@@ -106,8 +99,6 @@ def take_step(optimizer: Any, inputs: StepInputs, settings: Settings) -> tuple[T
     """Take a step, count it and note it in the history; return loss and outputs of the parts."""
     shared = prepared(optimizer, settings)
     before, processes = shared["scalars"], optimizer._processes
-    if settings.iterations > 1:
-        checks.one_linearization(settings.iterations, _beside_one_linearization(optimizer, inputs))
     if processes is not None:
         processes.sent_bytes = 0
     try:
@@ -116,18 +107,6 @@ def take_step(optimizer: Any, inputs: StepInputs, settings: Settings) -> tuple[T
     finally:
         if shared["scalars"] is not before:  # a step whose model fails at the new weights is complete, too
             finish(optimizer, shared, settings)
-
-
-def _beside_one_linearization(optimizer: Any, inputs: StepInputs) -> list[str]:
-    """Return what a step has that one linearization of the whole batch does not cover."""
-    found = {
-        "a batch in parts": len(inputs.parts) > 1,
-        "curvature_batch": inputs.curvature_parts is not None,
-        "several processes": optimizer._processes is not None,
-        "a scaler": inputs.scaler is not None,
-        "hooks that alter gradients": any(has_gradient_hooks(p) for p in _parameters(optimizer)),
-    }
-    return [name for name, there in found.items() if there]
 
 
 def finish(optimizer: Optimizer, shared: dict[str, Any], settings: Settings) -> None:
@@ -145,11 +124,8 @@ def prepared(optimizer: Any, settings: Settings) -> dict[str, Any]:
     if not any(trained):
         raise RuntimeError("no parameter of this optimizer requires a gradient: nothing to train.")
     checks.solve_interval(settings.solve_interval, settings.direction)
-    checks.iterations(vars(settings))
     if optimizer._shared is not None and optimizer._shared["step"] > 0:
-        states = [optimizer.state.get(p, {}) for p in everything]
-        checks.unchanged_metric(states, settings, optimizer._iterated)
-    optimizer._iterated = settings.iterations > 1
+        checks.unchanged_metric([optimizer.state.get(p, {}) for p in everything], settings.preconditioner)
     active = state.checksum(trained)
     known = active, are_there_processes()
     if optimizer._checked != known:  # in the first step, and where others are trained
@@ -200,18 +176,9 @@ def _run_with_solve(
             terms = _measure(context, inputs, replays)  # (1-4)  u = P⁻¹Jᵀ(g + θ H Jz)
             scalars = _solve(terms, inputs, shared, settings)  # (5-7)  [β, -ρ] = A⁺ b
             scalars = _bounded(scalars, shared["scalars"], terms.loss_size, settings)
-            more = trial = None
-            if settings.iterations > 1:
-                states = [optimizer.state[p] for p in context.params]
-                more = iterated(context, terms, scalars, shared["scalars"], states, shared["step"])
-                terms = terms._replace(linearization=None)  # whose memory a run at the new weights would add to
             replays.finish()  # before the update, which is of the weights that the model has left
-            if more is None:
-                is_scaled = terms.overflow is not None and terms.direction is None
-                scalars = _update(context, groups, terms.u, is_scaled, terms.direction, scalars)  # (8)
-            else:
-                trial = _trial(context, groups) if kind.adapt_damping else None
-                scalars = more.moved_by(partial(_update_by_z, context, groups, decays=trial is None))
+            is_scaled = terms.overflow is not None and terms.direction is None
+            scalars = _update(context, groups, terms.u, is_scaled, terms.direction, scalars)  # (8)
             _remember(optimizer, context, inputs, shared, scalars, terms.overflow)
             shared |= {"method": terms.method, "compute_dtype": terms.compute_dtype}
             if terms.comparison is not None:
@@ -222,7 +189,7 @@ def _run_with_solve(
             raise
         torch.clear_autocast_cache()  # for the run at the new weights, and for whatever follows in the same autocast
         if kind.adapt_damping:
-            shared["scalars"] = _adapt_damping(inputs, terms, scalars, replays, settings, trial)  # (9-10)  λ by γ
+            shared["scalars"] = _adapt_damping(inputs, terms, scalars, replays, settings)  # (9-10)  λ by γ
         if processes is not None:
             processes.note_modules(replays.modules())
             processes.broadcast_buffers()
@@ -377,24 +344,6 @@ def _update(
     return context.preconditioner.learn(direction, scalars)
 
 
-def _update_by_z(
-    context: StepContext, groups: Sequence[list[Tensor]], z: Sequence[Tensor], scalars: Tensor, decays: bool
-) -> Tensor:
-    """Do `_update` for a direction without loss scale and metric; without weight decay unless `decays`."""
-    if not decays:
-        settings = context.settings
-        context = replace(context, settings=replace(settings, weight_decay=(0.0,) * len(settings.weight_decay)))
-    return _update(context, groups, z, False, None, scalars)
-
-
-def _trial(context: StepContext, groups: Sequence[list[Tensor]]) -> Trial:
-    """Keep the weights as they are before the update, with what each is to decay by after it."""
-    settings = context.settings
-    by_group = zip(groups, settings.lr, settings.weight_decay, strict=True)
-    decays = [lr * decay if decay else 0.0 for group, lr, decay in by_group for _ in group]
-    return Trial(context.params, context.z, decays)
-
-
 def _remember(
     optimizer: Optimizer,
     context: StepContext,
@@ -413,12 +362,7 @@ def _remember(
 
 
 def _adapt_damping(
-    inputs: StepInputs,
-    terms: QuadraticTerms,
-    scalars: Tensor,
-    replays: Replays,
-    settings: Settings,
-    trial: Trial | None,
+    inputs: StepInputs, terms: QuadraticTerms, scalars: Tensor, replays: Replays, settings: Settings
 ) -> Tensor:
     """Compare the loss at the new weights, on the same batch, with the predicted one; return scalars with the new λ."""
     evaluate = METHODS[terms.method].evaluate
@@ -428,15 +372,13 @@ def _adapt_damping(
 
     again = replays.again_at_new_weights([partial(loss_of, part) for part in inputs.parts])
     losses = [checked_loss(loss).detach() for loss in again]
-    new_loss, factor = settings.sign * terms.mean.of_losses(losses), settings.lambda_factor**settings.lambda_interval
-    scalars = ops.adapt_damping(
+    return ops.adapt_damping(
         scalars,
-        new_loss,
+        settings.sign * terms.mean.of_losses(losses),
         low=settings.lambda_low,
         high=settings.lambda_high,
-        factor=factor,
+        factor=settings.lambda_factor**settings.lambda_interval,
         minimum=settings.lambda_min,
         maximum=settings.lambda_max,
         backend=settings.backend,
     )
-    return scalars if trial is None else trial.end(scalars, new_loss, factor=factor, maximum=settings.lambda_max)

@@ -18,7 +18,7 @@ LAYERS = {
         "optimizer",
         "advice",
         "step step_arguments",
-        "between_solves inner_iterations",
+        "between_solves",
         "quadratic_model",
         "debug",
         "checks",

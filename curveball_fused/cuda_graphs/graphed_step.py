@@ -294,8 +294,6 @@ def _check(optimizer: Any, model_fn: Any, loss_fn: Any, sample_batch: Any) -> No
     for option in ("compile", "debug"):
         if optimizer.defaults[option]:
             raise ValueError(f"an optimizer with {option}=True cannot be captured: construct it without.")
-    if (iterations := optimizer.param_groups[0]["iterations"]) > 1:
-        raise ValueError(f"an optimizer with iterations={iterations} cannot be captured: call optimizer.step.")
     if not isinstance(sample_batch, (tuple, list)) or len(sample_batch) != 2:
         raise TypeError("sample_batch must be two things, (inputs, targets), as they will be given to the step.")
     for leaf in tree_leaves(tuple(sample_batch)):

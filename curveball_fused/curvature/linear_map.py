@@ -23,12 +23,8 @@ class Pullback(Protocol):
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
         """Return `Jᵀ u`, in the parameters' shapes and dtypes; zero for a parameter that the model did not use.
 
-        It may be called once, as the memory that it reads is freed on the way, unless `keep` was called.
+        It may be called once, as the memory that it reads is freed on the way.
         """
-
-    def keep(self) -> None:
-        """Let `vjp` be called more than once, in the memory of what it reads, until the map is gone."""
-        return
 
     def without_graph(self) -> list[Tensor]:
         """Return what the run of the model has left, depends on the parameters, and has no graph that tells so."""

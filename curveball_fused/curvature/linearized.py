@@ -27,12 +27,11 @@ from .tape import Tape
 class Linearized(LinearMap):
     """Jacobian products from one run of the model: Jv by the tape that it leaves, Jᵀu by autograd's graph.
 
-    What the maps read is kept until the step ends.
+    What the graph holds is kept until the step ends.
     """
 
     def __init__(self, model_fn: ModelFn, params: Sequence[Tensor], replay: Replay, backend: str = "auto") -> None:
         self._params = params
-        self._keeps = False
         self._tape = self._new_tape(backend)
         with torch.enable_grad(), self._tape:
             self._outputs = checked_outputs(replay.first(model_fn))
@@ -53,12 +52,8 @@ class Linearized(LinearMap):
         return frozenset(self._tape.functions)
 
     @override
-    def keep(self) -> None:
-        self._keeps = True
-
-    @override
     def vjp(self, cotangent: Tensor) -> list[Tensor]:
-        pulled = gradients([self._outputs], self._params, [cotangent], retain_graph=self._keeps)
+        pulled = gradients([self._outputs], self._params, [cotangent])
         if any(g is not None and id(p) not in self._tape.seen for p, g in zip(self._params, pulled, strict=True)):
             raise lost_tangent()
         return dense_gradients(self._params, pulled)

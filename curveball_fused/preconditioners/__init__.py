@@ -1,14 +1,13 @@
 """The metric P in which a step measures lengths: how a parameter's r = Jᵀc becomes the direction u = P⁻¹r."""
 
-from .bases import EARLY_REFRESHES, EARLY_STEPS, gathers, refresh, refresh_sides
-from .blocks import NAMES, SIDES, SQUARE_AVERAGE, Block, fresh_state, has_block, multiply_adds, shapes
+from .bases import EARLY_REFRESHES, EARLY_STEPS, gathers, refresh
+from .blocks import NAMES, SQUARE_AVERAGE, Block, fresh_state, has_block, multiply_adds, shapes
 from .preconditioner import Direction, Preconditioner
 
 __all__ = [
     "EARLY_REFRESHES",
     "EARLY_STEPS",
     "NAMES",
-    "SIDES",
     "SQUARE_AVERAGE",
     "Block",
     "Direction",
@@ -18,6 +17,5 @@ __all__ = [
     "has_block",
     "multiply_adds",
     "refresh",
-    "refresh_sides",
     "shapes",
 ]

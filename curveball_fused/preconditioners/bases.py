@@ -38,22 +38,14 @@ def refresh(states: Sequence[Mapping[str, Tensor]], step: int, scalars: Tensor) 
     sides = [(state[factor], state[basis]) for state in states for factor, basis in SIDES if factor in state]
     turn = step if step < EARLY_STEPS else EARLY_STEPS + (step - EARLY_STEPS) % INTERVAL
     due = [sides[i] for i in due_after(turn, tuple(_work(factor) for factor, _ in sides))]
-    if due:
-        refresh_sides(due, is_taken(scalars))
-
-
-def refresh_sides(sides: Sequence[tuple[Tensor, Tensor]], taken: Tensor) -> None:
-    """Bring bases up to date, those of factors that are alike at once, if the step is taken.
-
-    Args:
-        sides: factors, and their bases, which are written.
-        taken: 0-dim bool.
-    """
+    if not due:
+        return
+    taken = is_taken(scalars)
     # On a CPU each goes alone: a call costs little there, and products of stacks round otherwise.
-    keys = [(i if factor.is_cpu else None, factor.shape, factor.dtype) for i, (factor, _) in enumerate(sides)]
-    with torch.autocast(taken.device.type, enabled=False):  # in whose precision no basis is orthogonal
-        for alike in stacks(keys, [factor.numel() for factor, _ in sides]):
-            refresh_alike([sides[i] for i in alike], taken)
+    keys = [(i if factor.is_cpu else None, factor.shape, factor.dtype) for i, (factor, _) in enumerate(due)]
+    with torch.autocast(scalars.device.type, enabled=False):  # in whose precision no basis is orthogonal
+        for alike in stacks(keys, [factor.numel() for factor, _ in due]):
+            refresh_alike([due[i] for i in alike], taken)
 
 
 def refresh_alike(sides: Sequence[tuple[Tensor, Tensor]], taken: Tensor) -> None:

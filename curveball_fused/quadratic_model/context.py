@@ -108,7 +108,6 @@ class QuadraticTerms(NamedTuple):
         loss_size: of a loss that may be concave somewhere, as `LossModel` has it; None of others.
         direction: what P is to learn from; None where P = 1.
         mean: by which numbers of the parts become those of the whole.
-        linearization: for more iterations; None where there are none.
     """
 
     loss: Tensor
@@ -124,37 +123,6 @@ class QuadraticTerms(NamedTuple):
     loss_size: Tensor | None
     direction: Direction | None
     mean: BatchMean
-    linearization: Linearization | None
-
-
-class Linearization(NamedTuple):
-    """Model and loss as the first iteration of a step leaves them for others.
-
-    Attributes:
-        linear: J, whose products may be taken as often as one likes.
-        loss_model: the quadratic model of the loss.
-        jz: Jz.
-        ju: Ju.
-        missing: whether the loss has no curvature, 0-dim bool; None where it surely has.
-    """
-
-    linear: WideLinearMap
-    loss_model: LossModel
-    jz: Tensor
-    ju: Tensor
-    missing: Tensor | None
-
-    def residual(self, jz: Tensor) -> list[Tensor]:
-        """Return Jᵀ(g + HJz)."""
-        return self.linear.vjp(self.loss_model.cotangent(jz)[0])
-
-    def products(self, jz: Tensor) -> Tensor:
-        """Return float64 `[g·Jz, Jz·HJz, ...]`."""
-        return self.loss_model.cotangent(jz)[1](jz)
-
-    def curvature_times(self, tangent: Tensor) -> Tensor:
-        """Return H t, to rounding of g."""
-        return self.loss_model.cotangent(tangent)[0] - self.loss_model.gradient()
 
 
 class FullGradient(NamedTuple):

@@ -30,7 +30,7 @@ from curveball_fused.replay import Replays
 from curveball_fused.user_warnings import announce
 
 from .comparison import check_by_differences, compared, judge
-from .context import FullGradient, Linearization, QuadraticTerms, StepContext
+from .context import FullGradient, QuadraticTerms, StepContext
 from .runs import Run, first_runs, half_precision, images, is_new
 
 _NO_CURVATURE = (
@@ -157,15 +157,12 @@ def _measure_by(
     if full_gradient is not None:
         assert dots is not None
         products = _consistent(products, dots, settings.theta)
-    linearization = None
-    if settings.iterations > 1:
-        linearization = Linearization(linear, run.loss_model, run.jz, ju[0], missing)
     # A first step by a method may be any, in a training that was resumed too: it leaves no trace in the state.
     noted = comparison if context.compares else None
     loss_dtype = dtype_of([run.loss_model.loss for run in runs])
     return QuadraticTerms(
         loss, loss_dtype, [run.outputs for run in runs], u, products, dots, overflow, method.name, run.compute_dtype,
-        noted, size, direction, mean, linearization,
+        noted, size, direction, mean,
     )  # fmt: skip
 
 

@@ -159,8 +159,6 @@ def _run(
         scaled = scale_tangents(context.z, context.z_dot_z, context.tangent_size)
     with refusals_of(method):
         map_ = method.build(part.model_fn, context.params, replay, context.settings.tangent_backend)
-        if context.settings.iterations > 1:
-            map_.keep()
         outputs, jz = map_.jvp(context.z if scaled is None else scaled.tangents)
     jz = at_least_float32(jz) if scaled is None else scaled.unscale(jz)
     known = {outputs.dtype, *replay.dtypes}

@@ -47,7 +47,6 @@ OTHER_NUMBERS: dict[str, dict[str, list[str]]] = {
         ]
     },
     "docs/method.md": {
-        _CONSTANTS: ["v + λ + 0.03 v̄"],
         "counted: five float32 numbers": ["20 bytes a parameter"],
         f"{_HELD}: tests/optimizer/test_oracle.py": ["to 1e-9"],
     },

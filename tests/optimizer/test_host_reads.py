@@ -71,7 +71,6 @@ def with_an_unknown_loss(out: Tensor, y: Tensor) -> Tensor:
         dict(average=0.8, direction="gradient", solve_interval=3),
         dict(auto_lambda=False, rho=0.9),
         dict(preconditioner="kronecker", solve_interval=2),
-        dict(iterations=3),
     ],
 )
 @pytest.mark.parametrize("loss", [F.cross_entropy, with_an_unknown_loss])
@@ -79,8 +78,6 @@ def with_an_unknown_loss(out: Tensor, y: Tensor) -> Tensor:
 def test_no_host_read(
     backend: str, options: dict[str, Any], loss: Any, curvature: str, half: torch.dtype | None
 ) -> None:
-    if "iterations" in options and half:
-        pytest.skip("of models in full precision")
     net, x, y = small()
     rates = (torch.tensor(0.3), 0.5, 0.3)
     groups = [dict(params=net[i].parameters(), lr=lr) for i, lr in zip((0, 1, 4), rates, strict=True)]

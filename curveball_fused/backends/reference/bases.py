@@ -109,13 +109,13 @@ def update_statistics_(
     precondition_([torch.empty_like(v_i) for v_i in v], v, turned, [], weight, decay, 1.0, scalars)
     taken = is_taken(scalars)
     if gather:
-        gather_(r, left, right, decay, taken)
+        _gather(r, left, right, decay, taken)
     scalars = scalars.clone()
     scalars[GATHERED] = torch.where(taken, weight, scalars[GATHERED])
     return scalars
 
 
-def gather_(
+def _gather(
     r: Sequence[Tensor], left: Sequence[Tensor | None], right: Sequence[Tensor | None], decay: float, usable: Tensor
 ) -> None:
     """Let all factors become decay · L + (1 - decay) MMᵀ and likewise R, unless `usable`, 0-dim bool, is false.

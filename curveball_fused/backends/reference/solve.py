@@ -138,7 +138,7 @@ def solve(
     return new
 
 
-def predicted_change(scalars: Tensor, lr: float | Tensor) -> Tensor:
+def predicted_change(scalars: Tensor, lr: Tensor) -> Tensor:
     """Return M = -lr x·b + ½ lr² xᵀA x, which is -½ lr (2 - lr) x·b at the minimizer x."""
     return lr * (0.5 * lr * scalars[QUADRATIC_TERM] - scalars[LINEAR_TERM])
 

@@ -2,7 +2,7 @@
 
 from .mutant import PythonMutant
 from .of_model_and_loss import QUADRATIC_MODEL, TAPE_RULES
-from .of_parts_and_iterations import INNER_ITERATIONS, PARTS
+from .of_parts import PARTS
 from .of_preconditioners import PRECONDITIONERS
 from .of_steps import MONITORING, REPLAY, SOLVE, STATE
 
@@ -16,6 +16,5 @@ MUTANTS = [
     *STATE,
     *PRECONDITIONERS,
     *PARTS,
-    *INNER_ITERATIONS,
     *MONITORING,
 ]

@@ -105,8 +105,8 @@ PRECONDITIONERS = [
     PythonMutant(
         "a_skipped_step_moves_the_factors",
         "backends/reference/bases.py",
-        "gather_(r, left, right, decay, taken)",
-        "gather_(r, left, right, decay, torch.ones_like(taken))",
+        "_gather(r, left, right, decay, taken)",
+        "_gather(r, left, right, decay, torch.ones_like(taken))",
         "ops/test_bases.py::test_a_step_that_is_skipped_leaves_everything",
         "torch",
     ),

@@ -98,8 +98,8 @@ STATE = [
     PythonMutant(
         "damping_adapts_as_if_in_every_step",
         "step.py",
-        "settings.sign * terms.mean.of_losses(losses), settings.lambda_factor**settings.lambda_interval",
-        "settings.sign * terms.mean.of_losses(losses), settings.lambda_factor",
+        "factor=settings.lambda_factor**settings.lambda_interval",
+        "factor=settings.lambda_factor",
         "optimizer/test_oracle.py",
         "torch",
     ),

@@ -1,4 +1,4 @@
-"""Mistakes in batches in parts, and steps of several iterations."""
+"""Mistakes in batches in parts."""
 
 from __future__ import annotations
 
@@ -83,52 +83,5 @@ PARTS = [
         "        pass\n",
         "optimizer/test_parts.py::test_the_memory_is_that_of_one_part",
         "published and auto and tensor",
-    ),
-]
-
-INNER_ITERATIONS = [
-    PythonMutant(
-        "conjugate_gradients_without_damping",
-        "inner_iterations/conjugate_gradients.py",
-        "curvature = model.products(jp)[1] + lambd * ops.dots(p, p)[0]",
-        "curvature = model.products(jp)[1]",
-        "inner_iterations/test_newton_steps.py::test_enough_iterations_are_a_newton_step",
-        "tied and MSE and auto",
-    ),
-    PythonMutant(
-        "the_residual_forgets_the_damping_of_z",
-        "inner_iterations/conjugate_gradients.py",
-        "a.to(b.dtype) + _times(lambd, b)",
-        "a.to(b.dtype)",
-        "inner_iterations/test_newton_steps.py::test_enough_iterations_are_a_newton_step",
-        "tied and MSE and auto",
-    ),
-    PythonMutant(
-        "the_promise_is_that_of_the_first_iteration",
-        "inner_iterations/conjugate_gradients.py",
-        "return z, _with_terms(scalars, model.products(jz), ops.dots(z, z)[0], lr)",
-        "return z, scalars",
-        "inner_iterations/test_newton_steps.py::test_what_is_promised_is_the_model_at_the_step",
-    ),
-    PythonMutant(
-        "a_step_that_was_taken_back_leaves_its_z",
-        "inner_iterations/trial.py",
-        "z.copy_(torch.where(worse, 0, z))",
-        "z.copy_(z)",
-        "inner_iterations/test_trial.py::test_a_step_that_raises_the_loss_is_taken_back",
-    ),
-    PythonMutant(
-        "a_skipped_step_moves_the_factors_of_curvature",
-        "inner_iterations/curvature_factors.py",
-        "state[name].copy_(torch.where(taken, t, state[name]))",
-        "state[name].copy_(t)",
-        "inner_iterations/test_trial.py::test_a_step_without_a_number_changes_nothing",
-    ),
-    PythonMutant(
-        "signs_that_depend_on_the_users_generator",
-        "inner_iterations/curvature_factors.py",
-        "generator = torch.Generator(outputs.device).manual_seed(step)",
-        "generator = torch.default_generator",
-        "inner_iterations/test_trial.py::test_a_training_resumes_bit_for_bit_and_leaves_generators_alone",
     ),
 ]
