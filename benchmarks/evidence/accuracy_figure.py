@@ -15,8 +15,8 @@ from benchmarks.evidence.accuracy_tables import curves
 from benchmarks.evidence.records import Record
 
 # Of Okabe and Ito, who chose colors that people with any color vision tell apart.
-PALETTE = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#999999"
-COLORS = dict(zip(METHODS, PALETTE, strict=False))
+PALETTE = "#0072B2", "#56B4E9", "#E69F00", "#CC79A7", "#D55E00", "#009E73", "#000000"
+COLORS = dict(zip(METHODS, PALETTE, strict=True))
 DECADES = 2.0  # of the time that are drawn
 
 

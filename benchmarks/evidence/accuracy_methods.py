@@ -137,12 +137,12 @@ def _grid(make: Callable[..., torch.optim.Optimizer]) -> dict[str, Start]:
 
 ADAM, DENSE = "Adam", "Levenberg-Marquardt, dense"
 PUBLISHED, KRONECKER = "CurveBall, as published", "CurveBall, Kronecker metric"
-ITERATED = {f"CurveBall, iterations={k}": k for k in (10, 30)}
+OFTEN = "CurveBall, Kronecker metric, solve_interval=5"
 DEFAULTS = "defaults"
 METHODS: dict[str, dict[str, Start]] = {  # by name and setting
     KRONECKER: {DEFAULTS: partial(SecondOrder, preconditioner="kronecker")},
+    OFTEN: {DEFAULTS: partial(SecondOrder, preconditioner="kronecker", solve_interval=5)},
     PUBLISHED: {DEFAULTS: SecondOrder},
-    **{name: {DEFAULTS: partial(SecondOrder, iterations=k)} for name, k in ITERATED.items()},
     ADAM: _grid(partial(torch.optim.Adam, fused=True)),
     "SOAP": _grid(_soap),
     "L-BFGS": {DEFAULTS: LBFGS},

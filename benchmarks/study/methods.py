@@ -178,6 +178,8 @@ _SETTINGS |= {
         "direction": "gradient",
     },
 }
+# And last, where every step has the same batch.
+_SETTINGS["Kronecker, solve every 5th"] = KRONECKER | {"solve_interval": 5}
 # Chosen from first, when these were the constants and β had no bound between solves.
 _SCREENED: dict[str, dict[str, Any]] = {
     "Kronecker": _EVERY_TENTH,
