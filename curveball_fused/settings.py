@@ -90,8 +90,8 @@ def defaults_of(preconditioner: str | None, direction: str | None) -> dict[str, 
 
 def with_former_options(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return parameter groups, those of earlier versions with what is now in the place of their options."""
-    former = {"preconditioner": None, "direction": "residual"}
-    return [group if "direction" in group else {**group, **former, "solve_interval": 1} for group in groups]
+    former = {"preconditioner": None, "direction": "residual", "solve_interval": 1}
+    return [group if "direction" in group else {**group, **former} for group in groups]
 
 
 _SHARED = [field.name for field in fields(Settings) if field.name not in (*PER_GROUP, *PER_PROCESS)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.evidence.markdown import table
-from benchmarks.evidence.measured import ADAMW, NETS, median, net_without_batch, row_of, there, titles
+from benchmarks.evidence.measured import ADAMW, NETS, median, net_without_batch, row_of, span, there, titles
 
 H100, H200 = "gpu-h100", "gpu-h200"
 
@@ -43,19 +43,21 @@ def _kernel(
     about: str, tables: Sequence[str], other: str = "torch.compile", named: str = "`torch.compile`", file: str = H100
 ) -> list[str]:
     rows = [there(file, title, "cuda") for title in tables]
-    return [about, spread([row["/ copy"] for row in rows]), f"{spread([row[f'/ {other}'] for row in rows])} of {named}"]
+    return [
+        about,
+        _spread([row["/ copy"] for row in rows]),
+        f"{_spread([row[f'/ {other}'] for row in rows])} of {named}",
+    ]
 
 
 def _tangent(about: str, begin: str) -> list[str]:
     rows = [there(H100, title, "triton") for title in titles(H100, begin)]
-    return [f"{about} (Triton)", *(spread([row[column] for row in rows]) for column in ("/ copy", "/ torch"))]
+    return [f"{about} (Triton)", *(_spread([row[column] for row in rows]) for column in ("/ copy", "/ torch"))]
 
 
-def spread(cells: Sequence[str], between: str = "-", digits: str = ".2f") -> str:
+def _spread(cells: Sequence[str]) -> str:
     """Return the range of the medians of cells."""
-    medians = [median(cell) for cell in cells]
-    ends = dict.fromkeys(f"{end:{digits}}" for end in (min(medians), max(medians)))
-    return between.join(ends)
+    return span(map(median, cells), ".2f", between="-")
 
 
 def _steps(file: str, title: str, name: str, heads: list[str]) -> str:

@@ -156,19 +156,27 @@ def _study(half: str) -> str:
         if task.half != half:
             continue
         runs = report.runs_of(name, results.FOLDER)
-        by_method = {row[1]: row for row in report.rows(name, runs, report.ADAM_AND_SGD, times.get(name, {}))}
+        by_method = study_rows(name, times.get(name, {}))
         best = report.best(runs, report.ADAM_AND_SGD)
         assert best is not None
         theirs, ours = by_method[best], by_method[report.DEFAULTS]
         finals = [_validation(task, row) for row in (theirs, ours)]
-        rows.append([task.about, best, theirs[4], ours[4], short(ours[3]), short(ours[8] or "never"), *finals])
+        losses = [row["final train"] for row in (theirs, ours)]
+        shares = short(ours["share of steps"]), short(ours["over the baseline's"] or "never")
+        rows.append([task.about, best, *losses, *shares, *finals])
     heads = ["task", "best", "its loss", "ours at the end", "steps", "seconds", "its validation", "ours"]
     return table(heads, rows)
 
 
-def _validation(task: Task, row: list[str]) -> str:
+def study_rows(task: str, times: report.Times) -> dict[str, dict[str, str]]:
+    """Return the rows of the study's report on a task, by method and column."""
+    found = report.rows(task, report.runs_of(task, results.FOLDER), report.ADAM_AND_SGD, times)
+    return {row["method"]: row for row in (dict(zip(report.COLUMNS, cells, strict=True)) for cells in found)}
+
+
+def _validation(task: Task, row: dict[str, str]) -> str:
     """Return the validation error of a row of the report, or where there is none the validation loss."""
-    return f"{100 * float(row[6]):.1f} %" if task.error else row[5]
+    return f"{100 * float(row['validation error']):.1f} %" if task.error else row["final validation"]
 
 
 def short(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def net_without_batch(net: str) -> str:
 def median(text: str) -> float:
     """Return the median of a cell like `1.14 (1.13-1.15)`."""
     return float(text.split()[0])
+
+
+def span(values: Iterable[float], digits: str, between: str = " to ") -> str:
+    """Return the range of values, one number where both ends are written alike."""
+    known = sorted(values)
+    return between.join(dict.fromkeys(f"{end:{digits}}" for end in (known[0], known[-1])))
 
 
 def note_of(file: str, title: str) -> str:

@@ -27,8 +27,8 @@ from benchmarks.evidence.contest import contestants, times
 from benchmarks.evidence.contest import tables as contest_tables
 from benchmarks.evidence.contest.score import RECORDS as CONTEST
 from benchmarks.evidence.contest.score import score
-from benchmarks.evidence.gpu_tables import H100, H200, spread
-from benchmarks.evidence.kept import METRIC_ROWS, METRIC_STEP, OVER_ADAMW, adamw_milliseconds, short
+from benchmarks.evidence.gpu_tables import H100, H200
+from benchmarks.evidence.kept import METRIC_ROWS, METRIC_STEP, OVER_ADAMW, adamw_milliseconds, short, study_rows
 from benchmarks.evidence.measured import (
     FORWARD,
     KRONECKER,
@@ -37,6 +37,7 @@ from benchmarks.evidence.measured import (
     median,
     note_of,
     row_of,
+    span,
     there,
     titles,
 )
@@ -82,14 +83,15 @@ def missing(page: str) -> list[str]:
     return [sentence for sentence in sentences()[page] if sentence not in text]
 
 
-def word(number: float) -> str:
-    """Return the word of a whole number, after rounding."""
-    return _WORDS[round(number)]
+def word(number: int) -> str:
+    """Return the word of a number."""
+    return _WORDS[number]
 
 
-def to(values: Iterable[float], digits: str) -> str:
-    """Return the range of values."""
-    return " to ".join(dict.fromkeys(f"{end:{digits}}" for end in _ends(values)))
+def in_words(values: Iterable[float]) -> str:
+    """Return the range of values, from the whole number below to the one above."""
+    low, high = _ends(values)
+    return f"{word(math.floor(low))} to {word(math.ceil(high))}"
 
 
 def _ends(values: Iterable[float]) -> tuple[float, float]:
@@ -114,13 +116,8 @@ def _summary(*halves: str) -> dict[str, str]:
 
 def _seconds() -> list[float]:
     """Return our seconds over the baseline's, for each task on which we came to where it ends."""
-    found = []
-    for task in TASKS:
-        rows = report.rows(task, report.runs_of(task, results.FOLDER), report.ADAM_AND_SGD, _times()[task])
-        ours = next(row for row in rows if row[1] == report.DEFAULTS)
-        if ours[8]:
-            found.append(float(ours[8]))
-    return found
+    ours = [study_rows(task, _times()[task])[report.DEFAULTS] for task in TASKS]
+    return [float(row["over the baseline's"]) for row in ours if row["over the baseline's"]]
 
 
 def _final_losses_higher() -> dict[str, int]:
@@ -142,7 +139,7 @@ def _study_in_words() -> list[str]:
     soap = len(TASKS) - _final_losses_higher()["SOAP"]
     return [
         f"it reached that one's final loss on {word(reached)}, in {both['range']} of the steps.",
-        f"it was there sooner on {word(sooner)}, in {to((s for s in _seconds() if s <= 1), '.2f')} of the seconds "
+        f"it was there sooner on {word(sooner)}, in {span((s for s in _seconds() if s <= 1), '.2f')} of the seconds "
         f"({short(both['median of seconds'])} on the median of all {word(len(TASKS))})",
         f"settings of SOAP ended lower on {word(soap)}.",
     ]
@@ -175,8 +172,7 @@ def _over_sgd(threads: str) -> dict[str, float]:
 
 
 def _as_published() -> str:
-    low, high = _ends(_over_sgd("1 thread").values())
-    return f"{word(math.floor(low))} to {word(math.ceil(high))} times the time of a step of SGD"
+    return f"{in_words(_over_sgd('1 thread').values())} times the time of a step of SGD"
 
 
 def _on_two_threads() -> str:
@@ -185,7 +181,7 @@ def _on_two_threads() -> str:
 
 def _compiled() -> str:
     ratios = [ratio for net, ratio in _over_sgd("1 thread").items() if net != "geometric mean"]
-    return f"the uncompiled step, with its fused tangents, takes {to(ratios, '.1f')} eager SGD steps"
+    return f"the uncompiled step, with its fused tangents, takes {span(ratios, '.1f')} eager SGD steps"
 
 
 def _metric() -> list[str]:
@@ -195,7 +191,8 @@ def _metric() -> list[str]:
     ratios = [found["slowest_step"] / found["median_step"] for found in study]
     return [
         f"one of {float(adamw_milliseconds(tiny)):.1f} ms with AdamW",
-        f"The slowest step takes {to(slowest, '.1f')} median ones, and {to(ratios, '.1f')} on the tasks of the study",
+        f"The slowest step takes {span(slowest, '.1f')} median ones, "
+        f"and {span(ratios, '.1f')} on the tasks of the study",
     ]
 
 
@@ -209,7 +206,7 @@ def _memory() -> str:
         f"{ratio('Basic+BN', OURS):.2f} CIFAR net, {ratio('ResNet-18', OURS):.2f} ResNet-18, "
         f"{ratio('small GPT', OURS):.2f} GPT, {ratio('small ViT', OURS):.2f} "
         f"({vit['ratio p20']:.2f}-{vit['ratio p80']:.2f}) ViT; "
-        f'with `curvature="forward"` {to(forward, ".2f")}.'
+        f'with `curvature="forward"` {span(forward, ".2f")}.'
     )
 
 
@@ -241,7 +238,7 @@ def _economy() -> list[str]:
     part, whole = ([there("economy", title, name)["time / SGD"] for title in larger] for name in (eighth, OURS))
     largest = max(there("economy", title, OURS)["ρ max"] for title in all_titles)
     return [
-        f"{to(part, '.1f')} where the net is not tiny ({to(whole, '.1f')} with that of the whole)",
+        f"{span(part, '.1f')} where the net is not tiny ({span(whole, '.1f')} with that of the whole)",
         f"seen as ρ of up to {largest:.0f} in single steps.",
     ]
 
@@ -251,17 +248,17 @@ def _economy() -> list[str]:
 
 def _eager() -> str:
     ratios = [row["ratio"] for net in NETS if (row := row_of(H100, f"step, {net}", "cuda"))]
-    low, high = map(word, _ends(ratios))
-    return f"takes {low} to {high} SGD steps"
+    return f"takes {in_words(ratios)} SGD steps"
 
 
-def _attention(about: str) -> list[str]:
-    """Return the tangent's time over torch's in cells; `about` has what the title must have, such as `x 64 float32`."""
-    return [there(H100, title, "triton")["/ torch"] for title in titles(H100, "attention_tangent") if about in title]
+def _attention(about: str) -> list[float]:
+    """Return the tangent's times over torch's; `about` has what the title must have, such as `x 64 float32`."""
+    found = (title for title in titles(H100, "attention_tangent") if about in title)
+    return [median(there(H100, title, "triton")["/ torch"]) for title in found]
 
 
 def _slow_attention() -> str:
-    return f"up to {word(max(map(median, _attention('x 128 float32'))))} times with heads of 128 columns"
+    return f"up to {word(math.ceil(max(_attention('x 128 float32'))))} times with heads of 128 columns"
 
 
 def _on_a_gpu() -> list[str]:
@@ -275,10 +272,10 @@ def _on_a_gpu() -> list[str]:
     stacks = "the Kronecker metric by stacks, GPT-2 small"
     four, one = (median(there(H200, stacks, f"up to 2^{power}")["ms"]) for power in (22, 20))
     return [
-        f"batch norm of {to(megabytes, '.0f')} MB takes {to(microseconds, '.0f')} µs.",
-        f"takes {spread(_attention('x 64 bfloat16'), ' to ')} of torch's time in bfloat16 with heads of 64 columns, "
-        f"and {spread(_attention('x 128 bfloat16'), ' to ', '.1f')} with 128;",
-        f"{spread(_attention('float32'), ' to ', '.1f')} times as long.",
+        f"batch norm of {span(megabytes, '.0f')} MB takes {span(microseconds, '.0f')} µs.",
+        f"takes {span(_attention('x 64 bfloat16'), '.2f')} of torch's time in bfloat16 with heads of 64 columns, "
+        f"and {span(_attention('x 128 bfloat16'), '.1f')} with 128;",
+        f"{span(_attention('float32'), '.1f')} times as long.",
         f"of the MLP's {mlp:.1f} ms it works for {graphed:.2f}",
         f"a refresh of 72 matrices of 128 x 128 takes {qr:.0f} ms by QR and {cholesky:.2f} by Cholesky decompositions",
         f"direction and factors take {four:.1f} ms for GPT-2 with stacks of matrices of up to four million elements, "
@@ -321,7 +318,7 @@ def _perceptron_of_the_contest() -> str:
     lowest = contest_tables.lowest_over_target(contest_tables.of(CONTEST.read(), "mlp", contestants.KRONECKER))
     return (
         f"a step of the Kronecker metric takes {ours:.1f} times as long as AdamW's there, one of Muon {muon:.1f}, "
-        f"and it ends {100 * (lowest - 1):.0f} % above the target."
+        f"and the metric ends {100 * (lowest - 1):.0f} % above the target."
     )
 
 
@@ -333,9 +330,9 @@ def _networks() -> list[str]:
     errors = [100 * network_tables.mean_error(runs, "resnet18", method, "validation") for method in both]
     low, high = _ends(run["steps"] for run in runs)
     return [
-        f"one of the metric takes {to(mlps, '.1f')} times as long",
-        f"level on ResNet-18 without ({to(errors, '.1f')} %, which the table counts as ahead)",
-        f"a step costs {to(as_published, '.1f')} times as much",
+        f"one of the metric takes {span(mlps, '.1f')} times as long",
+        f"level on ResNet-18 without ({span(errors, '.1f')} %, which the table counts as ahead)",
+        f"a step costs {span(as_published, '.1f')} times as much",
         f"The runs are short, {low:,} to {high:,} steps",
     ]
 

@@ -29,7 +29,7 @@ from benchmarks.evidence import (
 from benchmarks.evidence.contest import tables as contest_tables
 
 _ROOT = Path(__file__).resolve().parents[2]
-PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
+PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").rglob("*.md"))]
 PARTS: tuple[Callable[[], dict[str, str]], ...] = (
     demo.tables,
     kept.tables,

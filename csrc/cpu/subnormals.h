@@ -1,4 +1,4 @@
-// Subnormal numbers, which a processor multiplies a hundred times slower than others, and products that become so.
+// Subnormal numbers, which x86 processors multiply many times slower than others, and products that become so.
 #pragma once
 
 #if defined(__x86_64__)
@@ -8,7 +8,7 @@
 namespace curveball::cpu {
 namespace {
 
-// While one lives, its thread takes subnormal numbers for zero. Other processors than x86 lose no time with them.
+// While one lives, its thread takes subnormal numbers for zero. On other processors than x86 it does nothing.
 class SubnormalsAreZero {
  public:
   SubnormalsAreZero(const SubnormalsAreZero&) = delete;

@@ -66,7 +66,7 @@ def named(page: str) -> list[str]:
 def test_all_figures_are_computed_or_named(page: str) -> None:
     text = read(page)
     for known in (*sentences().get(page, ()), *named(page)):
-        text = text.replace(known, "…")
+        text = text.replace(known, "…", 1)  # the same words may stand elsewhere with a number that nobody knows
     found = measured(text)
     heading = "neither computed in benchmarks/evidence/sentences.py nor named in tests/evidence/other_numbers.py:"
     assert not found, "\n".join((heading, *found))

@@ -276,7 +276,7 @@ def test_autocast_changes_nothing(backend: str) -> None:
 
 
 @native_only
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors lose no time with them")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 processors take them for zero")
 @every_dtype
 def test_products_that_would_be_subnormal_are_zero(dtype: torch.dtype) -> None:
     """Such ones took most of the time of a net that has learned its data; all that is not a product keeps them."""
