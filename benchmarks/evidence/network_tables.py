@@ -152,7 +152,8 @@ def grid_table(runs: Sequence[Record]) -> str:
 
 def _reported(runs: Sequence[Record], network: str, method: str) -> list[Record]:
     setting = setting_of(runs, network, method)
-    return [run for run in select(runs, network, method, seeds_of(network)) if run["setting"] == setting]
+    found = [run for run in select(runs, network, method, seeds_of(network)) if run["setting"] == setting]
+    return sorted(found, key=lambda run: int(run["seed"]))
 
 
 def _number(value: float | None) -> float:
