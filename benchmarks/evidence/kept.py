@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
@@ -150,13 +151,12 @@ def _compiled() -> str:
 
 
 def _study(half: str) -> str:
-    times = json.loads((results.FOLDER / "times.json").read_text(encoding="utf-8"))["tasks"]
     rows = []
     for name, task in TASKS.items():
         if task.half != half:
             continue
         runs = report.runs_of(name, results.FOLDER)
-        by_method = study_rows(name, times.get(name, {}))
+        by_method = study_rows(name)
         best = report.best(runs, report.ADAM_AND_SGD)
         assert best is not None
         theirs, ours = by_method[best], by_method[report.DEFAULTS]
@@ -168,9 +168,16 @@ def _study(half: str) -> str:
     return table(heads, rows)
 
 
-def study_rows(task: str, times: report.Times) -> dict[str, dict[str, str]]:
+@functools.cache
+def study_times() -> dict[str, report.Times]:
+    """Return what steps of the study take, by task."""
+    content = json.loads((results.FOLDER / "times.json").read_text(encoding="utf-8"))
+    return dict(content["tasks"])
+
+
+def study_rows(task: str) -> dict[str, dict[str, str]]:
     """Return the rows of the study's report on a task, by method and column."""
-    found = report.rows(task, report.runs_of(task, results.FOLDER), report.ADAM_AND_SGD, times)
+    found = report.rows(task, report.runs_of(task, results.FOLDER), report.ADAM_AND_SGD, study_times().get(task, {}))
     return {row["method"]: row for row in (dict(zip(report.COLUMNS, cells, strict=True)) for cells in found)}
 
 

@@ -7,7 +7,6 @@ whether the pages have all of these, and whether they have other figures.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -28,7 +27,15 @@ from benchmarks.evidence.contest import tables as contest_tables
 from benchmarks.evidence.contest.score import RECORDS as CONTEST
 from benchmarks.evidence.contest.score import score
 from benchmarks.evidence.gpu_tables import H100, H200
-from benchmarks.evidence.kept import METRIC_ROWS, METRIC_STEP, OVER_ADAMW, adamw_milliseconds, short, study_rows
+from benchmarks.evidence.kept import (
+    METRIC_ROWS,
+    METRIC_STEP,
+    OVER_ADAMW,
+    adamw_milliseconds,
+    short,
+    study_rows,
+    study_times,
+)
 from benchmarks.evidence.measured import (
     FORWARD,
     KRONECKER,
@@ -102,21 +109,15 @@ def _ends(values: Iterable[float]) -> tuple[float, float]:
 # The study
 
 
-@functools.cache
-def _times() -> dict[str, report.Times]:
-    content = json.loads((results.FOLDER / "times.json").read_text(encoding="utf-8"))
-    return dict(content["tasks"])
-
-
 def _summary(*halves: str) -> dict[str, str]:
     """Return the defaults' row of the study's summary, by column."""
-    rows = report.summary(halves, results.FOLDER, report.ADAM_AND_SGD, _times())
+    rows = report.summary(halves, results.FOLDER, report.ADAM_AND_SGD, study_times())
     return dict(zip(report.SUMMARY_COLUMNS, next(row for row in rows if row[0] == report.DEFAULTS), strict=True))
 
 
 def _seconds() -> list[float]:
     """Return our seconds over the baseline's, for each task on which we came to where it ends."""
-    ours = [study_rows(task, _times()[task])[report.DEFAULTS] for task in TASKS]
+    ours = [study_rows(task)[report.DEFAULTS] for task in TASKS]
     return [float(row["over the baseline's"]) for row in ours if row["over the baseline's"]]
 
 
@@ -187,7 +188,7 @@ def _compiled() -> str:
 def _metric() -> list[str]:
     tiny = next(title for title in titles("metric", METRIC_STEP) if "8-64-64-4" in title)
     slowest = [there("metric", title, METRIC_ROWS[2])[OVER_ADAMW] for title in titles("metric", METRIC_STEP)]
-    study = [found[report.DEFAULTS] for found in _times().values()]
+    study = [found[report.DEFAULTS] for found in study_times().values()]
     ratios = [found["slowest_step"] / found["median_step"] for found in study]
     return [
         f"one of {float(adamw_milliseconds(tiny)):.1f} ms with AdamW",
